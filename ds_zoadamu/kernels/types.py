@@ -1,0 +1,43 @@
+"""What a kernel is told about a step: plain immutable scalars, each already an fp32 number."""
+
+import enum
+import struct
+from dataclasses import dataclass
+
+
+def fp32(value: float) -> float:
+    """``value`` rounded to the nearest fp32 number, as a Python float."""
+    return struct.unpack("<f", struct.pack("<f", value))[0]
+
+
+class Rounding(enum.IntEnum):
+    """How an fp32 result becomes a 16-bit number. fp32 tensors are never rounded."""
+
+    NEAREST = 0
+    STOCHASTIC = 1
+
+
+@dataclass(frozen=True)
+class StepScalars:
+    """The scalars of one step of  m <- beta1 * sqrt(alpha) xi1 + (1 - beta1) * (m + sqrt(1 - alpha) xi2)."""
+
+    step: int
+    sqrt_alpha: float
+    sqrt_one_minus_alpha: float
+    beta1: float
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+
+
+@dataclass(frozen=True)
+class Direction:
+    """How m_t is made: from the stored momentum (zero where none is stored) by one or more steps of the recurrence.
+
+    steps: oldest first; the last one is step t. More than one only with replayed momentum, where nothing is stored.
+    decode_scale: value of one unit of stored int8 momentum, fixed at step t-1; encode_scale: units per value at step t.
+    """
+
+    steps: tuple[StepScalars, ...]
+    decode_scale: float = 1.0
+    encode_scale: float = 1.0
