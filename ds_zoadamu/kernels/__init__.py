@@ -1,0 +1,126 @@
+"""The three operations on a flat range of one parameter, each on the fastest backend that the tensors' device has.
+
+``reference.py`` defines the bits; every backend gives the same ones (a NaN is a NaN: its payload is not defined), so a
+backend is a matter of speed only and may differ between ranks.
+
+    CPU    C++ (cpu.py), built at first use; the reference where no compiler is found
+    other  the reference, in plain PyTorch
+
+``DS_ZOADAMU_KERNELS`` = auto (default) | reference | cpu forces a choice; it is read at the first use in a process.
+"""
+
+import functools
+import os
+from types import ModuleType
+
+import torch
+
+from . import reference
+from .reference import NOISE_VERSION
+from .types import Direction, Rounding, StepScalars, fp32
+
+__all__ = [
+    "NOISE_VERSION",
+    "Direction",
+    "Rounding",
+    "StepScalars",
+    "backend_name",
+    "fp32",
+    "noise_",
+    "perturb_",
+    "update_",
+]
+
+_CHOICES = ("auto", "reference", "cpu")
+
+
+def _load_cpu(forced: bool) -> ModuleType:
+    return reference
+
+
+# Device type -> loader of a module with noise_, perturb_, update_ and backend_name(). Devices not listed use the reference.
+# A loader falls back to the reference by itself where its backend cannot work, unless it was forced.
+_LOADERS = {"cpu": _load_cpu}
+
+
+@functools.cache
+def _backend(device_type: str) -> ModuleType:
+    choice = os.environ.get("DS_ZOADAMU_KERNELS") or "auto"
+    if choice not in _CHOICES:
+        raise ValueError(f"DS_ZOADAMU_KERNELS={choice!r} is not one of {', '.join(_CHOICES)}")
+    if choice == "reference" or device_type not in _LOADERS:
+        return reference
+    return _LOADERS[device_type](forced=choice == device_type)
+
+
+def backend_name(device: torch.device | str) -> str:
+    """Name of the backend that serves ``device``, for logs: "cpu-avx512", "reference", ..."""
+    backend = _backend(torch.device(device).type)
+    return "reference" if backend is reference else backend.backend_name()
+
+
+def noise_(xi1: torch.Tensor, xi2: torch.Tensor, *, key: tuple[int, int], step: int, start: int) -> None:
+    """Fill two fp32 tensors of n elements with the noise of the flat indices start <= i < start + n.
+
+    key: two 32-bit words, see :func:`ds_zoadamu.noise.parameter_key`. step: 0 <= step < 2**32. start: 0 <= start < 2**63.
+    Raises TypeError or ValueError for tensors or numbers that do not fit (all three functions do).
+    """
+    _backend(xi1.device.type).noise_(xi1, xi2, key=key, step=step, start=start)
+
+
+def perturb_(
+    out: torch.Tensor,
+    weight: torch.Tensor,
+    momentum: torch.Tensor | None,
+    direction: Direction,
+    *,
+    key: tuple[int, int],
+    start: int,
+    scale: float,
+    rounding: Rounding,
+) -> None:
+    """out = weight + scale * m_t, computed in fp32 and rounded once.
+
+    out, weight: n elements, fp32, bf16 or fp16; ``out`` may be ``weight``. momentum: n elements, fp32, bf16, fp16 or int8, or
+    None (zero, or replayed by a direction of several steps). All flat and contiguous; they hold the flat indices
+    start <= i < start + n. scale: +zo_eps or -zo_eps. Stochastic rounding is mirrored: -zo_eps takes the complement of the
+    random bits of +zo_eps, so that the mean of the difference of the two results is 2 zo_eps m_t.
+    """
+    _backend(weight.device.type).perturb_(
+        out, weight, momentum, direction, key=key, start=start, scale=scale, rounding=rounding
+    )
+
+
+def update_(
+    weight: torch.Tensor,
+    momentum: torch.Tensor | None,
+    direction: Direction,
+    *,
+    key: tuple[int, int],
+    start: int,
+    lr_grad: float,
+    lr_decay: float,
+    sigma: float,
+    normalize: bool,
+    write_weight: bool,
+    rounding: Rounding,
+) -> None:
+    """weight -= lr_grad * d + lr_decay * weight and momentum = m_t, in place, each computed in fp32 and written once.
+
+    d = m_t / sqrt(v + sigma), or m_t itself without ``normalize``. Tensors as for :func:`perturb_`. lr_grad = lr *
+    projected_grad, lr_decay = lr * weight_decay. ``write_weight=False`` (a skipped step) leaves every bit of the weight and
+    advances the momentum. Momentum below fp32 is always written with stochastic rounding; ``rounding`` is the weight's.
+    """
+    _backend(weight.device.type).update_(
+        weight,
+        momentum,
+        direction,
+        key=key,
+        start=start,
+        lr_grad=lr_grad,
+        lr_decay=lr_decay,
+        sigma=sigma,
+        normalize=normalize,
+        write_weight=write_weight,
+        rounding=rounding,
+    )

@@ -1,0 +1,79 @@
+"""Noise as a pure function of (seed, step, parameter name, flat index): a file format, version ``NOISE_VERSION``.
+
+A journal of steps can be replayed years later only if the same four arguments still give the same bits, so this map never
+changes within a version; another map is another version. Version 1:
+
+    key      two 32-bit words (k0, k1): the 8 bytes, little endian, of BLAKE2b(digest_size=8, person="ds_zoadamu-noise")
+             over the seed as 8 bytes little endian followed by the parameter's name in UTF-8
+    counter  (pair low 32 bits, pair high 32 bits, step, 0),  pair = flat index >> 1
+    words    Philox-4x32-10(counter, key) = (x0, x1, x2, x3);  (a, b) = (x0, x1) for an even index, (x2, x3) for an odd one
+    u        ((a >> 8) + 1) / 2**24            phi = 2 pi (b >> 8) / 2**24
+    xi1, xi2 sqrt(-2 ln u) cos(phi), sqrt(-2 ln u) sin(phi), by the fp32 operations of kernels/reference.py
+
+The flat index counts the elements of the whole parameter, before any partitioning, so neither rank, world size, partition
+boundaries nor the order of calls matter. The name is the first one in ``named_parameters()`` of the plain model.
+"""
+
+import hashlib
+import struct
+from collections.abc import Iterable
+
+import torch
+
+from .kernels import NOISE_VERSION, noise_
+
+__all__ = ["NOISE_VERSION", "noise", "parameter_key", "parameter_keys"]
+
+_PERSON = b"ds_zoadamu-noise"
+
+
+def _check_integer(thing: str, value: int, bound: int, bound_text: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{thing} must be an int, not {value!r} of type {type(value).__name__}")
+    if not 0 <= value < bound:
+        raise ValueError(f"{thing} must be in 0 <= {thing} < {bound_text}, got {value}")
+
+
+def parameter_key(seed: int, name: str) -> tuple[int, int]:
+    """The Philox key of one parameter: two 32-bit words out of the run's seed and the parameter's name.
+
+    seed: 0 <= seed < 2**64. Raises TypeError for another type (bool included), ValueError for another value.
+    """
+    _check_integer("seed", seed, 1 << 64, "2**64")
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, not {name!r} of type {type(name).__name__}")
+    message = struct.pack("<Q", seed) + name.encode()
+    return struct.unpack("<II", hashlib.blake2b(message, digest_size=8, person=_PERSON).digest())
+
+
+def parameter_keys(seed: int, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """The key of every name. Raises ValueError where two names share one key, for they would share their noise."""
+    keys: dict[str, tuple[int, int]] = {}
+    owners: dict[tuple[int, int], str] = {}
+    for name in names:
+        key = parameter_key(seed, name)
+        owner = owners.setdefault(key, name)
+        if owner != name:
+            raise ValueError(
+                f"parameters {owner!r} and {name!r} get the same noise key {key} from seed {seed}; choose another seed"
+            )
+        keys[name] = key
+    return keys
+
+
+def noise(seed: int, step: int, name: str, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(xi1, xi2) of the flat indices start <= i < stop of one parameter at one step: two fp32 CPU tensors.
+
+    step: 0 <= step < 2**32. 0 <= start <= stop < 2**63. Raises TypeError or ValueError for anything else.
+
+    >>> xi1, xi2 = noise(seed=0, step=1, name="model.embed_tokens.weight", start=10, stop=12)
+    """
+    _check_integer("step", step, 1 << 32, "2**32")
+    _check_integer("start", start, 1 << 63, "2**63")
+    _check_integer("stop", stop, 1 << 63, "2**63")
+    if stop < start:
+        raise ValueError(f"stop must not be below start, got start={start}, stop={stop}")
+    key = parameter_key(seed, name)
+    xi1, xi2 = (torch.empty(stop - start, dtype=torch.float32, device="cpu") for _ in range(2))
+    noise_(xi1, xi2, key=key, step=step, start=start)
+    return xi1, xi2
