@@ -1,0 +1,28 @@
+"""Zeroth-order fine-tuning with ZO-AdaMU on DeepSpeed ZeRO-3 partitions: forward passes only."""
+
+import importlib
+
+__version__ = "0.1.0"
+
+# Resolved on first use: the schedule, the noise and the configuration do not need DeepSpeed, whose import takes seconds.
+_EXPORTS = {
+    "initialize": "engine",
+    "StepRecord": "engine",
+    "ZeroOrderEngine": "engine",
+    "ZOAdaMU": "optimizers",
+    "anneal": "schedules",
+    "noise": "noise",
+    "check_config": "config",
+    "ConfigError": "errors",
+    "NonFiniteLossError": "errors",
+    "load_causal_lm": "hf",
+    "save_pretrained": "hf",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)

@@ -1,0 +1,358 @@
+"""The DeepSpeed engine whose step is two forward passes."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.constants import ROUTE_TRAIN
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import log_dist
+
+from . import kernels
+from .config import OPTIMIZER_TYPES, ZOAdaMUConfig, check_config, check_deepspeed_settings, read_config
+from .data import MicroBatchSampler
+from .errors import NonFiniteLossError
+from .losses import LossFn, as_pair, causal_lm_loss, global_means
+from .optimizers import OPTIMIZERS, ZerothOrderOptimizer
+from .partition import PerturbedGathers, find_partitions, lift_scalars, lower_scalars
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step of training, the same on all ranks. ``loss`` is the mean of ``loss_plus`` and ``loss_minus``; ``projected_grad`` is
+    (loss_plus - loss_minus) / (2 zo_eps); ``effective_eps`` is zo_eps times the standard deviation of m_t."""
+
+    step: int
+    loss: float
+    loss_plus: float
+    loss_minus: float
+    projected_grad: float
+    lr: float
+    skipped: bool
+    alpha: float
+    beta1: float
+    beta2: float
+    effective_eps: float
+
+
+class ZeroOrderEngine(DeepSpeedEngine):
+    """A DeepSpeedEngine with ``train_batch`` and ``eval_batch`` for a zeroth-order optimizer on ZeRO-3 partitions.
+
+    JSON scheduler, monitor, counters, batch arithmetic and ``engine.module`` are DeepSpeed's. The parameters are partitioned as for
+    ZeRO-Inference: no fp32 master copy, no gradient buffers. For any other optimizer it is DeepSpeed's own engine.
+    """
+
+    optimizer: ZerothOrderOptimizer
+    last_step: StepRecord | None = None
+
+    def __init__(self, *args, loss_fn: LossFn | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loss_fn = loss_fn or causal_lm_loss
+        self._skipped_in_a_row = 0
+
+    # --- one step ------------------------------------------------------------------------------------------------------------------
+
+    def train_batch(self, batch: Any) -> float:
+        """One zeroth-order step; returns the mean of loss_plus and loss_minus, the same on all ranks.
+
+        Args: ``batch``: an iterator, from which gradient_accumulation_steps micro-batches are drawn, or one micro-batch where that is 1.
+        The model runs in eval mode (no dropout) and without gradients; the same micro-batches and the same perturbation serve both signs.
+
+        Raises: StopIteration when the iterator is empty; ValueError for weights that sum to 0; NonFiniteLossError after
+        ``max_skipped_steps`` steps in a row whose loss was not finite.
+        """
+        self._require_zeroth_order("train_batch")
+        micro_batches = self._draw(batch)
+        self.tput_timer.start()
+        passes = []
+        with self._evaluating():
+            for sign in (+1, -1):
+                with self._gathers.perturbed(partial(self.optimizer.perturb_into, sign=sign)):
+                    passes.append([self._loss(micro_batch) for micro_batch in micro_batches])
+        loss_plus, loss_minus = global_means(passes, self.device)
+        record = self._record(loss_plus, loss_minus)
+        self.optimizer.observe(None if record.skipped else record.projected_grad)
+        with self._gathers.writing():
+            self._step_and_count()
+        self.last_step = record
+        self._report(record)
+        self._stop_if_diverged(record)
+        return record.loss
+
+    @torch.no_grad()
+    def eval_batch(self, batch: Any) -> float:
+        """The loss at the unperturbed parameters, reduced as in ``train_batch``; changes nothing. The same on all ranks."""
+        self._require_zeroth_order("eval_batch")
+        micro_batches = self._draw(batch)
+        with self._evaluating():
+            return global_means([[self._loss(micro_batch) for micro_batch in micro_batches]], self.device)[0]
+
+    def backward(self, *args, **kwargs):
+        """There is no backward pass: raises RuntimeError naming ``train_batch``."""
+        if self._is_zeroth_order:
+            raise RuntimeError("a zeroth-order engine has no backward pass; call engine.train_batch(batch), which evaluates and steps")
+        return super().backward(*args, **kwargs)
+
+    def step(self, *args, **kwargs):
+        """A bare step has no projected gradient: raises RuntimeError naming ``train_batch``."""
+        if self._is_zeroth_order:
+            raise RuntimeError("engine.step() alone has no loss to step along; call engine.train_batch(batch), which evaluates and steps")
+        return super().step(*args, **kwargs)
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes that persist on this rank for the trained parameters: {"weights": partitions, "momentum": optimizer state}."""
+        return self.optimizer.memory_bytes()
+
+    def _draw(self, batch: Any) -> list[Any]:
+        count = self.gradient_accumulation_steps()
+        if not hasattr(batch, "__next__"):
+            if count != 1:
+                raise ValueError(
+                    f"gradient_accumulation_steps is {count}, so a step takes {count} micro-batches; pass an iterator: "
+                    "engine.train_batch(iter(dataloader))"
+                )
+            return [self._to_device(batch)]
+        drawn = [self._to_device(next(batch))]
+        for _ in range(count - 1):
+            try:
+                drawn.append(self._to_device(next(batch)))
+            except StopIteration:
+                raise ValueError(
+                    f"the iterator ended after {len(drawn)} of the {count} micro-batches of a step (gradient_accumulation_steps); "
+                    "let it end between steps"
+                ) from None
+        return drawn
+
+    def _to_device(self, batch: Any) -> Any:
+        if torch.is_tensor(batch):
+            return batch.to(self.device, non_blocking=True)
+        if hasattr(batch, "items"):
+            return {key: self._to_device(value) for key, value in batch.items()}
+        if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+            return type(batch)(*(self._to_device(value) for value in batch))
+        if isinstance(batch, (list, tuple)):
+            return type(batch)(self._to_device(value) for value in batch)
+        return batch
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        training = self.module.training
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.module.train(training)
+
+    def _loss(self, micro_batch: Any) -> torch.Tensor:
+        return as_pair(self.loss_fn(self.module, micro_batch), self.device)
+
+    def _record(self, loss_plus: float, loss_minus: float) -> StepRecord:
+        optimizer, step = self.optimizer, self.optimizer.next_step
+        projected_grad = (loss_plus - loss_minus) / (2.0 * optimizer.config.zo_eps)
+        return StepRecord(
+            step=step,
+            loss=(loss_plus + loss_minus) / 2.0,
+            loss_plus=loss_plus,
+            loss_minus=loss_minus,
+            projected_grad=projected_grad,
+            lr=float(optimizer.param_groups[0]["lr"]),
+            skipped=not math.isfinite(projected_grad),
+            alpha=optimizer.schedule.alpha(step),
+            beta1=optimizer.schedule.beta1(step),
+            beta2=optimizer.schedule.beta2(step),
+            effective_eps=optimizer.config.zo_eps * optimizer.schedule.momentum_std(step),
+        )
+
+    def _step_and_count(self) -> None:
+        # DeepSpeed counts one micro-step for each call of step(), and steps on the last one of an accumulation.
+        self.micro_steps += self.gradient_accumulation_steps() - 1
+        super().step()
+
+    # --- reports -------------------------------------------------------------------------------------------------------------------
+
+    def _report(self, record: StepRecord) -> None:
+        printing = self.steps_per_print() is not None and self.global_steps % self.steps_per_print() == 0
+        if self.global_rank != 0 or not (printing or self.monitor.enabled):
+            return
+        coinciding = self.optimizer.coinciding_share()
+        if printing:
+            log_dist(
+                f"step={record.step} loss={record.loss:.6g} projected_grad={record.projected_grad:.6g} lr={record.lr:.4g} "
+                f"alpha={record.alpha:.4g} beta1={record.beta1:.4g} beta2={record.beta2:.4g} zo_eps*s_t={record.effective_eps:.4g} "
+                f"coinciding={coinciding:.4g} skipped={self.skipped_steps}",
+                ranks=[0],
+            )
+        if self.monitor.enabled:
+            values = {
+                "train_loss": record.loss,
+                "projected_grad": record.projected_grad,
+                "alpha": record.alpha,
+                "beta1": record.beta1,
+                "beta2": record.beta2,
+                "effective_zo_eps": record.effective_eps,
+                "coinciding_share": coinciding,
+                "skipped_steps": self.skipped_steps,
+            }
+            self.monitor.write_events([(f"Train/Samples/{name}", value, self.global_samples) for name, value in values.items()])
+
+    def _stop_if_diverged(self, record: StepRecord) -> None:
+        if not record.skipped:
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        limit = self.optimizer.config.max_skipped_steps
+        log_dist(
+            f"step {record.step} skipped: loss_plus={record.loss_plus} loss_minus={record.loss_minus} is not finite "
+            f"({self._skipped_in_a_row} in a row, {limit} end the run)",
+            ranks=[0],
+        )
+        if self._skipped_in_a_row >= limit:
+            raise NonFiniteLossError(
+                f"the loss was not finite for {limit} steps in a row, the last at step {record.step} (loss_plus={record.loss_plus}, "
+                f"loss_minus={record.loss_minus}). Try a lower lr (now {record.lr:g}) or zo_eps (now {self.optimizer.config.zo_eps:g}), bf16 "
+                "instead of fp16, or look for broken examples; max_skipped_steps sets the limit"
+            )
+
+    # --- set-up, called by DeepSpeedEngine.__init__ -----------------------------------------------------------------------------------
+
+    @property
+    def _is_zeroth_order(self) -> bool:
+        return isinstance(getattr(self, "optimizer", None), ZerothOrderOptimizer)
+
+    def _require_zeroth_order(self, method: str) -> None:
+        if not self._is_zeroth_order:
+            raise RuntimeError(
+                f"{method} needs a zeroth-order optimizer ({', '.join(OPTIMIZERS)}); this engine has {type(self.optimizer).__name__}: "
+                "use engine(batch), engine.backward(loss), engine.step()"
+            )
+
+    def _do_sanity_check(self) -> None:
+        # The first thing of DeepSpeedEngine.__init__ that sees the configuration: the model has not been touched.
+        config = read_config(self.config)
+        if isinstance(self.client_optimizer, ZerothOrderOptimizer):
+            check_deepspeed_settings(config)
+        elif self.client_optimizer is None:
+            check_config(config)
+        super()._do_sanity_check()
+
+    def _is_supported_optimizer(self, optimizer_name: str) -> bool:
+        return optimizer_name in OPTIMIZERS or super()._is_supported_optimizer(optimizer_name)
+
+    def _configure_distributed_model(self, model: torch.nn.Module) -> None:
+        self._scalars = lift_scalars(model) if self._zeroth_order_options() is not None else []
+        super()._configure_distributed_model(model)
+
+    def _configure_optimizer(self, client_optimizer, model_parameters) -> None:
+        if client_optimizer is None and self.optimizer_name() in OPTIMIZERS:
+            client_optimizer = OPTIMIZERS[self.optimizer_name()](model_parameters, **self.optimizer_params())
+        if not isinstance(client_optimizer, ZerothOrderOptimizer):
+            super()._configure_optimizer(client_optimizer, model_parameters)
+            return
+        self._check_for_duplicates(client_optimizer)
+        # Without an optimizer DeepSpeed partitions as for ZeRO-Inference: weights only.
+        self._offload = self._configure_zero_optimizer(optimizer=None)
+        lower_scalars(self._scalars)
+        client_optimizer.bind(find_partitions(self.module))
+        self._gathers = PerturbedGathers(self.module, client_optimizer.partitions, self._offload.partition_all_parameters)
+        self.optimizer = self.basic_optimizer = client_optimizer
+        log_dist(
+            f"{type(client_optimizer).__name__}: {len(client_optimizer.partitions)} trained parameters, momentum "
+            f"{client_optimizer.config.momentum.dtype}, kernels {kernels.backend_name(self.device)}",
+            ranks=[0],
+        )
+
+    def deepspeed_io(self, dataset, batch_size=None, route=ROUTE_TRAIN, pin_memory=True, data_sampler=None, collate_fn=None, **kwargs):
+        """DeepSpeed's data loader, except that training data is dealt out by micro-batches in one global order (MicroBatchSampler)."""
+        options = self._zeroth_order_options()
+        if options is None or route != ROUTE_TRAIN or data_sampler is not None or not self.is_map_style_dataset(dataset):
+            return super().deepspeed_io(dataset, batch_size, route, pin_memory, data_sampler, collate_fn, **kwargs)
+        sampler = MicroBatchSampler(
+            len(dataset),
+            batch_size or self.train_micro_batch_size_per_gpu(),
+            self.gradient_accumulation_steps(),
+            dist.get_rank(),
+            dist.get_world_size(),
+            options.seed,
+        )
+        return torch.utils.data.DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collate_fn or self.collate_fn,
+            pin_memory=pin_memory and not get_accelerator().is_synchronized_device(),
+        )
+
+    def _zeroth_order_options(self) -> ZOAdaMUConfig | None:
+        if self.client_optimizer is not None:
+            return self.client_optimizer.config if isinstance(self.client_optimizer, ZerothOrderOptimizer) else None
+        return check_config(self.config)
+
+    def destroy(self) -> None:
+        """DeepSpeed's, and ZeRO-3's hooks off the module."""
+        super().destroy()
+        if offload := self.__dict__.pop("_offload", None):
+            offload.destroy()
+
+
+def initialize(
+    args=None,
+    model: torch.nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | Callable | None = None,
+    model_parameters=None,
+    training_data: torch.utils.data.Dataset | None = None,
+    lr_scheduler=None,
+    distributed_port: int = 29500,
+    mpu=None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable | None = None,
+    config: dict | str | None = None,
+    config_params: dict | str | None = None,
+    *,
+    loss_fn: LossFn | None = None,
+) -> tuple[ZeroOrderEngine, torch.optim.Optimizer, Any, Any]:
+    """``deepspeed.initialize`` with a zeroth-order optimizer, from the JSON (``"type": "ZOAdaMU"``) or as an object.
+
+    Args: those of deepspeed.initialize, and ``loss_fn(module, batch) -> (mean loss, weight)`` in place of the model's own ``.loss``.
+    Returns (engine, optimizer, dataloader, lr_scheduler). Raises ConfigError for a setting that cannot work, before the model is touched.
+    Any other optimizer is set up as DeepSpeed would, so that one script serves both.
+    """
+    if model is None:
+        raise ValueError("model is None; pass a torch.nn.Module")
+    config = config if config is not None else config_params
+    from_args = getattr(args, "deepspeed_config", None)
+    if (config is None) == (from_args is None):
+        raise ValueError(f"pass the DeepSpeed configuration once: config={config!r}, args.deepspeed_config={from_args!r}")
+    config = read_config(config if config is not None else from_args)
+    if optimizer is None:
+        check_config(config)
+    deepspeed.init_distributed(
+        dist_backend=get_accelerator().communication_backend_name(),
+        distributed_port=distributed_port,
+        dist_init_required=dist_init_required,
+    )
+    engine = ZeroOrderEngine(
+        args=args,
+        model=model,
+        optimizer=optimizer,
+        model_parameters=model_parameters,
+        training_data=training_data,
+        lr_scheduler=lr_scheduler,
+        mpu=mpu,
+        dist_init_required=dist_init_required,
+        collate_fn=collate_fn,
+        config=config,
+        config_class=DeepSpeedConfig(config, mpu),
+        loss_fn=loss_fn,
+    )
+    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+__all__ = ["OPTIMIZER_TYPES", "StepRecord", "ZeroOrderEngine", "initialize"]

@@ -1,0 +1,22 @@
+"""The errors a user can meet. Each message names the thing, its value, the bound and the remedy."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; raised before the model is touched."""
+
+
+class NonFiniteLossError(FloatingPointError):
+    """Too many steps in a row had a loss that is NaN or infinite."""
+
+
+def unknown_keys_message(where: str, unknown: Iterable[str], known: Iterable[str]) -> str:
+    """One sentence for keys that nobody reads, each with the nearest known one."""
+    known = sorted(known)
+    parts = []
+    for key in sorted(map(str, unknown)):
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        parts.append(f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    return f"{where}: unknown {', '.join(parts)}; known: {', '.join(known)}"
