@@ -1,4 +1,4 @@
-"""Speed of the perturbation and update kernels, beside perturbations out of torch's own normal numbers and a bare read-add-write.
+"""Speed of the perturbation and update kernels, beside torch's own normal numbers and a bare read-add-write.
 
     python launch/benchmark_kernels.py --threads 2
     python launch/benchmark_kernels.py --device cuda --numel 268435456 --json kernels.json
@@ -186,10 +186,12 @@ def print_table(rows: list[dict]) -> None:
     for row in rows:
         rate = row["elements_per_second"]
         print(
-            f"{row['operation']:26}{row['weights']:>8}{row['momentum']:>11}{rate['median'] / 1e6:14.1f}{rate['min'] / 1e6:9.1f}"
-            f"{rate['max'] / 1e6:9.1f}{row['bytes_per_second']['median'] / 1e9:8.2f}{rate['median'] / best[row['weights']]:9.2f}"
+            f"{row['operation']:26}{row['weights']:>8}{row['momentum']:>11}"
+            f"{rate['median'] / 1e6:14.1f}{rate['min'] / 1e6:9.1f}{rate['max'] / 1e6:9.1f}"
+            f"{row['bytes_per_second']['median'] / 1e9:8.2f}{rate['median'] / best[row['weights']]:9.2f}"
         )
-    print('"x torch": median over that of the fastest torch variant with the same weights. Bytes: each tensor once a read or write.')
+    print('"x torch": median over that of the fastest torch variant with the same weights.')
+    print("Bytes: each tensor counts once for a read and once for a write.")
 
 
 def main() -> None:
