@@ -56,7 +56,7 @@ def _train(plan: Plan, stepper: Stepper, output: OutputDirectory) -> tuple[list[
     total = plan.args.max_steps
     every = plan.args.eval_steps or max(1, total // 10)
     seconds, best_step, best = [], 0, None
-    with tqdm(total=total, desc="fine-tuning", unit="step", disable=rank() != 0, dynamic_ncols=True) as bar:
+    with tqdm(total=total, desc="fine-tuning", unit="step", disable=rank() != 0, mininterval=1.0) as bar:
         for step in range(1, total + 1):
             start = time.perf_counter()
             record = stepper.step()
