@@ -47,7 +47,7 @@ def finetune_parser() -> argparse.ArgumentParser:
     group.add_argument("--max_steps", type=int, required=True, help="optimizer steps")
     group.add_argument("--per_device_train_batch_size", type=int, help="examples in a micro-batch (default: 8)")
     group.add_argument("--gradient_accumulation_steps", type=int, help="micro-batches a rank takes in a step (default: 1)")
-    group.add_argument("--learning_rate", type=float, help="lr (default: 5e-5 for AdamW, 1e-5 for a zeroth-order optimizer; see --find_lr)")
+    group.add_argument("--learning_rate", type=float, help="lr (default: 5e-5 for AdamW, 1e-6 for a zeroth-order optimizer; small models take more, see --find_lr)")
     group.add_argument("--zo_eps", type=float, help="size of the perturbation (default: 1e-3)")
     group.add_argument("--weight_decay", type=float, help="decoupled weight decay (default: 0)")
     group.add_argument("--warmup_steps", type=int, help="of the JSON's scheduler (default: 0)")

@@ -29,7 +29,7 @@ def test_defaults():
     config = filled(json.loads((CONFIGS / "cpu-small_zoadamu.json").read_text()))
     params = config["optimizer"]["params"]
     assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (16, 8, 1)
-    assert (params["lr"], params["zo_eps"], params["total_steps"], params["seed"], params["weight_decay"]) == (1e-5, 1e-3, 50, 0, 0.0)
+    assert (params["lr"], params["zo_eps"], params["total_steps"], params["seed"], params["weight_decay"]) == (1e-6, 1e-3, 50, 0, 0.0)
     assert (config["bf16"]["enabled"], config["fp16"]["enabled"]) == (False, False)
     zero = config["zero_optimization"]
     assert (zero["stage3_prefetch_bucket_size"], zero["stage3_param_persistence_threshold"]) == (int(0.9 * 64 * 64), 640)
