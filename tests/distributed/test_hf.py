@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ds_zoadamu.hf import save_pretrained
+from ds_zoadamu.tasks import SST2, Example, PromptCollator, PromptEncoder, prompt_loss
 from tests.distributed import jobs
 from tests.distributed.harness import run_ranks
 from tests.tiny_lm import make_tokenizer, save_model
@@ -94,3 +95,43 @@ def _other_stage(rank, world_size, source):
 
 def test_other_stages_are_refused(tmp_path):
     run_ranks(1, _other_stage, save_model(tmp_path / "source"))
+
+
+OTHER_ARCHITECTURES = {
+    "llama": {"hidden_size": 12, "intermediate_size": 18, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "gpt2": {"n_embd": 12, "n_layer": 2, "n_head": 2, "n_positions": 32},
+}
+
+
+def _train_and_score(rank, world_size, source, target):
+    """One step and an evaluation on the prompt task."""
+    import ds_zoadamu
+    from ds_zoadamu.tasks import SST2, Example, PromptCollator, PromptEncoder, evaluate, prompt_loss
+
+    config = jobs.config(world_size)
+    encoder = PromptEncoder(make_tokenizer(), SST2, 32)
+    examples = [encoder.encode(Example(f"film {'is ' * index}It was", index % 2)) for index in range(5)]
+    collate = PromptCollator(1)
+    model = ds_zoadamu.load_causal_lm(str(source), config=config)
+    engine = jobs.engine_for(model, config, loss_fn=prompt_loss)
+    start = evaluate(engine.module, examples, collate, 2)
+    loss = engine.train_batch(collate(examples[:2]))
+    save_pretrained(engine, target)
+    return start.loss, loss, evaluate(engine.module, examples, collate, 2)
+
+
+@pytest.mark.parametrize("kind", OTHER_ARCHITECTURES)
+def test_other_architectures_train_and_save(tmp_path, kind):
+    config = AutoConfig.for_model(kind, vocab_size=363, bos_token_id=2, eos_token_id=2, pad_token_id=1, **OTHER_ARCHITECTURES[kind])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    results = run_ranks(2, _train_and_score, tmp_path / "source", tmp_path / "target")
+    (start, loss, after), other = results
+    assert results[0] == other and loss > 0 and after.loss != start and after.num_examples == 5
+    # The saved model scores as the partitioned one did: fp32, other order of summation at most.
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "target").eval()
+    encoder = PromptEncoder(make_tokenizer(), SST2, 32)
+    batch = PromptCollator(1)([encoder.encode(Example(f"film {'is ' * index}It was", index % 2)) for index in range(5)])
+    with torch.no_grad():
+        assert prompt_loss(model, batch)[0].item() == pytest.approx(after.loss, rel=1e-5)
