@@ -32,7 +32,7 @@ has_gpu() {
 
 install() {
     local python
-    python=$(find_python) || stop "Python 3.10 or newer is needed, found: $("${PYTHON:-python3}" --version 2>&1 || true)." \
+    python=$(find_python) || stop "Python 3.10 or newer is needed, found: $("${PYTHON:-python3}" --version 2>&1 | head -n 1 || true)." \
         "Install one, or name one with PYTHON=/path/to/python3"
     echo "setup: installing into $venv (some minutes, once)"
     "$python" -m venv "$venv" || stop "cannot make a virtual environment with $python; on Debian and Ubuntu: apt install python3-venv"

@@ -1,11 +1,14 @@
 """launch/finetune.py and launch/evaluate.py as a user runs them, through the deepspeed launcher on CPU ranks."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -31,14 +34,25 @@ def data(tmp_path_factory):
 
 def launch(script, *arguments, ranks=2):
     """Runs a script of launch/ under the deepspeed launcher; returns the finished process with its output as text."""
+    with start(script, *arguments, ranks=ranks) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def start(script, *arguments, ranks=2):
+    """Starts a script of launch/ under the deepspeed launcher."""
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port())]
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": str(REPOSITORY),
     }  # fmt: skip
-    return subprocess.run(
+    return subprocess.Popen(
         [*command, str(REPOSITORY / "launch" / script), *map(str, arguments)],
-        env=environment, capture_output=True, text=True, timeout=120,
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -148,6 +162,28 @@ def test_evaluate_agrees_with_the_run(run, data, tmp_path):
     assert f"accuracy={expected:.4f}" in succeed(alone).stdout
 
 
+def test_when_one_rank_is_killed_the_others_end(model, data, tmp_path):
+    output = tmp_path / "out"
+    with start("finetune.py", *finetune_arguments(model, data, output, steps=10**6), "--eval_steps", 10**6) as launcher:
+        family = []
+        try:
+            deadline = time.monotonic() + 100
+            while not ((output / "metrics.jsonl").exists() and '"step": 2' in (output / "metrics.jsonl").read_text()):
+                assert launcher.poll() is None and time.monotonic() < deadline, "the run did not start"
+                time.sleep(0.2)
+            family = psutil.Process(launcher.pid).children(recursive=True)
+            ranks = [child for child in family if any(argument.startswith("--local_rank=") for argument in child.cmdline())]
+            (second,) = [child for child in ranks if "--local_rank=1" in child.cmdline()]
+            second.kill()
+            launcher.communicate(timeout=60)
+            assert launcher.returncode != 0
+            assert len(ranks) == 2 and not psutil.wait_procs(ranks, timeout=10)[1]
+        finally:
+            for process in [launcher, *family]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+
 def snapshot(folder):
     return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*")}
 
@@ -180,7 +216,6 @@ BAD_INPUT = {
 
 def _every_message(rank, world_size, arguments, tmp):
     """The message and status with which this rank refuses each bad input."""
-    import contextlib
     import io
     import shlex
 
