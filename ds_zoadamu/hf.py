@@ -63,7 +63,9 @@ def config_dtype(config: dict) -> torch.dtype:
     return torch.float32
 
 
-def save_pretrained(engine, directory: str | Path, tokenizer=None, max_shard_size: str = "5GB", *, overwrite: bool = False) -> None:
+def save_pretrained(
+    engine, directory: str | Path, tokenizer=None, max_shard_size: str = "5GB", *, overwrite: bool = False
+) -> None:
     """Writes an engine's model as `AutoModelForCausalLM.from_pretrained(directory)` reads it.
 
     Parameters are gathered one by one on all ranks; rank 0 collects them in files of at most `max_shard_size` (a single
@@ -124,7 +126,9 @@ def load_weights(engine, directory: str | Path) -> None:
     with _on_all_ranks("load_weights"):
         missing = [name for name in _stored_names(model) if reads and name not in files]
         if missing:
-            raise ValueError(f"{directory} has no weights for {missing[0]!r} ({len(missing)} missing); was it saved from this model?")
+            raise ValueError(
+                f"{directory} has no weights for {missing[0]!r} ({len(missing)} missing); was it saved from this model?"
+            )
     _release_gathered(engine)
     for name, parameter in _stored_names(model).items():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):

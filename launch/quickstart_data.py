@@ -127,7 +127,12 @@ def make_model(folder: Path, seed: int) -> None:
     tokenizer.train([str(folder / "corpus.txt")], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", unk_token="</s>", pad_token="<pad>", model_max_length=128
+        tokenizer_object=tokenizer,
+        bos_token="</s>",
+        eos_token="</s>",
+        unk_token="</s>",
+        pad_token="<pad>",
+        model_max_length=128,
     )
     config = OPTConfig(
         vocab_size=768,
@@ -161,7 +166,10 @@ def main() -> None:
     args = parser.parse_args()
     make_data(args.folder, args.seed, args.num_train, args.num_test, args.num_reviews)
     make_model(args.folder, args.seed)
-    print(f"wrote {args.num_train} training and {args.num_test} held-out sentences, {args.num_reviews} reviews and a model to {args.folder}")
+    print(
+        f"wrote {args.num_train} training and {args.num_test} held-out sentences, {args.num_reviews} reviews "
+        f"and a model to {args.folder}"
+    )
 
 
 if __name__ == "__main__":

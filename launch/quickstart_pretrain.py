@@ -1,4 +1,4 @@
-"""Gives the quickstart's tiny OPT a little knowledge of its language: plain next-token training with DeepSpeed's Adam on ZeRO-3.
+"""Gives the quickstart's tiny OPT some knowledge of its language: next-token training with DeepSpeed's Adam on ZeRO-3.
 
     deepspeed --num_gpus 2 launch/quickstart_pretrain.py --deepspeed_config ds_configs/cpu-small_adamw.json \
         --model_name_or_path DIR/untrained --corpus DIR/corpus.txt --output_dir DIR/pretrained
@@ -43,7 +43,12 @@ def pretrain(args: argparse.Namespace) -> None:
     model = ds_zoadamu.load_causal_lm(args.model_name_or_path, config=config)
     engine, *_ = ds_zoadamu.initialize(model=model, model_parameters=list(model.parameters()), config=config)
     sampler = MicroBatchSampler(
-        len(data), engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps(), dist.get_rank(), dist.get_world_size(), 0
+        len(data),
+        engine.train_micro_batch_size_per_gpu(),
+        engine.gradient_accumulation_steps(),
+        dist.get_rank(),
+        dist.get_world_size(),
+        0,
     )
     batches = repeat(torch.utils.data.DataLoader(data, batch_sampler=sampler, collate_fn=collate))
     engine.train()

@@ -47,14 +47,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator([f"film is {' and '.join(GOOD + BAD)} It was {word}" for word in GOOD + BAD], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>", model_max_length=64)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>", model_max_length=64
+    )
 
 
 def make_model(seed: int = 0, **changes) -> OPTForCausalLM:
     """An untrained OPT of about 20,000 parameters, odd enough to be padded on 2 ranks."""
     sizes = {
-        "vocab_size": 363, "hidden_size": 20, "word_embed_proj_dim": 20, "ffn_dim": 31, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "max_position_embeddings": 64, "dropout": 0.1, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2, "init_std": 0.2,
+        "vocab_size": 363, "hidden_size": 20, "word_embed_proj_dim": 20, "ffn_dim": 31, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 64, "dropout": 0.1, "init_std": 0.2,
+        "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2,
     }  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -58,8 +58,8 @@ def load_splits(task: Task, data_dir: str | None, *, num_train: int, num_dev: in
     dev = [example for example in pool[num_train:] if example.prompt not in seen][:num_dev]
     if len(train) < num_train or len(dev) < num_dev:
         raise InputError(
-            f"too few examples: the training split of task {task.name!r} has {len(pool)}, which gives {len(train)} for training "
-            f"and {len(dev)} others for development; asked for --num_train {num_train} and --num_dev {num_dev}"
+            f"too few examples: the training split of task {task.name!r} has {len(pool)}, which gives {len(train)} for "
+            f"training and {len(dev)} others for development; asked for --num_train {num_train} and --num_dev {num_dev}"
         )
     return Splits(train=train, dev=dev, test=test)
 

@@ -70,7 +70,9 @@ class PromptEncoder:
             room = self._max_length - len(self._prefix) - max(map(len, candidates)) + 1
             body = body[max(0, len(body) - room) :]
         if not self._prefix and not body:
-            raise InputError(f"the prompt {example.prompt!r} leaves no token before the label words; give the template words of its own")
+            raise InputError(
+                f"the prompt {example.prompt!r} leaves no token before the label words; give the template words of its own"
+            )
         return EncodedExample((*self._prefix, *body), candidates, example.label)
 
     def _ids(self, text: str) -> list[int]:
@@ -134,7 +136,7 @@ class PromptCollator:
 
 
 def model_max_length(config, tokenizer, limit: int | None) -> int | None:
-    """The most tokens a prompt may have: the least of the model's positions, the tokenizer's limit and the user's; None: no limit.
+    """The most tokens a prompt may have: the least of the model's, the tokenizer's and the user's limit; None: no limit.
 
     Raises:
         InputError: the user's limit is not positive.
@@ -158,7 +160,7 @@ def _leading_special_tokens(tokenizer) -> tuple[int, ...]:
 
 def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     length = 0
-    for ids in zip(*sequences):
+    for ids in zip(*sequences, strict=False):
         if len(set(ids)) > 1:
             break
         length += 1

@@ -56,9 +56,13 @@ class Task:
             raise InputError(f"task {self.name!r}: label_words needs at least two labels, got {dict(self.label_words)!r}")
         for word in words:
             if not isinstance(word, str) or not word.strip():
-                raise InputError(f"task {self.name!r}: label_words has the empty word {word!r}; each label needs a word of its own")
+                raise InputError(
+                    f"task {self.name!r}: label_words has the empty word {word!r}; each label needs a word of its own"
+                )
         if len(set(words)) < len(words):
-            raise InputError(f"task {self.name!r}: label_words repeats a word: {words}; no prediction could tell the labels apart")
+            raise InputError(
+                f"task {self.name!r}: label_words repeats a word: {words}; no prediction could tell the labels apart"
+            )
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -110,7 +114,9 @@ def label_words_from(words: object, where: str) -> dict[str, str]:
         return dict(words)
     if isinstance(words, (list, tuple)):
         return {str(index): word for index, word in enumerate(words)}
-    raise InputError(f'{where}: label_words must be {{"label": " word", ...}} or a list of words for labels 0, 1, ..., got {words!r}')
+    raise InputError(
+        f'{where}: label_words must be {{"label": " word", ...}} or a list of words for labels 0, 1, ..., got {words!r}'
+    )
 
 
 def load_task(name_or_path: str) -> Task:

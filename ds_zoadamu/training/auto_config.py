@@ -48,7 +48,10 @@ def fill_auto(config: dict, args: Namespace, *, world_size: int, hidden_size: in
 
 def _fill_batches(filler: "_Filler", given: dict, world_size: int) -> None:
     micro = filler.fill(
-        "train_micro_batch_size_per_gpu", given.get("per_device_train_batch_size"), DEFAULT_MICRO_BATCH_SIZE, "--per_device_train_batch_size"
+        "train_micro_batch_size_per_gpu",
+        given.get("per_device_train_batch_size"),
+        DEFAULT_MICRO_BATCH_SIZE,
+        "--per_device_train_batch_size",
     )
     total = filler.get("train_batch_size")
     accumulation = 1
@@ -79,13 +82,20 @@ def _fill_optimizer(filler: "_Filler", given: dict, zeroth_order: bool) -> None:
 def _fill_scheduler(filler: "_Filler", given: dict) -> None:
     if "scheduler" not in filler.config:
         if given.get("warmup_steps") is not None:
-            raise InputError('--warmup_steps is given but the DeepSpeed JSON has no "scheduler"; add one, for example WarmupDecayLR')
+            raise InputError(
+                '--warmup_steps is given but the DeepSpeed JSON has no "scheduler"; add one, for example WarmupDecayLR'
+            )
         return
     filler.fill("scheduler.params.warmup_min_lr", None, 0.0)
     filler.fill("scheduler.params.warmup_max_lr", None, filler.get("optimizer.params.lr"))
     filler.fill("scheduler.params.total_num_steps", None, given.get("max_steps"))
     # DeepSpeed refuses a warm-up of 0 steps; 1 is what the Trainer takes for "none".
-    filler.fill("scheduler.params.warmup_num_steps", given.get("warmup_steps") and max(1, given.get("warmup_steps")), 1, "--warmup_steps")
+    filler.fill(
+        "scheduler.params.warmup_num_steps",
+        given.get("warmup_steps") and max(1, given.get("warmup_steps")),
+        1,
+        "--warmup_steps",
+    )
 
 
 class _Filler:
@@ -110,7 +120,8 @@ class _Filler:
             self._set(path, given)
         elif given is not None and present != given:
             raise InputError(
-                f'{argument} {given} contradicts the DeepSpeed JSON, where {path} is {present}; set it to "auto" there or leave out {argument}'
+                f"{argument} {given} contradicts the DeepSpeed JSON, where {path} is {present}; "
+                f'set it to "auto" there or leave out {argument}'
             )
         return self.get(path)
 

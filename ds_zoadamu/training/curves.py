@@ -35,7 +35,9 @@ def draw_curves(records: Sequence[dict], path: Path, title: str, majority: float
     loss_axes.set(title="loss", xlabel="step")
     loss_axes.legend()
 
-    accuracy_axes.plot([r["step"] for r in evals], [r["accuracy"] for r in evals], "o-", color="tab:orange", label="development set")
+    accuracy_axes.plot(
+        [r["step"] for r in evals], [r["accuracy"] for r in evals], "o-", color="tab:orange", label="development set"
+    )
     accuracy_axes.axhline(majority, linestyle="--", color="0.5", label="majority class")
     accuracy_axes.set(title="accuracy", xlabel="step")
     accuracy_axes.legend()

@@ -50,8 +50,18 @@ def measure(args: Namespace) -> dict:
         "majority": majority_accuracy(examples),
     }
     if rank() == 0:
-        print(" ".join(f"{name}={value:.4f}" if isinstance(value, float) else f"{name}={value}" for name, value in figures.items()))
+        print(
+            " ".join(
+                f"{name}={value:.4f}" if isinstance(value, float) else f"{name}={value}" for name, value in figures.items()
+            )
+        )
         if args.output_file:
-            everything = {**figures, **environment(), "command": shlex.join(sys.argv), "arguments": vars(args), "config": config}
+            everything = {
+                **figures,
+                **environment(),
+                "command": shlex.join(sys.argv),
+                "arguments": vars(args),
+                "config": config,
+            }
             Path(args.output_file).write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
     return figures

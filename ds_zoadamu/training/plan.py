@@ -97,7 +97,10 @@ def make_plan(args: Namespace) -> Plan:
         raise InputError("--deepspeed_config is missing; give a DeepSpeed JSON, for example one of ds_configs/")
     config = read_config(args.deepspeed_config)
     if "optimizer" not in config:
-        raise InputError(f'{args.deepspeed_config} has no "optimizer"; add one, for example {{"type": "ZOAdaMU", "params": {{"lr": "auto", "total_steps": "auto"}}}}')
+        raise InputError(
+            f'{args.deepspeed_config} has no "optimizer"; add one, for example '
+            '{"type": "ZOAdaMU", "params": {"lr": "auto", "total_steps": "auto"}}'
+        )
     check_stage(config, args.deepspeed_config)
     model_input = read_model_input(args)
     config = fill_auto(config, args, world_size=world_size(), hidden_size=model_input.hidden_size)

@@ -17,8 +17,8 @@ from ds_zoadamu.training.curves import draw_curves
 from ds_zoadamu.training.memory import PeakMemory
 from ds_zoadamu.training.output import BEST, CURVES, RESULTS, OutputDirectory, environment
 from ds_zoadamu.training.plan import Plan, make_plan, rank
-from ds_zoadamu.training.summary import summary
 from ds_zoadamu.training.steps import Stepper, make_stepper
+from ds_zoadamu.training.summary import summary
 
 
 def finetune(args: Namespace) -> dict:
@@ -52,7 +52,7 @@ def finetune(args: Namespace) -> dict:
 
 
 def _train(plan: Plan, stepper: Stepper, output: OutputDirectory) -> tuple[list[float], int, Evaluation]:
-    """Trains for max_steps and keeps the best model of the evaluated steps; returns seconds of each step, best step and its score."""
+    """Trains and keeps the best model of the evaluated steps; returns the seconds of each step, the best step and its score."""
     total = plan.args.max_steps
     every = plan.args.eval_steps or max(1, total // 10)
     seconds, best_step, best = [], 0, None
@@ -62,7 +62,9 @@ def _train(plan: Plan, stepper: Stepper, output: OutputDirectory) -> tuple[list[
             record = stepper.step()
             seconds.append(time.perf_counter() - start)
             output.log({"kind": "step", **record, "seconds": seconds[-1]})
-            shown = {key: f"{record[key]:.4g}" for key in ("loss", "projected_grad", "grad_norm") if record.get(key) is not None}
+            shown = {
+                key: f"{record[key]:.4g}" for key in ("loss", "projected_grad", "grad_norm") if record.get(key) is not None
+            }
             bar.set_postfix(shown, refresh=False)
             bar.update()
             if step % every == 0 or step == total:
@@ -80,7 +82,9 @@ def _evaluate(plan: Plan, stepper: Stepper, output: OutputDirectory, split: str,
     result = evaluate(stepper.engine.module, examples, plan.model_input.collate, plan.args.per_device_eval_batch_size)
     output.log({"kind": "eval", "split": split, "step": step, **asdict(result)})
     if rank() == 0:
-        tqdm.write(f"step {step}: {split} accuracy {result.accuracy:.4f}, loss {result.loss:.4f} ({result.num_examples} examples)")
+        tqdm.write(
+            f"step {step}: {split} accuracy {result.accuracy:.4f}, loss {result.loss:.4f} ({result.num_examples} examples)"
+        )
     return result
 
 

@@ -44,8 +44,9 @@ def find_lr(args: Namespace) -> list[Trial]:
     pairs = [(lr, zo_eps) for zo_eps in args.find_eps_values for lr in args.find_lr_values]
     for lr, zo_eps in pairs:
         check_config(_with(plan.config, lr, zo_eps))
+    forwards = 2 * args.max_steps * plan.config.get("gradient_accumulation_steps", 1)
     _print(
-        f"{len(pairs)} trials of {args.max_steps} steps, {2 * args.max_steps * plan.config['gradient_accumulation_steps']} forwards a rank each, "
+        f"{len(pairs)} trials of {args.max_steps} steps, {forwards} forwards a rank each, "
         f"judged by the loss on {len(plan.dev)} development examples"
     )
     output.begin()
@@ -64,7 +65,9 @@ def find_lr(args: Namespace) -> list[Trial]:
 def _try(plan: Plan, lr: float, zo_eps: float) -> Trial:
     start = time.perf_counter()
     args = plan.args
-    stepper = make_stepper(args.model_name_or_path, _with(plan.config, lr, zo_eps), plan.train, plan.model_input.collate, args.seed)
+    stepper = make_stepper(
+        args.model_name_or_path, _with(plan.config, lr, zo_eps), plan.train, plan.model_input.collate, args.seed
+    )
     try:
         for _ in range(args.max_steps):
             stepper.step()

@@ -58,8 +58,9 @@ def start(script, *arguments, ranks=2):
 
 def finetune_arguments(model, data, output, config="cpu-small_zoadamu", steps=6):
     return [
-        "--deepspeed", "--deepspeed_config", REPOSITORY / "ds_configs" / f"{config}.json", "--model_name_or_path", model, "--task", "sst2",
-        "--data_dir", data, "--num_train", 40, "--num_dev", 13, "--per_device_eval_batch_size", 4, "--per_device_train_batch_size", 4,
+        "--deepspeed", "--deepspeed_config", REPOSITORY / "ds_configs" / f"{config}.json",
+        "--model_name_or_path", model, "--task", "sst2", "--data_dir", data, "--num_train", 40, "--num_dev", 13,
+        "--per_device_eval_batch_size", 4, "--per_device_train_batch_size", 4,
         "--learning_rate", 1e-3, "--max_steps", steps, "--eval_steps", 3, "--output_dir", output, "--max_shard_size", "40KB",
     ]  # fmt: skip
 
@@ -93,7 +94,9 @@ def test_a_run_leaves_metrics_results_curves_and_a_model(run):
     assert results["accuracy"]["test_after"] == evals["test", best]["accuracy"]
     assert results["accuracy"]["dev_best"] == max(evals["dev", 3]["accuracy"], evals["dev", 6]["accuracy"])
     assert evals["test", 0]["num_examples"] == 21 and evals["dev", 0]["num_examples"] == 13
-    assert len(results["ranks"]) == 2 and all(rank["momentum_bytes"] > 0 and rank["resident_peak"] > 0 for rank in results["ranks"])
+    assert len(results["ranks"]) == 2 and all(
+        rank["momentum_bytes"] > 0 and rank["resident_peak"] > 0 for rank in results["ranks"]
+    )
     assert results["config"]["optimizer"]["params"]["total_steps"] == 6
     assert {"torch", "deepspeed", "transformers", "python"} <= set(results["versions"])
     assert "held-out accuracy" in printed and "seconds a step" in printed

@@ -57,7 +57,9 @@ def test_save_and_load_give_the_same_bits(tmp_path, dtype, shard_size, files):
         index = json.loads((target / "model.safetensors.index.json").read_text())
         assert set(index["weight_map"].values()) == {path.name for path in weights}
         assert "lm_head.weight" not in index["weight_map"]
-    assert AutoTokenizer.from_pretrained(target)("film It was great").input_ids == make_tokenizer()("film It was great").input_ids
+    assert (
+        AutoTokenizer.from_pretrained(target)("film It was great").input_ids == make_tokenizer()("film It was great").input_ids
+    )
     assert [path.name for path in target.parent.iterdir()] == ["target"]
 
 
@@ -98,7 +100,13 @@ def test_other_stages_are_refused(tmp_path):
 
 
 OTHER_ARCHITECTURES = {
-    "llama": {"hidden_size": 12, "intermediate_size": 18, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "llama": {
+        "hidden_size": 12,
+        "intermediate_size": 18,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
     "gpt2": {"n_embd": 12, "n_layer": 2, "n_head": 2, "n_positions": 32},
 }
 
@@ -122,7 +130,9 @@ def _train_and_score(rank, world_size, source, target):
 
 @pytest.mark.parametrize("kind", OTHER_ARCHITECTURES)
 def test_other_architectures_train_and_save(tmp_path, kind):
-    config = AutoConfig.for_model(kind, vocab_size=363, bos_token_id=2, eos_token_id=2, pad_token_id=1, **OTHER_ARCHITECTURES[kind])
+    config = AutoConfig.for_model(
+        kind, vocab_size=363, bos_token_id=2, eos_token_id=2, pad_token_id=1, **OTHER_ARCHITECTURES[kind]
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")

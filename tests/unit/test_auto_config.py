@@ -28,8 +28,18 @@ def zeroth_order(**params):
 def test_defaults():
     config = filled(json.loads((CONFIGS / "cpu-small_zoadamu.json").read_text()))
     params = config["optimizer"]["params"]
-    assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (16, 8, 1)
-    assert (params["lr"], params["zo_eps"], params["total_steps"], params["seed"], params["weight_decay"]) == (1e-6, 1e-3, 50, 0, 0.0)
+    assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (
+        16,
+        8,
+        1,
+    )
+    assert (params["lr"], params["zo_eps"], params["total_steps"], params["seed"], params["weight_decay"]) == (
+        1e-6,
+        1e-3,
+        50,
+        0,
+        0.0,
+    )
     assert (config["bf16"]["enabled"], config["fp16"]["enabled"]) == (False, False)
     zero = config["zero_optimization"]
     assert (zero["stage3_prefetch_bucket_size"], zero["stage3_param_persistence_threshold"]) == (int(0.9 * 64 * 64), 640)
@@ -39,7 +49,8 @@ def test_defaults():
 def test_arguments_fill_auto_and_absent_values():
     config = filled(
         zeroth_order(lr="auto", total_steps="auto", seed="auto"),
-        *"--learning_rate 3e-6 --zo_eps 2e-3 --per_device_train_batch_size 4 --gradient_accumulation_steps 3 --seed 7 --bf16".split(),
+        *"--learning_rate 3e-6 --zo_eps 2e-3 --seed 7 --bf16".split(),
+        *"--per_device_train_batch_size 4 --gradient_accumulation_steps 3".split(),
     )
     params = config["optimizer"]["params"]
     assert (params["lr"], params["zo_eps"], params["total_steps"], params["seed"]) == (3e-6, 2e-3, 50, 7)
