@@ -11,6 +11,7 @@ backend is a matter of speed only and may differ between ranks.
 
 import functools
 import os
+import warnings
 from types import ModuleType
 
 import torch
@@ -35,7 +36,21 @@ _CHOICES = ("auto", "reference", "cpu")
 
 
 def _load_cpu(forced: bool) -> ModuleType:
-    return reference
+    from . import build, cpu
+
+    try:
+        cpu.load()
+    except build.BuildError as error:
+        if forced:
+            raise
+        warnings.warn(
+            f"ds_zoadamu: the C++ kernels cannot be used, the plain PyTorch ones take their place (same results, many times slower): "
+            f"{error}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return reference
+    return cpu
 
 
 # Device type -> loader of a module with noise_, perturb_, update_ and backend_name(). Devices not listed use the reference.

@@ -1,0 +1,246 @@
+"""Hugging Face causal language models: loaded straight into ZeRO-3 partitions, and saved from them parameter by parameter.
+
+Only public interfaces are used: `HfDeepSpeedConfig` to load, `deepspeed.zero.GatheredParameters` to read and write.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+
+_INDEX = "model.safetensors.index.json"
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def load_causal_lm(path: str, config: dict, dtype: torch.dtype | None = None, **kwargs) -> PreTrainedModel:
+    """Loads a causal language model so that each rank keeps only its ZeRO-3 partition of every parameter.
+
+    Starts DeepSpeed's process group if there is none. Call it on all ranks.
+
+    Args:
+        path: a folder or a name on the hub, as for `AutoModelForCausalLM.from_pretrained`.
+        config: the DeepSpeed configuration, ZeRO stage 3, without "auto" values.
+        dtype: of the weights; None: as the configuration's bf16 or fp16 section says, else fp32.
+        kwargs: passed on to `from_pretrained`.
+
+    Returns:
+        The model. It holds the `HfDeepSpeedConfig`, so `generate` knows of the partitions as long as the model lives.
+
+    Raises:
+        ValueError: the configuration is not of stage 3.
+        OSError: from Transformers, when there is no such model.
+    """
+    stage = config.get("zero_optimization", {}).get("stage")
+    if stage != 3:
+        raise ValueError(f"load_causal_lm: zero_optimization.stage is {stage!r}; only stage 3 partitions the weights")
+    if dtype is None:
+        dtype = config_dtype(config)
+    deepspeed.init_distributed()
+    # Transformers finds this object through a weak reference, so someone has to keep it.
+    hf_config = HfDeepSpeedConfig(config)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+    model.hf_deepspeed_config = hf_config
+    return model
+
+
+def config_dtype(config: dict) -> torch.dtype:
+    """The dtype of the weights that a DeepSpeed configuration asks for."""
+    for section, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if config.get(section, {}).get("enabled", False):
+            return dtype
+    return torch.float32
+
+
+def save_pretrained(engine, directory: str | Path, tokenizer=None, max_shard_size: str = "5GB", *, overwrite: bool = False) -> None:
+    """Writes an engine's model as `AutoModelForCausalLM.from_pretrained(directory)` reads it.
+
+    Parameters are gathered one by one on all ranks; rank 0 collects them in files of at most `max_shard_size` (a single
+    larger parameter makes a larger file) and holds no more than one file's bytes at a time. Tied weights are stored once.
+    The folder appears complete or not at all: it is written beside its place and renamed. Call it on all ranks.
+
+    Args:
+        engine: a DeepSpeed engine (or anything with a `module` that is a `PreTrainedModel`).
+        directory: where to write; its parents are made.
+        tokenizer: saved too, if given.
+        max_shard_size: bytes with a unit, for example "500MB" (decimal units, as in Transformers).
+        overwrite: replace what is in `directory`.
+
+    Raises:
+        FileExistsError: `directory` exists, is not empty, and `overwrite` is not set.
+        TypeError: the model is not a Transformers model.
+        ValueError: a malformed `max_shard_size`.
+    """
+    model, directory, limit = engine.module, Path(directory), _parse_size(max_shard_size)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"save_pretrained: the engine's module is a {type(model).__name__}, not a Transformers PreTrainedModel")
+    writes = dist.get_rank() == 0
+    with _on_all_ranks("save_pretrained"):
+        if writes and not overwrite and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise FileExistsError(f"{directory} exists and is not empty; give another folder or overwrite=True")
+    temporary = directory.with_name(f".{directory.name}.writing")
+    with _on_all_ranks("save_pretrained"):
+        if writes:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            model.config.save_pretrained(temporary)
+            if model.can_generate():
+                model.generation_config.save_pretrained(temporary)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+    writer = _ShardWriter(temporary, limit) if writes else None
+    for name, tensor in _full_tensors(model, wanted=writes):
+        if writer is not None:
+            writer.add(name, tensor)
+    with _on_all_ranks("save_pretrained"):
+        if writer is not None:
+            writer.finish()
+            _replace(temporary, directory)
+
+
+def load_weights(engine, directory: str | Path) -> None:
+    """Overwrites the weights of an engine's model with those of a folder that `save_pretrained` wrote for the same model.
+
+    Rank 0 reads one parameter at a time and shares it. The optimizer's state is left alone: meant for evaluating a kept
+    model or for starting again. Call it on all ranks.
+
+    Raises:
+        ValueError: a parameter is missing in the folder or has another shape there.
+    """
+    model, directory, reads = engine.module, Path(directory), dist.get_rank() == 0
+    files = _weight_files(directory) if reads else {}
+    with _on_all_ranks("load_weights"):
+        missing = [name for name in _stored_names(model) if reads and name not in files]
+        if missing:
+            raise ValueError(f"{directory} has no weights for {missing[0]!r} ({len(missing)} missing); was it saved from this model?")
+    for name, parameter in _stored_names(model).items():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if reads:
+                with safe_open(files[name], framework="pt") as file:
+                    parameter.data.copy_(file.get_tensor(name))
+
+
+class _ShardWriter:
+    """Collects tensors and writes them to numbered safetensors files; the names get their final form in `finish`.
+
+    The number of files is known only at the end, since a partitioned parameter tells its size when it is gathered.
+    """
+
+    def __init__(self, folder: Path, limit: int):
+        self._folder, self._limit = folder, limit
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = self._total_bytes = 0
+        self._shards: list[list[str]] = []
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        num_bytes = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + num_bytes > self._limit:
+            self._flush()
+        self._pending[name] = tensor
+        self._pending_bytes += num_bytes
+        self._total_bytes += num_bytes
+
+    def finish(self) -> None:
+        """Writes what is left, renames the files as Transformers looks for them and adds the index."""
+        self._flush()
+        count = len(self._shards)
+        if count == 1:
+            os.rename(self._part(0), self._folder / "model.safetensors")
+            return
+        weight_map = {}
+        for index, names in enumerate(self._shards):
+            file_name = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+            os.rename(self._part(index), self._folder / file_name)
+            weight_map.update(dict.fromkeys(names, file_name))
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (self._folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _flush(self) -> None:
+        save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending, self._pending_bytes = {}, 0
+
+    def _part(self, index: int) -> Path:
+        return self._folder / f"part-{index:05d}.safetensors"
+
+
+def _full_tensors(model: PreTrainedModel, wanted: bool) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """Each stored tensor in full, as a copy on the CPU where `wanted` and None elsewhere; a collective call."""
+    for name, parameter in _stored_names(model).items():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            tensor = parameter.detach().to("cpu", copy=True).contiguous() if wanted else None
+        yield name, tensor
+    # Buffers are not partitioned. state_dict() knows which of them are persistent.
+    persistent = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in persistent:
+            yield name, buffer.detach().to("cpu", copy=True).contiguous() if wanted else None
+
+
+def _stored_names(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    """Parameters by the name under which they are stored: of a tied parameter's names, the one that is not tied to another."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    names: dict[int, tuple[str, torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in names or names[id(parameter)][0] in tied:
+            names[id(parameter)] = (name, parameter)
+    return dict(names.values())
+
+
+def _weight_files(directory: Path) -> dict[str, Path]:
+    """Parameter name -> the safetensors file in `directory` that holds it."""
+    if (directory / _INDEX).exists():
+        weight_map = json.loads((directory / _INDEX).read_text())["weight_map"]
+        return {name: directory / file for name, file in weight_map.items()}
+    path = directory / "model.safetensors"
+    if not path.exists():
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return dict.fromkeys(file.keys(), path)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Puts the folder `source` in the place of `target`."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(source, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _on_all_ranks(what: str):
+    """Raises on every rank what the body raised on one, so that no rank waits in the next collective for one that is gone."""
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    failures = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    for rank, message in enumerate(failures):
+        if message is not None:
+            raise RuntimeError(f"{what} failed on rank {rank}: {message}")
+
+
+def _parse_size(text: str) -> int:
+    number, unit = str(text)[:-2], str(text)[-2:].upper()
+    try:
+        size = int(float(number) * _UNITS[unit])
+    except (KeyError, ValueError):
+        size = 0
+    if size <= 0:
+        raise ValueError(f'max_shard_size is {text!r}; give a positive number with KB, MB, GB or TB, for example "5GB"')
+    return size

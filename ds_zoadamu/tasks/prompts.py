@@ -1,0 +1,160 @@
+"""Prompts as token ids, and micro-batches of them."""
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ds_zoadamu.tasks.errors import InputError
+from ds_zoadamu.tasks.examples import Example
+from ds_zoadamu.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """Token ids of a prompt and of each label word after it.
+
+    Attributes:
+        context: the tokens all candidates share; begins with what the tokenizer puts before a text (OPT: ``</s>``).
+        candidates: for each class the tokens that follow the context; at least one each.
+        label: class index.
+    """
+
+    context: tuple[int, ...]
+    candidates: tuple[tuple[int, ...], ...]
+    label: int
+
+
+class PromptEncoder:
+    """Turns examples into token ids of at most `max_length`, cutting a text from its left so that the prompt's end stays.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        task: gives the label words and the template.
+        max_length: tokens the model may see at once; None: no limit.
+
+    Raises:
+        InputError: `max_length` does not hold the template's own last words and the longest label word.
+    """
+
+    def __init__(self, tokenizer, task: Task, max_length: int | None):
+        self._tokenizer = tokenizer
+        self._words = task.words
+        self._max_length = max_length
+        self._prefix = _leading_special_tokens(tokenizer)
+        tail = [text for text, *_ in string.Formatter().parse(task.template)][-1]
+        longest_word = max(len(self._ids(word)) for word in task.words)
+        needed = len(self._prefix) + len(self._ids(tail)) + longest_word + 1
+        if max_length is not None and max_length < needed:
+            raise InputError(
+                f"max_length {max_length} is too short for task {task.name!r}: its template's end and label words "
+                f"take {needed} tokens; give a longer --max_length or a model with more positions"
+            )
+
+    def encode(self, example: Example) -> EncodedExample:
+        """Token ids of one example.
+
+        Prompt and word are tokenized together and split after the tokens that all candidates share, since a tokenizer
+        may merge across the seam.
+        """
+        sequences = [self._ids(example.prompt + word) for word in self._words]
+        shared = min(_common_prefix([self._ids(example.prompt), *sequences]), min(map(len, sequences)) - 1)
+        candidates = tuple(tuple(ids[shared:]) for ids in sequences)
+        body = sequences[0][:shared]
+        if self._max_length is not None:
+            # A candidate's last token is only predicted, never fed to the model.
+            room = self._max_length - len(self._prefix) - max(map(len, candidates)) + 1
+            body = body[max(0, len(body) - room) :]
+        return EncodedExample((*self._prefix, *body), candidates, example.label)
+
+    def _ids(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False).input_ids
+
+
+class PromptCollator:
+    """Makes a micro-batch of encoded examples; the result depends on these examples alone.
+
+    Padding goes to the right, to the longest row of this micro-batch, so causal attention never sees it.
+    """
+
+    def __init__(self, pad_token_id: int):
+        self._pad = pad_token_id
+
+    def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, torch.Tensor]:
+        """Tensors of a micro-batch of B examples with C classes, words of at most L tokens and R rows of at most T tokens.
+
+        A row is a context followed by a word's tokens but the last. Candidates with the same row share it: one-token
+        words need a single row for each example, R = B.
+
+        Returns:
+            input_ids, attention_mask: int64 [R, T].
+            rows: int64 [B, C], the row in which each candidate's tokens are predicted.
+            positions, tokens: int64 [B, C, L], where in the row each token is predicted, and which token it is.
+            token_mask: bool [B, C, L], False where a word has fewer than L tokens.
+            labels: int64 [B].
+        """
+        num_classes = len(examples[0].candidates)
+        longest_word = max(len(word) for example in examples for word in example.candidates)
+        shape = (len(examples), num_classes, longest_word)
+        positions, tokens = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+        token_mask, rows = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape[:2], dtype=torch.int64)
+        inputs: list[tuple[int, ...]] = []
+        for item, example in enumerate(examples):
+            first_row = len(inputs)
+            for label, word in enumerate(example.candidates):
+                row = (*example.context, *word[:-1])
+                if row not in inputs[first_row:]:
+                    inputs.append(row)
+                rows[item, label] = first_row + inputs[first_row:].index(row)
+                start = len(example.context) - 1
+                positions[item, label, : len(word)] = torch.arange(start, start + len(word))
+                tokens[item, label, : len(word)] = torch.tensor(word)
+                token_mask[item, label, : len(word)] = True
+        input_ids = torch.full((len(inputs), max(map(len, inputs))), self._pad, dtype=torch.int64)
+        attention_mask = torch.zeros_like(input_ids)
+        for index, row in enumerate(inputs):
+            input_ids[index, : len(row)] = torch.tensor(row)
+            attention_mask[index, : len(row)] = 1
+        labels = torch.tensor([example.label for example in examples])
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "rows": rows,
+            "positions": positions,
+            "tokens": tokens,
+            "token_mask": token_mask,
+            "labels": labels,
+        }
+
+
+def model_max_length(config, tokenizer, limit: int | None) -> int | None:
+    """The most tokens a prompt may have: the least of the model's positions, the tokenizer's limit and the user's; None: no limit.
+
+    Raises:
+        InputError: the user's limit is not positive.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"--max_length must be positive, got {limit}")
+    lengths = [getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None), limit]
+    # Tokenizers without a limit say 1e30.
+    known = [length for length in lengths if length is not None and length < 10**9]
+    return min(known) if known else None
+
+
+def _leading_special_tokens(tokenizer) -> tuple[int, ...]:
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    full = tokenizer("a").input_ids
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return tuple(full[:start])
+    return ()
+
+
+def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    length = 0
+    for ids in zip(*sequences):
+        if len(set(ids)) > 1:
+            break
+        length += 1
+    return length

@@ -1,0 +1,97 @@
+"""Rows of a task's split: from local JSON-lines or CSV files, or from the Hugging Face hub."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from ds_zoadamu.tasks.errors import InputError
+from ds_zoadamu.tasks.task import Task
+
+SUFFIXES = (".jsonl", ".json", ".csv")
+
+
+def read_rows(task: Task, split: str, data_dir: str | None) -> Iterator[tuple[str, dict]]:
+    """Yields (where, row) for the task's "train" or "validation" split; `where` names the file and line for messages.
+
+    Local files are read here rather than through `datasets`, whose errors do not say which line is at fault.
+
+    Raises:
+        InputError: no such file, directory or data set, or a malformed line.
+    """
+    if data_dir is not None:
+        yield from _read_file(find_file(task, split, data_dir))
+    elif task.hub_path is not None:
+        yield from _read_hub(task, split)
+    else:
+        raise InputError(f"task {task.name!r} is not on the hub: give the folder of its files with --data_dir")
+
+
+def find_file(task: Task, split: str, data_dir: str) -> Path:
+    """The local file of a split.
+
+    Raises:
+        InputError: the folder or the file is missing; the message says which names were looked for.
+    """
+    folder = Path(data_dir)
+    if not folder.is_dir():
+        raise InputError(f"--data_dir {data_dir}: no such folder")
+    name = task.train_file if split == "train" else task.validation_file
+    candidates = [folder / name] if Path(name).suffix in SUFFIXES else [folder / f"{name}{suffix}" for suffix in SUFFIXES]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise InputError(f"the {split} split is missing: looked for {', '.join(str(path) for path in candidates)}")
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, dict]]:
+    reader = _read_csv if path.suffix == ".csv" else _read_json_lines
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            yield from reader(path, file)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _read_json_lines(path: Path, file) -> Iterator[tuple[str, dict]]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{number}: not JSON ({error.msg}); each line holds one JSON object") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{number}: a JSON object is needed, got {type(row).__name__}")
+        yield f"{path}:{number}", row
+
+
+def _read_csv(path: Path, file) -> Iterator[tuple[str, dict]]:
+    reader = csv.DictReader(file, strict=True)
+    try:
+        for row in reader:
+            # DictReader files surplus fields under None and fills missing ones with None.
+            if None in row or None in row.values():
+                raise InputError(f"{path}:{reader.line_num}: {len(reader.fieldnames)} fields expected as in the first line")
+            yield f"{path}:{reader.line_num}", row
+    except csv.Error as error:
+        raise InputError(f"{path}:{reader.line_num}: malformed CSV: {error}") from error
+
+
+def _read_hub(task: Task, split: str) -> Iterator[tuple[str, dict]]:
+    import datasets
+
+    name = task.train_file if split == "train" else task.validation_file
+    source = "/".join(part for part in (task.hub_path, task.hub_name) if part)
+    try:
+        table = datasets.load_dataset(task.hub_path, task.hub_name, split=name)
+    # The hub client has many kinds of errors (network, missing name, missing split): all mean that there is no data.
+    except Exception as error:
+        raise InputError(
+            f"cannot load {source} (split {name}) from the hub: {error}. "
+            "Without a network give a folder with train.jsonl and validation.jsonl as --data_dir"
+        ) from error
+    for index, row in enumerate(table):
+        yield f"{source} {name}[{index}]", row

@@ -1,0 +1,143 @@
+"""What a prompt task is: a template over the columns of a table, and one word for each label."""
+
+import json
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from ds_zoadamu.errors import unknown_keys_message
+from ds_zoadamu.tasks.errors import InputError
+
+_TASK_KEYS = ("name", "template", "label_words", "label_column", "train_file", "validation_file", "hub_path", "hub_name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A classification task in prompt form.
+
+    Attributes:
+        name: shown in reports.
+        template: a `str.format` template over column names, e.g. ``"{sentence} It was"``. Its last words stay when a
+            text is cut to the model's length.
+        label_words: label value as text -> the word that stands for it, e.g. ``{"0": " terrible", "1": " great"}``;
+            the order gives class indices 0, 1, ... A word begins with the space that separates it from the prompt.
+        label_column: the column that holds the label value.
+        train_file, validation_file: names inside the data directory, without suffix or with one of .jsonl, .json, .csv.
+        hub_path, hub_name: arguments of `datasets.load_dataset`; None: the task exists only as local files.
+
+    Raises:
+        InputError: an empty template, a template without a column, fewer than two labels, or an empty or repeated word.
+    """
+
+    name: str
+    template: str
+    label_words: Mapping[str, str]
+    label_column: str = "label"
+    train_file: str = "train"
+    validation_file: str = "validation"
+    hub_path: str | None = None
+    hub_name: str | None = None
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "label_words" or (value is None and field.name.startswith("hub_")):
+                continue
+            if not isinstance(value, str) or not value:
+                raise InputError(f"task {self.name!r}: {field.name} must be a non-empty string, got {value!r}")
+        if not self.columns:
+            raise InputError(
+                f"task {self.name!r}: template {self.template!r} names no column; "
+                'write a column in braces, for example "{sentence} It was"'
+            )
+        words = list(self.label_words.values())
+        if len(words) < 2:
+            raise InputError(f"task {self.name!r}: label_words needs at least two labels, got {dict(self.label_words)!r}")
+        for word in words:
+            if not isinstance(word, str) or not word.strip():
+                raise InputError(f"task {self.name!r}: label_words has the empty word {word!r}; each label needs a word of its own")
+        if len(set(words)) < len(words):
+            raise InputError(f"task {self.name!r}: label_words repeats a word: {words}; no prediction could tell the labels apart")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the template reads, in order of first use."""
+        try:
+            names = [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
+        except ValueError as error:
+            raise InputError(f"task {self.name!r}: template {self.template!r} is malformed: {error}") from error
+        for name in names:
+            if not name.isidentifier():
+                raise InputError(f"task {self.name!r}: template {self.template!r} has {{{name}}}, which is no column name")
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes."""
+        return len(self.label_words)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The label words, by class index."""
+        return tuple(self.label_words.values())
+
+    def label_index(self, value: object) -> int | None:
+        """Class index of a label value as it stands in the data (1, 1.0, "1" and True are the same); None if unknown."""
+        if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
+            value = int(value)
+        keys = list(self.label_words)
+        return keys.index(str(value)) if str(value) in keys else None
+
+
+SST2 = Task(
+    name="sst2",
+    template="{sentence} It was",
+    label_words={"0": " terrible", "1": " great"},
+    hub_path="nyu-mll/glue",
+    hub_name="sst2",
+)
+TASKS = {task.name: task for task in (SST2,)}
+
+
+def label_words_from(words: object, where: str) -> dict[str, str]:
+    """Label words as a mapping: a mapping stays, a list stands for the labels 0, 1, 2, ... in order.
+
+    Raises:
+        InputError: anything else; `where` says in the message whose words they are.
+    """
+    if isinstance(words, dict):
+        return dict(words)
+    if isinstance(words, (list, tuple)):
+        return {str(index): word for index, word in enumerate(words)}
+    raise InputError(f'{where}: label_words must be {{"label": " word", ...}} or a list of words for labels 0, 1, ..., got {words!r}')
+
+
+def load_task(name_or_path: str) -> Task:
+    """A built-in task by its name, or a task file: a JSON object with `template`, `label_words` and what else `Task` has.
+
+    Raises:
+        InputError: no such task or file, not JSON, an unknown or missing key.
+    """
+    if name_or_path in TASKS:
+        return TASKS[name_or_path]
+    path = Path(name_or_path)
+    if path.suffix != ".json":
+        raise InputError(f"unknown task {name_or_path!r}; known: {', '.join(TASKS)}, or the path of a .json task file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read the task file {path}: {error.strerror}") from error
+    try:
+        section = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
+    if not isinstance(section, dict):
+        raise InputError(f"{path}: a task file is one JSON object, got {type(section).__name__}")
+    if unknown := set(section) - set(_TASK_KEYS):
+        raise InputError(unknown_keys_message(str(path), unknown, _TASK_KEYS))
+    for key in ("template", "label_words"):
+        if key not in section:
+            raise InputError(f"{path}: the key {key!r} is missing")
+    section["label_words"] = label_words_from(section["label_words"], str(path))
+    return Task(**{"name": path.stem, **section})

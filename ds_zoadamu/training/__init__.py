@@ -1,0 +1,1 @@
+"""Fine-tuning runs: what the scripts in launch/ do."""

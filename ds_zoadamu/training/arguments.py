@@ -1,0 +1,106 @@
+"""Command-line arguments that the launch scripts share, with the names Hugging Face users know."""
+
+import argparse
+
+import deepspeed
+
+from ds_zoadamu.tasks import TASKS, InputError, Task, label_words_from, load_task
+
+
+def add_task_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to measure: model, task, data and how many examples."""
+    group = parser.add_argument_group("model and task")
+    group.add_argument("--model_name_or_path", required=True, help="folder or hub name of a causal language model")
+    group.add_argument(
+        "--task",
+        default="sst2",
+        help=f"{', '.join(TASKS)}, or a .json task file with template, label_words and optionally label_column, train_file, "
+        "validation_file, hub_path, hub_name (default: %(default)s)",
+    )
+    group.add_argument("--template", help='replaces the task\'s template, for example "{sentence} It was"')
+    group.add_argument(
+        "--label_words", nargs="+", metavar="WORD", help='replaces the task\'s label words for labels 0, 1, ..., for example " terrible" " great"'
+    )
+    group.add_argument("--data_dir", help="folder with train and validation as .jsonl, .json or .csv; without it the task's hub data set")
+    group.add_argument("--num_train", type=int, default=1000, help="training examples drawn from the training split (default: %(default)s)")
+    group.add_argument("--num_dev", type=int, default=500, help="development examples drawn from the rest (default: %(default)s)")
+    group.add_argument("--data_seed", type=int, help="seed of that draw (default: --seed)")
+    group.add_argument("--max_length", type=int, help="tokens a prompt may have; longer texts lose their beginning (default: the model's)")
+    group.add_argument("--per_device_eval_batch_size", type=int, default=16, help="examples in an evaluation's forward (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="seed of data order and perturbations (default: %(default)s)")
+
+
+def add_precision_arguments(parser: argparse.ArgumentParser) -> None:
+    """Precision of the weights where the JSON leaves it open."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--bf16", action="store_true", help='bf16 weights, where the JSON\'s bf16.enabled is "auto" or absent')
+    group.add_argument("--fp16", action="store_true", help='fp16 weights, where the JSON\'s fp16.enabled is "auto" or absent')
+
+
+def finetune_parser() -> argparse.ArgumentParser:
+    """All arguments of launch/finetune.py."""
+    parser = argparse.ArgumentParser(
+        description="Fine-tune a causal language model on a prompt task with the optimizer of a DeepSpeed JSON.",
+        epilog='Values that the JSON gives as "auto" are filled from these arguments, as Hugging Face\'s Trainer does.',
+    )
+    add_task_arguments(parser)
+    group = parser.add_argument_group('training (fills "auto" in the JSON)')
+    group.add_argument("--max_steps", type=int, required=True, help="optimizer steps")
+    group.add_argument("--per_device_train_batch_size", type=int, help="examples in a micro-batch (default: 8)")
+    group.add_argument("--gradient_accumulation_steps", type=int, help="micro-batches a rank takes in a step (default: 1)")
+    group.add_argument("--learning_rate", type=float, help="lr (default: 5e-5 for AdamW, 1e-5 for a zeroth-order optimizer; see --find_lr)")
+    group.add_argument("--zo_eps", type=float, help="size of the perturbation (default: 1e-3)")
+    group.add_argument("--weight_decay", type=float, help="decoupled weight decay (default: 0)")
+    group.add_argument("--warmup_steps", type=int, help="of the JSON's scheduler (default: 0)")
+    group.add_argument("--max_grad_norm", type=float, help="gradient_clipping, with backward passes only (default: 1.0)")
+    add_precision_arguments(parser)
+    group = parser.add_argument_group("evaluation and output")
+    group.add_argument("--eval_steps", type=int, help="steps between accuracies on the development set (default: a tenth of --max_steps)")
+    group.add_argument("--output_dir", required=True, help="where metrics, results, curves and the model go")
+    group.add_argument("--overwrite_output_dir", action="store_true", help="replace the results of an earlier run")
+    group.add_argument("--max_shard_size", default="5GB", help="largest file of the saved model (default: %(default)s)")
+    group = parser.add_argument_group("search for lr and zo_eps")
+    group.add_argument(
+        "--find_lr",
+        action="store_true",
+        help="instead of a full run, try each pair of --find_lr_values and --find_eps_values for --max_steps steps from the same weights, "
+        "with the schedule of a run of that length, and write find_lr.json, best development loss first",
+    )
+    group.add_argument("--find_lr_values", type=float, nargs="+", metavar="LR", default=[1e-6, 3e-6, 1e-5, 3e-5, 1e-4])
+    group.add_argument("--find_eps_values", type=float, nargs="+", metavar="EPS", default=[1e-3])
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
+    return deepspeed.add_config_arguments(parser)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuses numbers that cannot work.
+
+    Raises:
+        InputError: names the argument, its value and the bound.
+    """
+    positive = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "per_device_eval_batch_size")
+    for name in positive:
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} must be at least 1, got {value}")
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
+        value = getattr(args, name, None)
+        if value is not None and not 0 <= value < float("inf"):
+            raise InputError(f"--{name} must be a finite number of at least 0, got {value}")
+    if getattr(args, "deepspeed_config", "unused") is None:
+        raise InputError("--deepspeed_config is missing; give a DeepSpeed JSON, for example one of ds_configs/")
+
+
+def task_from(args: argparse.Namespace) -> Task:
+    """The task that --task, --template and --label_words describe.
+
+    Raises:
+        InputError: as `load_task` and `Task`.
+    """
+    task = load_task(args.task)
+    changes = {}
+    if args.template is not None:
+        changes["template"] = args.template
+    if args.label_words is not None:
+        changes["label_words"] = label_words_from(args.label_words, "--label_words")
+    return Task(**{**vars(task), **changes})

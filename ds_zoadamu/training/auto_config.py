@@ -1,0 +1,130 @@
+"""The DeepSpeed JSON with its "auto" values filled, as Hugging Face's Trainer fills them."""
+
+import copy
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+from ds_zoadamu.config import zeroth_order_type
+from ds_zoadamu.tasks import InputError
+
+DEFAULT_MICRO_BATCH_SIZE = 8
+DEFAULT_LEARNING_RATE = 5e-5
+DEFAULT_ZEROTH_ORDER_LEARNING_RATE = 1e-5
+# In these DeepSpeed itself knows what "auto" means.
+_OWN_AUTO_SECTIONS = ("data_types", "autotuning")
+
+
+def fill_auto(config: dict, args: Namespace, *, world_size: int, hidden_size: int | None) -> dict:
+    """A copy of a DeepSpeed configuration without "auto" values.
+
+    A value of "auto" takes its argument or the argument's default. An argument that was given also fills a key that the
+    JSON leaves out, and must agree with one that the JSON fixes.
+
+    Args:
+        config: the JSON.
+        args: of `finetune_parser`; None stands for "not given".
+        world_size: number of ranks.
+        hidden_size: of the model, for ZeRO's bucket sizes; None: unknown.
+
+    Raises:
+        InputError: an argument contradicts the JSON, or an "auto" that nothing fills.
+    """
+    filler = _Filler(copy.deepcopy(config))
+    zeroth_order = zeroth_order_type(config) is not None
+    _fill_batches(filler, args, world_size)
+    _fill_optimizer(filler, args, zeroth_order)
+    _fill_scheduler(filler, args)
+    for section, wanted in (("bf16", args.bf16), ("fp16", args.fp16)):
+        filler.fill(f"{section}.enabled", wanted or None, False, f"--{section}")
+    if hidden_size is not None:
+        filler.fill("zero_optimization.reduce_bucket_size", None, hidden_size * hidden_size)
+        filler.fill("zero_optimization.stage3_prefetch_bucket_size", None, int(0.9 * hidden_size * hidden_size))
+        filler.fill("zero_optimization.stage3_param_persistence_threshold", None, 10 * hidden_size)
+    for path in _auto_paths({key: value for key, value in filler.config.items() if key not in _OWN_AUTO_SECTIONS}):
+        raise InputError(f'the DeepSpeed JSON has {path} = "auto", which nothing here fills; give a value')
+    return filler.config
+
+
+def _fill_batches(filler: "_Filler", args: Namespace, world_size: int) -> None:
+    micro = filler.fill(
+        "train_micro_batch_size_per_gpu", args.per_device_train_batch_size, DEFAULT_MICRO_BATCH_SIZE, "--per_device_train_batch_size"
+    )
+    total = filler.get("train_batch_size")
+    accumulation = 1
+    if micro is not None and isinstance(total, int):
+        accumulation = max(1, total // (micro * world_size))
+    accumulation = filler.fill(
+        "gradient_accumulation_steps", args.gradient_accumulation_steps, accumulation, "--gradient_accumulation_steps"
+    )
+    if micro is not None:
+        filler.fill("train_batch_size", None, micro * (accumulation or 1) * world_size)
+
+
+def _fill_optimizer(filler: "_Filler", args: Namespace, zeroth_order: bool) -> None:
+    default_lr = DEFAULT_ZEROTH_ORDER_LEARNING_RATE if zeroth_order else DEFAULT_LEARNING_RATE
+    filler.fill("optimizer.params.lr", args.learning_rate, default_lr, "--learning_rate")
+    filler.fill("optimizer.params.weight_decay", args.weight_decay, 0.0, "--weight_decay")
+    if zeroth_order:
+        filler.fill("optimizer.params.zo_eps", args.zo_eps, 1e-3, "--zo_eps")
+        filler.fill("optimizer.params.total_steps", None, args.max_steps)
+        filler.fill("optimizer.params.seed", None, args.seed)
+        filler.fill("gradient_clipping", None, 0.0)
+    else:
+        filler.fill("optimizer.params.betas", None, [0.9, 0.999])
+        filler.fill("optimizer.params.eps", None, 1e-8)
+        filler.fill("gradient_clipping", args.max_grad_norm, 1.0, "--max_grad_norm")
+
+
+def _fill_scheduler(filler: "_Filler", args: Namespace) -> None:
+    if "scheduler" not in filler.config:
+        if args.warmup_steps is not None:
+            raise InputError('--warmup_steps is given but the DeepSpeed JSON has no "scheduler"; add one, for example WarmupDecayLR')
+        return
+    filler.fill("scheduler.params.warmup_min_lr", None, 0.0)
+    filler.fill("scheduler.params.warmup_max_lr", None, filler.get("optimizer.params.lr"))
+    filler.fill("scheduler.params.total_num_steps", None, args.max_steps)
+    # DeepSpeed refuses a warm-up of 0 steps; 1 is what the Trainer takes for "none".
+    filler.fill("scheduler.params.warmup_num_steps", args.warmup_steps and max(1, args.warmup_steps), 1, "--warmup_steps")
+
+
+class _Filler:
+    def __init__(self, config: dict):
+        self.config = config
+
+    def get(self, path: str) -> Any:
+        """The value at a dotted path; None where it or a section above it is absent."""
+        value: Any = self.config
+        for key in path.split("."):
+            if not isinstance(value, dict) or key not in value:
+                return None
+            value = value[key]
+        return value
+
+    def fill(self, path: str, given: Any, default: Any, argument: str = "") -> Any:
+        """Fills "auto" with what was given or the default; returns the value that stands at last (None if absent)."""
+        present = self.get(path)
+        if present == "auto":
+            self._set(path, default if given is None else given)
+        elif given is not None and present is None:
+            self._set(path, given)
+        elif given is not None and present != given:
+            raise InputError(
+                f'{argument} {given} contradicts the DeepSpeed JSON, where {path} is {present}; set it to "auto" there or leave out {argument}'
+            )
+        return self.get(path)
+
+    def _set(self, path: str, value: Any) -> None:
+        *sections, key = path.split(".")
+        node = self.config
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[key] = value
+
+
+def _auto_paths(node: Any, path: str = "") -> Iterator[str]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _auto_paths(value, f"{path}.{key}" if path else key)
+    elif node == "auto":
+        yield path

@@ -1,0 +1,56 @@
+"""curves.png: how a run went."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def draw_curves(records: Sequence[dict], path: Path, title: str, majority: float) -> bool:
+    """Draws loss, development accuracy and projected gradient (or gradient norm) against the step.
+
+    Args:
+        records: lines of metrics.jsonl.
+        path: of the PNG file.
+        title: over the picture.
+        majority: the development set's majority-class accuracy, drawn as a line.
+
+    Returns:
+        False where Matplotlib is not installed (the extra "plots"): nothing is drawn.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    steps = [record for record in records if record["kind"] == "step" and not record.get("skipped")]
+    evals = [record for record in records if record["kind"] == "eval" and record["split"] == "dev"]
+    numbers = [record["step"] for record in steps]
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss_axes, accuracy_axes, slope_axes = figure.subplots(1, 3)
+
+    losses = [record["loss"] for record in steps]
+    loss_axes.plot(numbers, losses, ".", markersize=2, color="0.7", label="a step's mini-batch")
+    loss_axes.plot(numbers, _running_mean(losses, max(1, len(losses) // 20)), color="tab:blue", label="running mean")
+    loss_axes.plot([r["step"] for r in evals], [r["loss"] for r in evals], "o-", color="tab:orange", label="development set")
+    loss_axes.set(title="loss", xlabel="step")
+    loss_axes.legend()
+
+    accuracy_axes.plot([r["step"] for r in evals], [r["accuracy"] for r in evals], "o-", color="tab:orange", label="development set")
+    accuracy_axes.axhline(majority, linestyle="--", color="0.5", label="majority class")
+    accuracy_axes.set(title="accuracy", xlabel="step")
+    accuracy_axes.legend()
+
+    slope = "projected_grad" if steps and "projected_grad" in steps[0] else "grad_norm"
+    slope_axes.plot(numbers, [record[slope] for record in steps], ".", markersize=2, color="tab:green")
+    slope_axes.set(title=slope.replace("_", " "), xlabel="step")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def _running_mean(values: Sequence[float], window: int) -> list[float]:
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    starts = [max(0, end - window) for end in range(1, len(sums))]
+    return [(sums[end] - sums[start]) / (end - start) for end, start in enumerate(starts, start=1)]

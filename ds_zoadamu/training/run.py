@@ -1,0 +1,134 @@
+"""A fine-tuning run: accuracy before, training with accuracies on the way, accuracy after, and what it leaves behind."""
+
+import shlex
+import sys
+import time
+from argparse import Namespace
+from dataclasses import asdict
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.utils import logger
+from tqdm import tqdm
+
+from ds_zoadamu.hf import load_weights, save_pretrained
+from ds_zoadamu.tasks import Evaluation, evaluate
+from ds_zoadamu.training.curves import draw_curves
+from ds_zoadamu.training.memory import PeakMemory
+from ds_zoadamu.training.output import BEST, CURVES, RESULTS, OutputDirectory, environment
+from ds_zoadamu.training.plan import Plan, make_plan, rank
+from ds_zoadamu.training.steps import Stepper, make_stepper
+
+
+def finetune(args: Namespace) -> dict:
+    """Runs what launch/finetune.py's arguments say; returns what results.json holds. All ranks call it.
+
+    Raises:
+        InputError, ConfigError: before a model is loaded or a file written.
+    """
+    output = OutputDirectory(args.output_dir, writes=rank() == 0, overwrite=args.overwrite_output_dir)
+    plan = make_plan(args)
+    memory = PeakMemory()
+    stepper = make_stepper(args.model_name_or_path, plan.config, plan.train, plan.collate, args.seed)
+    output.begin()
+    before = {split: _evaluate(plan, stepper, output, split, step=0) for split in ("dev", "test")}
+    seconds, best_step, best = _train(plan, stepper, output)
+    if best_step != args.max_steps:
+        load_weights(stepper.engine, output.path / BEST)
+    after = _evaluate(plan, stepper, output, "test", step=best_step)
+    dist.barrier()  # rank 0 may have been the one to read the best model: all have it before it is renamed
+    output.promote_best()
+    results = _results(plan, stepper, before, best_step, best, after, seconds, memory)
+    output.write_json(RESULTS, results)
+    if rank() == 0:
+        title = f"{plan.task.name}, {args.model_name_or_path}, {plan.config['optimizer']['type']}"
+        if not draw_curves(output.records(), output.path / CURVES, title, plan.dev_majority):
+            logger.warning(f"no {CURVES}: Matplotlib is not installed (pip install ds_zoadamu[plots])")
+        if best.accuracy <= before["dev"].accuracy:
+            logger.warning("no evaluated step was better on the development set than the model before training; try --find_lr")
+    return results
+
+
+def _train(plan: Plan, stepper: Stepper, output: OutputDirectory) -> tuple[list[float], int, Evaluation]:
+    """Trains for max_steps and keeps the best model of the evaluated steps; returns seconds of each step, best step and its score."""
+    total = plan.args.max_steps
+    every = plan.args.eval_steps or max(1, total // 10)
+    seconds, best_step, best = [], 0, None
+    with tqdm(total=total, desc="fine-tuning", unit="step", disable=rank() != 0, dynamic_ncols=True) as bar:
+        for step in range(1, total + 1):
+            start = time.perf_counter()
+            record = stepper.step()
+            seconds.append(time.perf_counter() - start)
+            output.log({"kind": "step", **record, "seconds": seconds[-1]})
+            shown = {key: f"{record[key]:.4g}" for key in ("loss", "projected_grad", "grad_norm") if record.get(key) is not None}
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+            if step % every == 0 or step == total:
+                now = _evaluate(plan, stepper, output, "dev", step)
+                if best is None or (now.accuracy, -now.loss) > (best.accuracy, -best.loss):
+                    best_step, best = step, now
+                    save_pretrained(
+                        stepper.engine, output.path / BEST, plan.tokenizer, plan.args.max_shard_size, overwrite=True
+                    )
+    return seconds, best_step, best
+
+
+def _evaluate(plan: Plan, stepper: Stepper, output: OutputDirectory, split: str, step: int) -> Evaluation:
+    examples = {"dev": plan.dev, "test": plan.test}[split]
+    result = evaluate(stepper.engine.module, examples, plan.collate, plan.args.per_device_eval_batch_size)
+    output.log({"kind": "eval", "split": split, "step": step, **asdict(result)})
+    if rank() == 0:
+        tqdm.write(f"step {step}: {split} accuracy {result.accuracy:.4f}, loss {result.loss:.4f} ({result.num_examples} examples)")
+    return result
+
+
+def _results(plan, stepper, before, best_step, best, after, seconds, memory) -> dict:
+    args = plan.args
+    # The first step pays for caches and traces.
+    times = torch.tensor(seconds[1:] or seconds, dtype=torch.float64)
+    return {
+        "task": plan.task.name,
+        "model": args.model_name_or_path,
+        "optimizer": plan.config["optimizer"]["type"],
+        "world_size": dist.get_world_size(),
+        "max_steps": args.max_steps,
+        "best_step": best_step,
+        "accuracy": {
+            "dev_before": before["dev"].accuracy,
+            "dev_best": best.accuracy,
+            "dev_majority": plan.dev_majority,
+            "test_before": before["test"].accuracy,
+            "test_after": after.accuracy,
+            "test_majority": plan.test_majority,
+        },
+        "loss": {
+            "dev_before": before["dev"].loss,
+            "dev_best": best.loss,
+            "test_before": before["test"].loss,
+            "test_after": after.loss,
+        },
+        "num_examples": {"train": len(plan.train), "dev": len(plan.dev), "test": len(plan.test)},
+        "seconds_a_step": {name: times.quantile(q).item() for name, q in (("median", 0.5), ("p10", 0.1), ("p90", 0.9))},
+        "skipped_steps": stepper.engine.skipped_steps,
+        "ranks": _of_all_ranks({**memory.report(), **_stored_bytes(stepper.engine)}),
+        **environment(),
+        "command": shlex.join(sys.argv),
+        "arguments": vars(args),
+        "config": plan.config,
+    }
+
+
+def _stored_bytes(engine) -> dict[str, int]:
+    """Bytes that persist on this rank; DeepSpeed's own optimizers tell only their state."""
+    if hasattr(engine.optimizer, "memory_bytes"):
+        return {f"{name}_bytes": value for name, value in engine.memory_bytes().items()}
+    state = engine.basic_optimizer.state.values()
+    tensors = [value for values in state for value in values.values() if torch.is_tensor(value)]
+    return {"optimizer_state_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors)}
+
+
+def _of_all_ranks(numbers: dict) -> list[dict]:
+    """The numbers of each rank, in the order of ranks."""
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, numbers)
+    return gathered

@@ -1,0 +1,100 @@
+"""A cheap search for lr and zo_eps: short runs from the same weights, judged on the development set."""
+
+import copy
+import gc
+import math
+import time
+from argparse import Namespace
+from dataclasses import asdict, dataclass
+
+from deepspeed import comm as dist
+
+from ds_zoadamu.config import check_config, zeroth_order_type
+from ds_zoadamu.errors import NonFiniteLossError
+from ds_zoadamu.tasks import InputError, evaluate
+from ds_zoadamu.training.output import SEARCH, OutputDirectory, environment
+from ds_zoadamu.training.plan import Plan, make_plan, rank
+from ds_zoadamu.training.steps import make_stepper
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A short run and how it ended on the development set; loss is infinite where training diverged."""
+
+    lr: float
+    zo_eps: float
+    dev_loss: float
+    dev_accuracy: float
+    seconds: float
+
+
+def find_lr(args: Namespace) -> list[Trial]:
+    """Tries all pairs of --find_lr_values and --find_eps_values; returns the trials, lowest development loss first.
+
+    Loss decides rather than accuracy, which a short run moves by few examples. Costs 2 x max_steps x accumulation forwards
+    a pair and one evaluation. Each trial loads the model afresh, so all start from the same weights.
+
+    Raises:
+        InputError, ConfigError: before a model is loaded or a file written.
+    """
+    output = OutputDirectory(args.output_dir, writes=rank() == 0, overwrite=args.overwrite_output_dir)
+    plan = make_plan(args)
+    if zeroth_order_type(plan.config) is None:
+        raise InputError(f"--find_lr searches lr and zo_eps; the JSON's optimizer is {plan.config['optimizer']['type']}")
+    pairs = [(lr, zo_eps) for zo_eps in args.find_eps_values for lr in args.find_lr_values]
+    for lr, zo_eps in pairs:
+        check_config(_with(plan.config, lr, zo_eps))
+    _print(
+        f"{len(pairs)} trials of {args.max_steps} steps, {2 * args.max_steps * plan.config['gradient_accumulation_steps']} forwards a rank each, "
+        f"judged by the loss on {len(plan.dev)} development examples"
+    )
+    output.begin()
+    trials = []
+    for lr, zo_eps in pairs:
+        trials.append(_try(plan, lr, zo_eps))
+        _print(f"{len(trials)}/{len(pairs)} {_row(trials[-1])}")
+    trials.sort(key=lambda trial: trial.dev_loss)
+    output.write_json(
+        SEARCH, {"trials": [asdict(t) for t in trials], **environment(), "arguments": vars(args), "config": plan.config}
+    )
+    _print("\n".join([_row(None), *map(_row, trials)]))
+    return trials
+
+
+def _try(plan: Plan, lr: float, zo_eps: float) -> Trial:
+    start = time.perf_counter()
+    args = plan.args
+    stepper = make_stepper(args.model_name_or_path, _with(plan.config, lr, zo_eps), plan.train, plan.collate, args.seed)
+    try:
+        for _ in range(args.max_steps):
+            stepper.step()
+        score = evaluate(stepper.engine.module, plan.dev, plan.collate, args.per_device_eval_batch_size)
+        loss, accuracy = score.loss if math.isfinite(score.loss) else math.inf, score.accuracy
+    except NonFiniteLossError:  # raised on all ranks alike
+        loss, accuracy = math.inf, 0.0
+    stepper.engine.destroy()
+    del stepper
+    gc.collect()  # engine and module refer to each other
+    dist.barrier()
+    return Trial(lr, zo_eps, loss, accuracy, time.perf_counter() - start)
+
+
+def _with(config: dict, lr: float, zo_eps: float) -> dict:
+    """The configuration with another lr (also at the end of a scheduler's warm-up) and zo_eps."""
+    config = copy.deepcopy(config)
+    config["optimizer"]["params"].update(lr=lr, zo_eps=zo_eps)
+    if "warmup_max_lr" in config.get("scheduler", {}).get("params", {}):
+        config["scheduler"]["params"]["warmup_max_lr"] = lr
+    return config
+
+
+def _row(trial: Trial | None) -> str:
+    if trial is None:
+        return f"{'lr':>10} {'zo_eps':>10} {'dev loss':>10} {'accuracy':>10} {'seconds':>10}"
+    loss = f"{trial.dev_loss:10.4f}" if math.isfinite(trial.dev_loss) else f"{'diverged':>10}"
+    return f"{trial.lr:10.3g} {trial.zo_eps:10.3g} {loss} {trial.dev_accuracy:10.4f} {trial.seconds:10.1f}"
+
+
+def _print(text: str) -> None:
+    if rank() == 0:
+        print(text, flush=True)

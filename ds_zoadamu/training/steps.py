@@ -1,0 +1,100 @@
+"""One optimizer step on a prompt task, with forward passes only or with backward passes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Protocol
+
+import torch
+from deepspeed import comm as dist
+
+import ds_zoadamu
+from ds_zoadamu.config import zeroth_order_type
+from ds_zoadamu.data import MicroBatchSampler, repeat
+from ds_zoadamu.hf import load_causal_lm
+from ds_zoadamu.losses import as_pair, global_means
+from ds_zoadamu.tasks import EncodedExample, prompt_loss
+
+
+class Stepper(Protocol):
+    """An engine and how it makes a step."""
+
+    engine: "ds_zoadamu.ZeroOrderEngine"
+
+    def step(self) -> dict:
+        """Makes one step; returns its record for metrics.jsonl, with at least `loss`, `lr` and a gradient figure."""
+
+
+def make_stepper(model_path: str, config: dict, examples: Sequence[EncodedExample], collate: Callable, seed: int) -> Stepper:
+    """Loads the model into partitions and sets up the engine that the configuration's optimizer asks for.
+
+    Args:
+        model_path: folder or hub name.
+        config: DeepSpeed configuration without "auto".
+        examples: the training set.
+        collate: makes a micro-batch of examples.
+        seed: of the data order with backward passes (a zeroth-order optimizer has a seed of its own).
+    """
+    model = load_causal_lm(model_path, config)
+    zeroth_order = zeroth_order_type(config) is not None
+    engine, _, dataloader, _ = ds_zoadamu.initialize(
+        model=model,
+        model_parameters=None if zeroth_order else list(model.parameters()),
+        config=config,
+        training_data=examples if zeroth_order else None,
+        collate_fn=collate,
+        loss_fn=prompt_loss,
+    )
+    if zeroth_order:
+        return _ForwardOnly(engine, dataloader)
+    return _WithBackward(engine, _dataloader(engine, examples, collate, seed))
+
+
+class _ForwardOnly:
+    def __init__(self, engine, dataloader):
+        self.engine = engine
+        self._batches = repeat(dataloader)
+
+    def step(self) -> dict:
+        self.engine.train_batch(self._batches)
+        return asdict(self.engine.last_step)
+
+
+class _WithBackward:
+    """DeepSpeed's own optimizers, for comparison and pre-training; sees the same micro-batches in the same order."""
+
+    def __init__(self, engine, dataloader):
+        self.engine = engine
+        self._batches = repeat(dataloader)
+        self._count = 0
+
+    def step(self) -> dict:
+        engine = self.engine
+        engine.train()
+        lr = float(engine.get_lr()[0])
+        pairs = []
+        for _ in range(engine.gradient_accumulation_steps()):
+            loss, weight = prompt_loss(engine, next(self._batches))
+            engine.backward(loss)
+            engine.step()
+            pairs.append(as_pair((loss, weight), engine.device))
+        self._count += 1
+        grad_norm = engine.get_global_grad_norm()
+        return {
+            "step": self._count,
+            "loss": global_means([pairs], engine.device)[0],
+            "lr": lr,
+            "grad_norm": None if grad_norm is None else float(grad_norm),
+            "skipped": False,
+        }
+
+
+def _dataloader(engine, examples, collate, seed) -> torch.utils.data.DataLoader:
+    sampler = MicroBatchSampler(
+        len(examples),
+        engine.train_micro_batch_size_per_gpu(),
+        engine.gradient_accumulation_steps(),
+        dist.get_rank(),
+        dist.get_world_size(),
+        seed,
+    )
+    return torch.utils.data.DataLoader(examples, batch_sampler=sampler, collate_fn=collate)
