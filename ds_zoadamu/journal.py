@@ -324,7 +324,7 @@ class Journal:
         try:
             self.sync()
         finally:
-            self._forget()
+            self._release()
 
     def _withdraw(self) -> None:
         # The record stands for a step that will not be taken. Should this fail too, no harm is done: a whole record left behind is
@@ -334,6 +334,11 @@ class Journal:
             os.fdatasync(self._fd)
         except OSError:
             pass
+        self._release()
+
+    def _release(self) -> None:
+        if self._fd >= 0:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)  # a child that is just being forked may still hold the file open
         self._forget()
 
     def _forget(self) -> None:

@@ -46,6 +46,8 @@ def dtype_from_name(name: str) -> torch.dtype:
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a flat tensor as they lie in a file (copied to the CPU first, where it is elsewhere)."""
+    if tensor.numel() == 0:
+        return memoryview(b"")
     return memoryview(tensor.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy())
 
 
@@ -99,6 +101,8 @@ class FlatReader:
         info = self.tensors[name]
         if not 0 <= start <= stop <= info.numel:
             raise ValueError(f"{str(self.path)!r}: {name!r} has {info.numel} elements, asked for {start} to {stop}")
+        if start == stop:
+            return torch.empty(0, dtype=info.dtype)
         buffer = numpy.empty((stop - start) * info.dtype.itemsize, dtype=numpy.uint8)
         view, offset = memoryview(buffer), info.offset + start * info.dtype.itemsize
         while view:
