@@ -2,16 +2,17 @@
 
 import importlib
 
+from .noise import noise  # eager: a later import of the submodule of that name must not take the function's place
+from .schedules import anneal
+
 __version__ = "0.1.0"
 
-# Resolved on first use: the schedule, the noise and the configuration do not need DeepSpeed, whose import takes seconds.
+# Resolved on first use: importing DeepSpeed takes seconds, and not everything needs it.
 _EXPORTS = {
     "initialize": "engine",
     "StepRecord": "engine",
     "ZeroOrderEngine": "engine",
     "ZOAdaMU": "optimizers",
-    "anneal": "schedules",
-    "noise": "noise",
     "check_config": "config",
     "ConfigError": "errors",
     "NonFiniteLossError": "errors",
@@ -19,7 +20,7 @@ _EXPORTS = {
     "save_pretrained": "hf",
 }
 
-__all__ = ["__version__", *_EXPORTS]
+__all__ = ["__version__", "anneal", "noise", *_EXPORTS]
 
 
 def __getattr__(name: str):

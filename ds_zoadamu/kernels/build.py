@@ -11,12 +11,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 _SOURCES = Path(__file__).parent / "csrc"
 _COMPILERS = ("g++", "clang++", "c++")
 # -ffp-contract=off: every operation rounds by itself, as in the reference. -fno-math-errno: sqrt is one instruction.
-_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off", "-fno-math-errno", "-w")
+_FLAGS = (
+    "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off", "-fno-math-errno", "-w",
+)  # fmt: skip
+_GCC_FLAGS = ("-fschedule-insns", "-fsched-pressure")  # up to a tenth faster; clang has no such options
 _X86_BASELINE = ("-march=x86-64", "-DZO_X86")
 # Variant -> its own flags. Each is kernels.cpp in a namespace of its own.
 _X86_VARIANTS = {
@@ -62,37 +67,56 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-def _objects(machine: str) -> dict[str, tuple[str, ...]]:
-    """Name of each object file -> its source and flags."""
+def _objects(version: str, machine: str) -> dict[str, tuple[str, ...]]:
+    """Name of each object file -> its source and flags, for a compiler's ``--version`` and an architecture."""
     baseline, variants = _FLAGS, {"generic": ()}
+    if "clang" not in version:
+        baseline = (*baseline, *_GCC_FLAGS)
     if machine in ("x86_64", "AMD64"):
-        baseline, variants = (*_FLAGS, *_X86_BASELINE), {**_X86_VARIANTS, **variants}
+        baseline, variants = (*baseline, *_X86_BASELINE), {**_X86_VARIANTS, **variants}
     objects = {"dispatch": ("dispatch.cpp", *baseline)}
     for name, flags in variants.items():
         objects[name] = ("kernels.cpp", *baseline, *flags, f"-DZO_NAMESPACE=zo_{name}")
     return objects
 
 
-def _fingerprint(compiler: str, machine: str) -> str:
-    digest = hashlib.blake2b(digest_size=10)
-    for part in (compiler, _run([compiler, "--version"]), machine, repr(sorted(_objects(machine).items()))):
-        digest.update(part.encode() + b"\0")
-    for source in sorted(_SOURCES.iterdir()):
-        if source.suffix in (".cpp", ".h"):
-            digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class _Build:
+    """Everything that decides what the library contains, besides the sources."""
 
+    compiler: str
+    version: str
+    machine: str
+    objects: dict[str, tuple[str, ...]]
 
-def _compile(compiler: str, machine: str, target: Path) -> None:
-    """Compiles into a temporary directory beside ``target``, then moves the library into place in one step."""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder:
-        objects = []
-        for name, (source, *flags) in _objects(machine).items():
-            objects.append(f"{folder}/{name}.o")
-            _run([compiler, *flags, "-c", str(_SOURCES / source), "-o", objects[-1]])
-        library = f"{folder}/kernels.so"
-        _run([compiler, "-shared", "-pthread", *objects, "-lm", "-o", library])
-        os.replace(library, target)
+    @classmethod
+    def here(cls) -> "_Build":
+        if sys.byteorder != "little":
+            raise BuildError("the kernels need a little-endian machine")
+        compiler, machine = _find_compiler(), platform.machine()
+        version = _run([compiler, "--version"])
+        return cls(compiler, version, machine, _objects(version, machine))
+
+    def file_name(self) -> str:
+        digest = hashlib.blake2b(repr(self).encode(), digest_size=10)
+        for source in sorted(_SOURCES.iterdir()):
+            if source.suffix in (".cpp", ".h"):
+                digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+        return f"kernels-{self.machine}-{digest.hexdigest()}.so"
+
+    def compile_to(self, target: Path) -> None:
+        """Compiles in a temporary directory beside ``target``, then moves the library into place in one step."""
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder:
+            paths = {name: f"{folder}/{name}.o" for name in self.objects}
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(lambda name: self._compile(name, paths[name]), self.objects))
+            library = f"{folder}/kernels.so"
+            _run([self.compiler, "-shared", "-pthread", *paths.values(), "-lm", "-o", library])
+            os.replace(library, target)
+
+    def _compile(self, name: str, path: str) -> None:
+        source, *flags = self.objects[name]
+        _run([self.compiler, *flags, "-c", str(_SOURCES / source), "-o", path])
 
 
 @contextlib.contextmanager
@@ -106,18 +130,18 @@ def _locked(path: Path) -> Iterator[None]:
 @functools.cache
 def library_path() -> Path:
     """The built library, which is built now if the cache does not have it. Raises BuildError."""
-    if sys.byteorder != "little":
-        raise BuildError("the kernels need a little-endian machine")
-    compiler, machine = _find_compiler(), platform.machine()
+    build = _Build.here()
     folder = cache_directory()
-    target = folder / f"kernels-{machine}-{_fingerprint(compiler, machine)}.so"
+    target = folder / build.file_name()
     if target.exists():
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(target.with_suffix(".lock")):
-            if not target.exists():
-                _compile(compiler, machine, target)
+            if not target.exists():  # another process may have built it while this one waited
+                build.compile_to(target)
     except OSError as error:
-        raise BuildError(f"cannot write to {folder}: {error}; set DS_ZOADAMU_CACHE_DIR to a folder that can be written") from error
+        raise BuildError(
+            f"cannot write to {folder}: {error}; set DS_ZOADAMU_CACHE_DIR to a folder that can be written"
+        ) from error
     return target

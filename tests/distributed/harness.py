@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 
@@ -27,10 +28,11 @@ def _child(connection, function, rank, world_size, port, args):
         import deepspeed
 
         deepspeed.init_distributed("gloo", verbose=False)
-        connection.send((True, function(rank, world_size, *args)))
+        answer = (True, function(rank, world_size, *args))
     except BaseException:
-        connection.send((False, traceback.format_exc()))
+        answer = (False, traceback.format_exc())
     finally:
+        connection.send_bytes(pickle.dumps(answer))  # not send(): it would share a tensor's memory, which dies with this process
         connection.close()
         os._exit(0)  # no clean shutdown: a peer may be gone
 
@@ -53,7 +55,7 @@ def run_ranks(world_size: int, function, *args, timeout: float = 240.0) -> list:
                 failures.append(f"rank {rank}: no answer within {timeout} s")
                 continue
             try:
-                ok, value = pipe.recv()
+                ok, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 ok, value = False, "died without an answer"
             if ok:

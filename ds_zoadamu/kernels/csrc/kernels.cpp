@@ -3,6 +3,10 @@
 // Same bits as kernels/reference.py: the same fp32 operations in the same order, each rounded once (-ffp-contract=off). What is
 // done differently is exact: integer steps, and powers of two that are moved into constants. Nothing here may overflow or become
 // subnormal through such a move; the comments say which power.
+//
+// A range is worked on tile by tile, and each stage (Philox; Box-Muller and the recurrence; reading and writing of each tensor)
+// is a short loop over the tile, whose arrays stay in the first-level cache. The arithmetic units are what limits the speed; loads and
+// stores between the stages use others, while one long loop over everything would leave the units waiting for results.
 #include "job.h"
 #include "simd.h"
 
@@ -11,56 +15,62 @@ namespace {
 
 constexpr uint32_t SIGN = 0x80000000u;
 
-// ---------------------------------------------------------------- noise
+// ---------------------------------------------------------------- tiles
 
-struct NoiseWords {
-    Words first, second;
+constexpr int TILE_BLOCKS = 16;
+constexpr int TILE = TILE_BLOCKS * BLOCK;
+
+// Vectors 2 i and 2 i + 1 are the even and the odd elements of block i.
+struct Tile {
+    U first[2 * TILE_BLOCKS], second[2 * TILE_BLOCKS];  // the two random words of each element, for the newest step
+    F m[2 * TILE_BLOCKS];                               // m_t;  NOISE: xi1
+    F d[2 * TILE_BLOCKS];                               // the direction of the update;  NOISE: xi2
 };
 
-// Philox-4x32-10 for the counters (pair, hi, step, 0) of LANES consecutive pairs, the first one in the lowest lane of `pair`, which
-// holds every second of them in 64-bit lanes. hi, step and 0 are the same in all lanes, so in rounds 1 and 2 one product of
-// two is a scalar and was prepared.
-INLINE NoiseWords philox(U64 pair, const PhiloxKeys &keys, const PreparedStep &step) {
-    const U64 m0 = splat64(PHILOX_M0), m1 = splat64(PHILOX_M1);
-    U64 c0[2], c1[2], c2[2], c3[2];
-    NoiseWords words;
-    // Only the lower half of each 64-bit lane is a word; the upper one may hold anything.
-    for (int half = 0; half < 2; ++half) {
-        const U64 p0 = multiply_low_halves(pair + half, m0);
-        const U64 p1 = multiply_low_halves((p0 >> 32) ^ keys.k1[0], m1);
-        c0[half] = multiply_low_halves((p1 >> 32) ^ step.round2_c0, m0);
-        c1[half] = p1;
-        c2[half] = multiply_low_halves(p0 ^ step.round2_c2, m1);
-        // Round 3, whose c3 is a scalar, inside round3_c2.
-        const U64 q0 = c0[half], q1 = c2[half];
-        c0[half] = xor3(q1 >> 32, c1[half], splat64(keys.k0[2]));
-        c1[half] = q1;
-        c2[half] = (q0 >> 32) ^ step.round3_c2;
-        c3[half] = q0;
-        for (int round = 3; round < PHILOX_ROUNDS - 1; ++round) {
-            const U64 r0 = multiply_low_halves(c0[half], m0), r1 = multiply_low_halves(c2[half], m1);
-            c0[half] = xor3(r1 >> 32, c1[half], splat64(keys.k0[round]));
-            c1[half] = r1;
-            c2[half] = xor3(r0 >> 32, c3[half], splat64(keys.k1[round]));
-            c3[half] = r0;
-        }
-    }
-    // The last round brings the two halves together: from here on LANES words of 32 bits.
-    const int last = PHILOX_ROUNDS - 1;
-    const U64 a0 = multiply_low_halves(c0[0], m0), a1 = multiply_low_halves(c2[0], m1);
-    const U64 b0 = multiply_low_halves(c0[1], m0), b1 = multiply_low_halves(c2[1], m1);
-    words.first.even = xor3(merge_high_halves(a1, b1), merge_low_halves(c1[0], c1[1]), splat(keys.k0[last]));
-    words.second.even = merge_low_halves(a1, b1);
-    words.first.odd = xor3(merge_high_halves(a0, b0), merge_low_halves(c3[0], c3[1]), splat(keys.k1[last]));
-    words.second.odd = merge_low_halves(a0, b0);
-    return words;
-}
+// Both vectors of a block, statement by statement: neighbouring instructions then do not depend on each other.
+#define BOTH _Pragma("GCC unroll 2") for (int h = 0; h < 2; ++h)
 
-template <int N>
-INLINE F horner(F x, const float (&coefficients)[N]) {
-    F y = splat(coefficients[N - 1]);
-    for (int i = N - 2; i >= 0; --i) y = y * x + coefficients[i];
-    return y;
+// ---------------------------------------------------------------- noise
+
+// Philox-4x32-10 for the counters (pair, high, step, 0). high, step and 0 are the same for all elements, so in rounds 1 and 2 one
+// product of two is a scalar, which was prepared. Half h of a block has its pairs 2 j + h in the lower halves of 64-bit lanes;
+// the upper halves may hold anything.
+void philox(Tile &tile, int num_blocks, uint32_t pair, const PhiloxKeys &keys, const PreparedStep &step) {
+    const U64 m0 = splat64(PHILOX_M0), m1 = splat64(PHILOX_M1);
+    const U64 round2_c0 = splat64(step.round2_c0), round2_c2 = splat64(step.round2_c2), round3_c2 = splat64(step.round3_c2);
+    const int last = PHILOX_ROUNDS - 1;
+    const U last_k0 = splat(keys.k0[last]), last_k1 = splat(keys.k1[last]);
+    U64 k0[PHILOX_ROUNDS], k1[PHILOX_ROUNDS], counter[2];
+    for (int round = 0; round < PHILOX_ROUNDS; ++round) {
+        k0[round] = splat64(keys.k0[round]);
+        k1[round] = splat64(keys.k1[round]);
+    }
+    BOTH for (int lane = 0; lane < LANES / 2; ++lane) counter[h][lane] = pair + 2 * lane + h;
+    for (int i = 0; i < 2 * num_blocks; i += 2) {
+        U64 c0[2], c1[2], c2[2], c3[2], p0[2], p1[2];
+        BOTH p0[h] = multiply_low_halves(counter[h], m0);
+        BOTH counter[h] += LANES;
+        BOTH p1[h] = multiply_low_halves((p0[h] >> 32) ^ k1[0], m1);
+        BOTH c3[h] = multiply_low_halves((p1[h] >> 32) ^ round2_c0, m0);
+        BOTH c1[h] = multiply_low_halves(p0[h] ^ round2_c2, m1);
+        BOTH c0[h] = xor3(c1[h] >> 32, p1[h], k0[2]);
+        BOTH c2[h] = (c3[h] >> 32) ^ round3_c2;
+        _Pragma("GCC unroll 8") for (int round = 3; round < last; ++round) {
+            BOTH p0[h] = multiply_low_halves(c0[h], m0);
+            BOTH p1[h] = multiply_low_halves(c2[h], m1);
+            BOTH c0[h] = xor3(p1[h] >> 32, c1[h], k0[round]);
+            BOTH c2[h] = xor3(p0[h] >> 32, c3[h], k1[round]);
+            BOTH c1[h] = p1[h];
+            BOTH c3[h] = p0[h];
+        }
+        // The last round brings the halves together, to vectors of 32-bit lanes.
+        BOTH p0[h] = multiply_low_halves(c0[h], m0);
+        BOTH p1[h] = multiply_low_halves(c2[h], m1);
+        tile.first[i] = xor3(merge_high_halves(p1[0], p1[1]), merge_low_halves(c1[0], c1[1]), last_k0);
+        tile.second[i] = merge_low_halves(p1[0], p1[1]);
+        tile.first[i + 1] = xor3(merge_high_halves(p0[0], p0[1]), merge_low_halves(c3[0], c3[1]), last_k1);
+        tile.second[i + 1] = merge_low_halves(p0[0], p0[1]);
+    }
 }
 
 // reference.LN[i] * 4 * 2**i: the polynomial in X = x / 2, times 4.
@@ -75,60 +85,110 @@ constexpr float SIN[] = {2 * (float)6.283185286831602, -2 * (float)41.3416614518
                          -2 * (float)75.39352615623254};
 constexpr float COS[] = {-2 * (float)19.739167260427685, 2 * (float)64.92322781824248, -2 * (float)83.66587381045879};
 
-// sqrt(-ln(u) / 2), half the radius, for u = ((a >> 8) + 1) / 2**24. All is a quarter of the reference's -2 ln u.
-INLINE F half_radius(U a) {
-    const I u = (I)to_float((I)(a >> 8) + 1);
-    const I t = u - (0x3F3504F3 + (24 << 23));
-    const F exponent = to_float(t >> 23);
-    const F x = (F)((t & 0x7FFFFF) + (0x3F3504F3 - (1 << 23))) - 0.5f;
-    const F z = x * x;
-    const F half_y = x + ((z * x) * horner(x, LN) - z);
-    return square_root(exponent * (-0.5f * LN2) - half_y);  // u = 1 gives -0 - 0 = -0, as the reference's 0 * -2
-}
-
-struct SinCos {
-    F sin, cos;
-};
-
-// Twice the (sin, cos) of 2 pi (b >> 8) / 2**24.
-INLINE SinCos twice_sincos(U b) {
-    // Bits 8 to 29 of b are the signed distance from the nearest quarter turn: as a mantissa, offset by half its range.
-    const F x = (F)and_xor(b >> 7, splat(0x7FFFFEu), splat(0x3EC00000u)) - 0.375f;
-    const F z = x * x;
-    const F s = x * horner(z, SIN), c = z * horner(z, COS) + 2.0f;
-    const U quadrant = b + 0x20000000u;  // bits 30 and 31
-    const I swap = (quadrant & 0x40000000u) != 0;
-    const U sin = (U)(swap ? c : s), cos = (U)(swap ? s : c);
-    return {(F)and_xor(quadrant, splat(SIGN), sin), (F)and_xor(b + 0x60000000u, splat(SIGN), cos)};
-}
-
 struct Noise {
-    Floats xi1, xi2;
+    F xi1[2], xi2[2];
 };
 
-INLINE Noise box_muller(const NoiseWords &words) {
-    const F radius_even = half_radius(words.first.even), radius_odd = half_radius(words.first.odd);
-    const SinCos even = twice_sincos(words.second.even), odd = twice_sincos(words.second.odd);
-    return {{radius_even * even.cos, radius_odd * odd.cos}, {radius_even * even.sin, radius_odd * odd.sin}};
+// The noise of a block out of its words: first -> u, second -> phi.
+INLINE Noise box_muller(const U *first, const U *second) {
+    // ln u: with the mantissa in [sqrt(1/2), sqrt(2)), x is half the reference's, y half and r a quarter of its -2 ln u.
+    F exponent[2], x[2], x2[2], y[2], r[2];
+    BOTH {
+        const I u = (I)to_float((I)(first[h] >> 8) + 1);
+        const I t = u - (0x3F3504F3 + (24 << 23));
+        exponent[h] = to_float(t >> 23);
+        x[h] = (F)((t & 0x7FFFFF) + (0x3F3504F3 - (1 << 23))) - 0.5f;
+    }
+    // Bits 8 to 29 of the word are the signed distance from the nearest quarter turn: a mantissa, offset by half its range.
+    F z[2], z2[2], s[2], c[2];
+    BOTH z[h] = (F)and_xor(second[h] >> 7, splat(0x7FFFFEu), splat(0x3EC00000u)) - 0.375f;
+    BOTH x2[h] = x[h] * x[h];
+    BOTH z2[h] = z[h] * z[h];
+    BOTH y[h] = splat(LN[6]);
+    BOTH s[h] = splat(SIN[3]);
+    BOTH c[h] = splat(COS[2]);
+    BOTH y[h] = y[h] * x[h] + LN[5];
+    BOTH s[h] = s[h] * z2[h] + SIN[2];
+    BOTH y[h] = y[h] * x[h] + LN[4];
+    BOTH c[h] = c[h] * z2[h] + COS[1];
+    BOTH y[h] = y[h] * x[h] + LN[3];
+    BOTH s[h] = s[h] * z2[h] + SIN[1];
+    BOTH y[h] = y[h] * x[h] + LN[2];
+    BOTH c[h] = c[h] * z2[h] + COS[0];
+    BOTH y[h] = y[h] * x[h] + LN[1];
+    BOTH s[h] = s[h] * z2[h] + SIN[0];
+    BOTH y[h] = y[h] * x[h] + LN[0];
+    BOTH c[h] = c[h] * z2[h] + 2.0f;
+    BOTH s[h] = s[h] * z[h];
+    BOTH y[h] = (x2[h] * x[h]) * y[h] - x2[h];
+    BOTH y[h] = x[h] + y[h];
+    // u = 1 gives -0 - 0 = -0, as the reference's 0 * -2.
+    BOTH r[h] = square_root(exponent[h] * (-0.5f * LN2) - y[h]);
+    // The quadrant, bits 30 and 31 of the rounded word, exchanges sin and cos and sets their signs.
+    Noise noise;
+    BOTH {
+        const U quadrant = second[h] + 0x20000000u;
+        const I swap = (quadrant & 0x40000000u) != 0;
+        const F sin = (F)and_xor(quadrant, splat(SIGN), (U)(swap ? c[h] : s[h]));
+        const F cos = (F)and_xor(second[h] + 0x60000000u, splat(SIGN), (U)(swap ? s[h] : c[h]));
+        noise.xi1[h] = r[h] * cos;
+        noise.xi2[h] = r[h] * sin;
+    }
+    return noise;
 }
 
-// 16 random bits an element, for rounding.
-INLINE Words rounding_bits(const NoiseWords &words, bool flip) {
-    const U mask = splat(0xFFu), flip_mask = splat(flip ? 0xFFFFu : 0u);
-    const U even = select_bits(mask, words.second.even, words.first.even << 8);
-    const U odd = select_bits(mask, words.second.odd, words.first.odd << 8);
-    return {and_xor(even, splat(0xFFFFu), flip_mask), and_xor(odd, splat(0xFFFFu), flip_mask)};
+void noise(Tile &tile, int num_blocks) {
+    for (int i = 0; i < 2 * num_blocks; i += 2) {
+        const Noise xi = box_muller(tile.first + i, tile.second + i);
+        BOTH tile.m[i + h] = xi.xi1[h];
+        BOTH tile.d[i + h] = xi.xi2[h];
+    }
+}
+
+// ---------------------------------------------------------------- the recurrence
+
+// m <- m_t, and with NORMALIZE d = m_t / sqrt(v + sigma).
+template <bool NORMALIZE>
+INLINE void advance(Tile &tile, int num_blocks, const Step &scalars, float sigma) {
+    const Step c = scalars;
+    for (int i = 0; i < 2 * num_blocks; i += 2) {
+        const Noise xi = box_muller(tile.first + i, tile.second + i);
+        F centred[2], history[2], m[2];
+        BOTH centred[h] = xi.xi1[h] * c.sqrt_alpha;
+        BOTH history[h] = tile.m[i + h] + xi.xi2[h] * c.sqrt_one_minus_alpha;
+        BOTH m[h] = centred[h] * c.beta1 + history[h] * c.one_minus_beta1;
+        BOTH tile.m[i + h] = m[h];
+        if (!NORMALIZE) continue;
+        BOTH {
+            const F v = (centred[h] * centred[h]) * c.beta2 + (history[h] * history[h]) * c.one_minus_beta2;
+            tile.d[i + h] = m[h] / square_root(v + sigma);
+        }
+    }
+}
+
+// Takes m through all steps; philox's words are left as the last step's.
+void all_steps(Tile &tile, int num_blocks, uint32_t pair, const Job &job, const PhiloxKeys &keys, const PreparedStep *steps) {
+    const PreparedStep *const last = steps + job.num_steps - 1;
+    for (const PreparedStep *step = steps; step < last; ++step) {
+        philox(tile, num_blocks, pair, keys, *step);
+        advance<false>(tile, num_blocks, step->scalars, 0);
+    }
+    philox(tile, num_blocks, pair, keys, *last);
+    if (job.operation == UPDATE && job.write_weight && job.normalize)
+        advance<true>(tile, num_blocks, last->scalars, job.sigma);
+    else
+        advance<false>(tile, num_blocks, last->scalars, 0);
 }
 
 // ---------------------------------------------------------------- elements in memory
 
-constexpr int size_of(int32_t dtype) { return dtype == FP32 ? 4 : dtype == INT8 ? 1 : dtype == NONE ? 0 : 2; }
+constexpr int size_of(int dtype) { return dtype == FP32 ? 4 : dtype == INT8 ? 1 : dtype == NONE ? 0 : 2; }
 
 #if !defined(ZO_AVX512) && !defined(ZO_AVX2)
 INLINE F fp16_to_float(U h) {
     const U magnitude = h & 0x7FFFu;
     const F finite = (F)(magnitude << 13) * 0x1p112f;  // exact, and right for subnormal numbers
-    const U special = (U)(magnitude >= 0x7C00u) & 0x7F800000u;
+    const U special = (U)((I)magnitude >= 0x7C00) & 0x7F800000u;
     return (F)((U)finite | special | (h & 0x8000u) << 16);
 }
 
@@ -136,9 +196,9 @@ INLINE U fp16_nearest(F x) {
     const U bits = (U)x, magnitude = bits & ~SIGN;
     const U normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
     const U subnormal = (U)((F)magnitude + 0.5f) - (U)splat(0.5f);  // the sum's last bit is worth 2**-24
-    U half = magnitude < (113u << 23) ? subnormal : normal;
-    half = half > 0x7C00u ? splat(0x7C00u) : half;
-    half = magnitude > 0x7F800000u ? splat(0x7E00u) : half;
+    U half = (I)magnitude < (113 << 23) ? subnormal : normal;
+    half = (I)half > 0x7C00 ? splat(0x7C00u) : half;
+    half = (I)magnitude > 0x7F800000 ? splat(0x7E00u) : half;
     return half | ((bits >> 16) & 0x8000u);
 }
 #endif
@@ -169,23 +229,24 @@ INLINE void store_fp16_nearest(char *p, Floats x) {
 }
 
 // Loads a block as fp32. INT8 gives the integers, not yet scaled.
-INLINE Floats load_block(int32_t dtype, const char *p) {
-    switch (dtype) {
-        case FP32:
-            return deinterleave(load<F>(p), load<F>(p + 4 * LANES));
-        case BF16: {
-            const U v = load<U>(p);
-            return {(F)(v << 16), (F)(v & 0xFFFF0000u)};
-        }
-        case FP16:
-            return load_fp16(p);
-        case INT8: {
-            const I v = (I)__builtin_convertvector(load<U16>(p), U);
-            return {to_float((v << 24) >> 24), to_float((v << 16) >> 24)};
-        }
-        default:
-            return {F{}, F{}};
+template <int DTYPE>
+INLINE Floats load_block(const char *p) {
+    if constexpr (DTYPE == FP32) {
+        return deinterleave(load<F>(p), load<F>(p + 4 * LANES));
+    } else if constexpr (DTYPE == BF16) {
+        const U v = load<U>(p);
+        return {(F)(v << 16), (F)(v & 0xFFFF0000u)};
+    } else if constexpr (DTYPE == FP16) {
+        return load_fp16(p);
+    } else {
+        const I v = (I)__builtin_convertvector(load<U16>(p), U);
+        return {to_float((v << 24) >> 24), to_float((v << 16) >> 24)};
     }
+}
+
+// 16 random bits an element, for rounding: the low 8 of its two words. flip: 0, or 0xFFFF for the complement.
+INLINE U rounding_bits(U first, U second, U flip) {
+    return and_xor(select_bits(splat(0xFFu), second, first << 8), splat(0xFFFFu), flip);
 }
 
 // The stochastic rounding of reference.round_to, as bits in the lower half: floor(|x| in spacings, in 16-bit fixed point, + w).
@@ -195,9 +256,9 @@ INLINE U fp16_stochastic(F x, U w) {
     const U normal = (magnitude - (112u << 23) + (w >> 3)) >> 13;
     // Below 2**-14 the spacing is 2**-24. The lanes above it are not used: their conversion may be out of range.
     const U subnormal = ((U)truncate((F)magnitude * 0x1p40f) + w) >> 16;
-    U half = magnitude < (113u << 23) ? subnormal : normal;
-    half = half > 0x7C00u ? splat(0x7C00u) : half;
-    half = magnitude > 0x7F800000u ? splat(0x7E00u) : half;
+    U half = (I)magnitude < (113 << 23) ? subnormal : normal;
+    half = (I)half > 0x7C00 ? splat(0x7C00u) : half;
+    half = (I)magnitude > 0x7F800000 ? splat(0x7E00u) : half;
     return half | ((bits >> 16) & 0x8000u);
 }
 
@@ -207,26 +268,23 @@ INLINE U bf16_nearest(F x) { return (U)x + (x == x ? (((U)x >> 16) & 1u) + 0x7FF
 
 INLINE void store_bf16(char *p, U even, U odd) { store(p, (even >> 16) | (odd & 0xFFFF0000u)); }
 
-// Rounds a block of results of operations (so its NaNs are quiet) to dtype, as reference.round_to does.
-INLINE void store_block(int32_t dtype, bool stochastic, char *p, Floats x, const NoiseWords &words, bool flip) {
-    if (dtype == FP32) {
+// Rounds a block of results of operations (so its NaNs are quiet) to DTYPE, as reference.round_to does.
+template <int DTYPE, bool STOCHASTICALLY>
+INLINE void store_block(char *p, Floats x, const U *first, const U *second, U flip) {
+    if constexpr (DTYPE == FP32) {
         const LowHigh y = interleave(x);
         store(p, y.low);
         store(p + 4 * LANES, y.high);
-    } else if (dtype == BF16) {
-        if (stochastic) {
-            const Words w = rounding_bits(words, flip);
-            store_bf16(p, bf16_stochastic(x.even, w.even), bf16_stochastic(x.odd, w.odd));
-        } else {
-            store_bf16(p, bf16_nearest(x.even), bf16_nearest(x.odd));
-        }
+    } else if constexpr (STOCHASTICALLY) {
+        const U even = rounding_bits(first[0], second[0], flip), odd = rounding_bits(first[1], second[1], flip);
+        if constexpr (DTYPE == BF16)
+            store_bf16(p, bf16_stochastic(x.even, even), bf16_stochastic(x.odd, odd));
+        else
+            store(p, fp16_stochastic(x.even, even) | fp16_stochastic(x.odd, odd) << 16);
+    } else if constexpr (DTYPE == BF16) {
+        store_bf16(p, bf16_nearest(x.even), bf16_nearest(x.odd));
     } else {
-        if (stochastic) {
-            const Words w = rounding_bits(words, flip);
-            store(p, fp16_stochastic(x.even, w.even) | fp16_stochastic(x.odd, w.odd) << 16);
-        } else {
-            store_fp16_nearest(p, x);
-        }
+        store_fp16_nearest(p, x);
     }
 }
 
@@ -238,132 +296,166 @@ INLINE I int8_stochastic(F m, U w, float encode_scale) {
     return m < 0.0f ? -q : q;
 }
 
-INLINE void store_momentum(const Job &job, char *p, Floats m, const NoiseWords &words) {
-    if (job.momentum_dtype != INT8) return store_block(job.momentum_dtype, true, p, m, words, false);
-    const Words w = rounding_bits(words, false);
-    const I even = int8_stochastic(m.even, w.even, job.encode_scale), odd = int8_stochastic(m.odd, w.odd, job.encode_scale);
-    store(p, __builtin_convertvector(((U)even & 0xFFu) | ((U)odd & 0xFFu) << 8, U16));
-}
+// ---------------------------------------------------------------- tensors and tiles
 
-// ---------------------------------------------------------------- the three operations on one block
-
-struct Advanced {
-    Floats m, centred, history;
-    NoiseWords words;
+// A value known at compile time, passed as an argument.
+template <int N>
+struct Constant {
+    static constexpr int value = N;
 };
 
-INLINE Advanced advance(const Job &job, const PhiloxKeys &keys, const PreparedStep *steps, U64 pair, const char *momentum) {
-    Advanced a;
-    a.m = load_block(job.momentum_dtype, momentum);
-    if (job.momentum_dtype == INT8) {
-        a.m.even = a.m.even * job.decode_scale;
-        a.m.odd = a.m.odd * job.decode_scale;
+// Calls function(Constant<dtype>, Constant<whether to round stochastically>).
+template <typename Function>
+INLINE void with_format(int dtype, bool stochastic, Function function) {
+    if (dtype == FP32) return function(Constant<FP32>(), Constant<0>());
+    if (dtype == BF16) return stochastic ? function(Constant<BF16>(), Constant<1>()) : function(Constant<BF16>(), Constant<0>());
+    return stochastic ? function(Constant<FP16>(), Constant<1>()) : function(Constant<FP16>(), Constant<0>());
+}
+
+template <typename Function>
+INLINE void with_dtype(int dtype, Function function) {
+    if (dtype == FP32) return function(Constant<FP32>());
+    if (dtype == BF16) return function(Constant<BF16>());
+    if (dtype == FP16) return function(Constant<FP16>());
+    return function(Constant<INT8>());
+}
+
+template <int DTYPE>
+void read_momentum(Tile &tile, int num_blocks, const char *momentum, float decode_scale) {
+    for (int i = 0; i < num_blocks; ++i) {
+        Floats m = load_block<DTYPE>(momentum + i * BLOCK * size_of(DTYPE));
+        tile.m[2 * i] = DTYPE == INT8 ? m.even * decode_scale : m.even;
+        tile.m[2 * i + 1] = DTYPE == INT8 ? m.odd * decode_scale : m.odd;
     }
-    const PreparedStep *step = steps, *const end = steps + job.num_steps;
-    do {
-        const Step &c = step->scalars;
-        a.words = philox(pair, keys, *step);
-        const Noise xi = box_muller(a.words);
-        a.centred.even = xi.xi1.even * c.sqrt_alpha;
-        a.centred.odd = xi.xi1.odd * c.sqrt_alpha;
-        a.history.even = a.m.even + xi.xi2.even * c.sqrt_one_minus_alpha;
-        a.history.odd = a.m.odd + xi.xi2.odd * c.sqrt_one_minus_alpha;
-        a.m.even = a.centred.even * c.beta1 + a.history.even * c.one_minus_beta1;
-        a.m.odd = a.centred.odd * c.beta1 + a.history.odd * c.one_minus_beta1;
-    } while (++step != end);
-    return a;
 }
 
-INLINE F normalized(F m, F centred, F history, const Step &c, float sigma) {
-    const F v = (centred * centred) * c.beta2 + (history * history) * c.one_minus_beta2;
-    return m / square_root(v + sigma);
+template <int DTYPE>
+void write_momentum(const Tile &tile, int num_blocks, char *momentum, float encode_scale) {
+    for (int i = 0; i < num_blocks; ++i) {
+        const F *const m = tile.m + 2 * i;
+        const U *const first = tile.first + 2 * i, *const second = tile.second + 2 * i;
+        char *const p = momentum + i * BLOCK * size_of(DTYPE);
+        if constexpr (DTYPE == INT8) {
+            const I even = int8_stochastic(m[0], rounding_bits(first[0], second[0], U{}), encode_scale);
+            const I odd = int8_stochastic(m[1], rounding_bits(first[1], second[1], U{}), encode_scale);
+            store(p, __builtin_convertvector(((U)even & 0xFFu) | ((U)odd & 0xFFu) << 8, U16));
+        } else {
+            store_block<DTYPE, true>(p, {m[0], m[1]}, first, second, U{});
+        }
+    }
 }
 
-INLINE F updated(F x, F d, const Job &job) { return x - (d * job.lr_grad + x * job.lr_decay); }
+// out = weight + scale * m
+template <int WEIGHT, int OUT, bool STOCHASTICALLY>
+void write_perturbed(const Tile &tile, int num_blocks, const char *weight, char *out, float scale, uint32_t flip) {
+    for (int i = 0; i < num_blocks; ++i) {
+        Floats x = load_block<WEIGHT>(weight + i * BLOCK * size_of(WEIGHT));
+        x.even = x.even + tile.m[2 * i] * scale;
+        x.odd = x.odd + tile.m[2 * i + 1] * scale;
+        store_block<OUT, STOCHASTICALLY>(
+            out + i * BLOCK * size_of(OUT), x, tile.first + 2 * i, tile.second + 2 * i, splat(flip));
+    }
+}
+
+// weight = weight - (d * lr_grad + weight * lr_decay)
+template <int WEIGHT, bool STOCHASTICALLY>
+void write_updated(const Tile &tile, const F *d, int num_blocks, char *weight, float lr_grad, float lr_decay) {
+    for (int i = 0; i < num_blocks; ++i) {
+        char *const p = weight + i * BLOCK * size_of(WEIGHT);
+        Floats x = load_block<WEIGHT>(p);
+        x.even = x.even - (d[2 * i] * lr_grad + x.even * lr_decay);
+        x.odd = x.odd - (d[2 * i + 1] * lr_grad + x.odd * lr_decay);
+        store_block<WEIGHT, STOCHASTICALLY>(p, x, tile.first + 2 * i, tile.second + 2 * i, U{});
+    }
+}
+
+void write_noise(const Tile &tile, int num_blocks, char *xi1, char *xi2) {
+    for (int i = 0; i < num_blocks; ++i) {
+        const U *const no_bits = nullptr;
+        store_block<FP32, false>(xi1 + i * BLOCK * 4, {tile.m[2 * i], tile.m[2 * i + 1]}, no_bits, no_bits, U{});
+        store_block<FP32, false>(xi2 + i * BLOCK * 4, {tile.d[2 * i], tile.d[2 * i + 1]}, no_bits, no_bits, U{});
+    }
+}
+
+// ---------------------------------------------------------------- a range
 
 struct Pointers {
     char *out, *weight, *momentum;
 };
 
-INLINE void noise_block(const PhiloxKeys &keys, const PreparedStep *steps, U64 pair, Pointers p) {
-    const Noise xi = box_muller(philox(pair, keys, *steps));
-    const LowHigh xi1 = interleave(xi.xi1), xi2 = interleave(xi.xi2);
-    store(p.out, xi1.low);
-    store(p.out + 4 * LANES, xi1.high);
-    store(p.weight, xi2.low);
-    store(p.weight + 4 * LANES, xi2.high);
-}
-
-INLINE void perturb_block(const Job &job, const PhiloxKeys &keys, const PreparedStep *steps, U64 pair, Pointers p) {
-    const Advanced a = advance(job, keys, steps, pair, p.momentum);
-    Floats x = load_block(job.weight_dtype, p.weight);
-    x.even = x.even + a.m.even * job.scale;
-    x.odd = x.odd + a.m.odd * job.scale;
-    store_block(job.out_dtype, job.rounding == STOCHASTIC, p.out, x, a.words, job.flip_bits);
-}
-
-INLINE void update_block(const Job &job, const PhiloxKeys &keys, const PreparedStep *steps, U64 pair, Pointers p) {
-    const Advanced a = advance(job, keys, steps, pair, p.momentum);
+// The whole work on the blocks of one tile, all of which may be read and written.
+void run_tile(Tile &tile, int num_blocks, uint32_t pair, const Job &job, const PhiloxKeys &keys, const PreparedStep *steps,
+              Pointers p) {
+    if (job.operation == NOISE) {
+        philox(tile, num_blocks, pair, keys, *steps);
+        noise(tile, num_blocks);
+        return write_noise(tile, num_blocks, p.out, p.weight);
+    }
+    if (job.momentum_dtype == NONE) {
+        for (int i = 0; i < 2 * num_blocks; ++i) tile.m[i] = F{};
+    } else {
+        with_dtype(job.momentum_dtype, [&](auto dtype) {
+            read_momentum<dtype.value>(tile, num_blocks, p.momentum, job.decode_scale);
+        });
+    }
+    all_steps(tile, num_blocks, pair, job, keys, steps);
+    const bool stochastic = job.rounding == STOCHASTIC;
+    if (job.operation == PERTURB) {
+        with_dtype(job.weight_dtype, [&](auto weight) {
+            with_format(job.out_dtype, stochastic, [&](auto out, auto stochastically) {
+                write_perturbed<weight.value, out.value, stochastically.value>(
+                    tile, num_blocks, p.weight, p.out, job.scale, job.flip_bits ? 0xFFFFu : 0u);
+            });
+        });
+        return;
+    }
     if (job.write_weight) {
-        const Step &c = steps[job.num_steps - 1].scalars;
-        Floats d = a.m;
-        if (job.normalize) {
-            d.even = normalized(a.m.even, a.centred.even, a.history.even, c, job.sigma);
-            d.odd = normalized(a.m.odd, a.centred.odd, a.history.odd, c, job.sigma);
-        }
-        Floats x = load_block(job.weight_dtype, p.weight);
-        x.even = updated(x.even, d.even, job);
-        x.odd = updated(x.odd, d.odd, job);
-        store_block(job.weight_dtype, job.rounding == STOCHASTIC, p.weight, x, a.words, false);
+        with_format(job.weight_dtype, stochastic, [&](auto weight, auto stochastically) {
+            write_updated<weight.value, stochastically.value>(
+                tile, job.normalize ? tile.d : tile.m, num_blocks, p.weight, job.lr_grad, job.lr_decay);
+        });
     }
-    if (job.momentum_dtype != NONE) store_momentum(job, p.momentum, a.m, a.words);
+    if (job.momentum_dtype != NONE) {
+        with_dtype(job.momentum_dtype, [&](auto dtype) {
+            write_momentum<dtype.value>(tile, num_blocks, p.momentum, job.encode_scale);
+        });
+    }
 }
 
-// ---------------------------------------------------------------- a range of blocks
-
-// A block that sticks out of the range at its head or tail, copied to where whole vectors may be read and written.
+// Copies of a tile's elements, for a tile that sticks out of the range: whole vectors may be read and written here.
 struct Stage {
-    alignas(64) char out[4 * BLOCK], weight[4 * BLOCK], momentum[4 * BLOCK];
+    alignas(64) char out[4 * TILE], weight[4 * TILE], momentum[4 * TILE];
 };
-
-template <void (*Block)(const Job &, const PhiloxKeys &, const PreparedStep *, U64, Pointers)>
-INLINE void for_blocks(const Job &job, const PhiloxKeys &keys, const PreparedStep *steps, uint64_t lo, uint64_t hi) {
-    const int out_size = size_of(job.out_dtype), weight_size = size_of(job.weight_dtype);
-    const int momentum_size = size_of(job.momentum_dtype);
-    U64 pair = {};
-    for (int lane = 0; lane < LANES / 2; ++lane) pair[lane] = 2 * lane;
-    Stage stage = {};
-    // Blocks are aligned in the flat index: none has pairs on both sides of a multiple of 2**32.
-    for (uint64_t block = lo & ~(uint64_t)(BLOCK - 1); block < hi; block += BLOCK) {
-        const U64 counters = pair + splat64((block >> 1) & 0xFFFFFFFFu);
-        const uint64_t first = block < lo ? lo : block, last = hi - block < BLOCK ? hi : block + BLOCK;
-        const uint64_t at = first - job.start, n = last - first;
-        const Pointers p = {job.out + at * out_size, job.weight + at * weight_size, job.momentum + at * momentum_size};
-        if (__builtin_expect(n == BLOCK, 1)) {
-            Block(job, keys, steps, counters, p);
-            continue;
-        }
-        const uint64_t skip = first - block;
-        const Pointers q = {stage.out + skip * out_size, stage.weight + skip * weight_size, stage.momentum + skip * momentum_size};
-        __builtin_memcpy(q.weight, p.weight, n * weight_size);
-        if (momentum_size) __builtin_memcpy(q.momentum, p.momentum, n * momentum_size);
-        Block(job, keys, steps, counters, {stage.out, stage.weight, stage.momentum});
-        if (out_size) __builtin_memcpy(p.out, q.out, n * out_size);
-        if (job.operation == NOISE || (job.operation == UPDATE && job.write_weight)) __builtin_memcpy(p.weight, q.weight, n * weight_size);
-        if (momentum_size && job.operation == UPDATE) __builtin_memcpy(p.momentum, q.momentum, n * momentum_size);
-    }
-}
-
-INLINE void noise_block_of(const Job &, const PhiloxKeys &keys, const PreparedStep *steps, U64 pair, Pointers p) {
-    noise_block(keys, steps, pair, p);
-}
 
 }  // namespace
 
 void run_range(const Job &job, const PhiloxKeys &keys, const PreparedStep *steps, uint64_t lo, uint64_t hi) {
-    if (job.operation == NOISE) return for_blocks<noise_block_of>(job, keys, steps, lo, hi);
-    if (job.operation == PERTURB) return for_blocks<perturb_block>(job, keys, steps, lo, hi);
-    for_blocks<update_block>(job, keys, steps, lo, hi);
+    const int out_size = size_of(job.out_dtype), weight_size = size_of(job.weight_dtype);
+    const int momentum_size = size_of(job.momentum_dtype);
+    const bool writes_weight = job.operation == NOISE || (job.operation == UPDATE && job.write_weight);
+    Tile tile;
+    Stage stage;
+    // Tiles are whole blocks that are aligned in the flat index: none has pairs on both sides of a multiple of 2**32.
+    for (uint64_t start = lo & ~(uint64_t)(BLOCK - 1); start < hi; start += TILE) {
+        const uint64_t first = start < lo ? lo : start, last = hi - start < TILE ? hi : start + TILE;
+        const uint64_t at = first - job.start, n = last - first;
+        const int num_blocks = (last - start + BLOCK - 1) / BLOCK;
+        const uint32_t pair = (uint32_t)(start >> 1);
+        const Pointers p = {job.out + at * out_size, job.weight + at * weight_size, job.momentum + at * momentum_size};
+        if (n == (uint64_t)num_blocks * BLOCK) {
+            run_tile(tile, num_blocks, pair, job, keys, steps, p);
+            continue;
+        }
+        const uint64_t skip = first - start;
+        const Pointers q = {stage.out + skip * out_size, stage.weight + skip * weight_size, stage.momentum + skip * momentum_size};
+        __builtin_memset(&stage, 0, sizeof stage);
+        __builtin_memcpy(q.weight, p.weight, n * weight_size);
+        if (momentum_size) __builtin_memcpy(q.momentum, p.momentum, n * momentum_size);
+        run_tile(tile, num_blocks, pair, job, keys, steps, {stage.out, stage.weight, stage.momentum});
+        if (out_size) __builtin_memcpy(p.out, q.out, n * out_size);
+        if (writes_weight) __builtin_memcpy(p.weight, q.weight, n * weight_size);
+        if (momentum_size && job.operation == UPDATE) __builtin_memcpy(p.momentum, q.momentum, n * momentum_size);
+    }
 }
 
 }  // namespace ZO_NAMESPACE
