@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
@@ -19,6 +18,7 @@ from deepspeed.utils import log_dist
 from . import kernels
 from .config import OPTIMIZER_TYPES, ZOAdaMUConfig, check_config, check_deepspeed_settings, read_config
 from .data import MicroBatchSampler
+from .distributed import init_distributed
 from .durability import Durability
 from .errors import NonFiniteLossError
 from .losses import LossFn, as_pair, causal_lm_loss, global_means
@@ -335,11 +335,7 @@ def initialize(
     config = read_config(config if config is not None else from_args)
     if optimizer is None:
         check_config(config)
-    deepspeed.init_distributed(
-        dist_backend=get_accelerator().communication_backend_name(),
-        distributed_port=distributed_port,
-        dist_init_required=dist_init_required,
-    )
+    init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     engine = ZeroOrderEngine(
         args=args,
         model=model,
