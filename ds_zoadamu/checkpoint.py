@@ -27,7 +27,7 @@ from .safetensors_io import FlatReader, FlatWriter, raw_bytes, sync_directory
 __all__ = ["load", "save", "weights_digest"]
 
 _SLICE = 1 << 24  # elements copied at a time
-_COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 _NOTE = "Trained parameters only; frozen parameters and buffers are those of the base model."
 
 
@@ -258,6 +258,8 @@ def _restore_state(engine: Any, manifest: dict, with_lr_scheduler: bool) -> None
     engine.optimizer.step_count = manifest["step"]
     for name, value in manifest["counters"].items():
         setattr(engine, name, value)
+    # DeepSpeed's micro_steps counts a rank's own micro-batches, so it is another number on another number of ranks.
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     engine._skipped_in_a_row = manifest["skipped_in_a_row"]
     if with_lr_scheduler:
         for group, lr in zip(engine.optimizer.param_groups, manifest["lrs"], strict=True):
