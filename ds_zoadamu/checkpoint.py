@@ -21,7 +21,7 @@ from . import collective
 from ._crash_points import reach
 from .digest import weights_digest
 from .errors import CheckpointError
-from .identity import differences, own_sampler, phrase, run_identity
+from .identity import BATCH, differences, own_sampler, phrase, run_identity
 from .safetensors_io import FlatReader, FlatWriter, raw_bytes, sync_directory
 
 __all__ = ["load", "save", "weights_digest"]
@@ -210,7 +210,7 @@ def check_matches(engine: Any, found: store.Found, weights_only: bool = False, w
     ours, theirs = run_identity(engine), found.manifest["identity"]
     if weights_only:
         ours, theirs = ({"parameters": [{**p, "group": 0} for p in identity["parameters"]]} for identity in (ours, theirs))
-    if differing := differences(ours, theirs):
+    if differing := differences(ours, theirs, ignore=BATCH):
         raise CheckpointError(
             f"checkpoint {str(found.path)!r} does not fit this run: {phrase(differing)}. Use the settings it was saved with, or start a new "
             "run from its weights with load_module_only=True"
@@ -266,8 +266,25 @@ def _restore_state(engine: Any, manifest: dict, with_lr_scheduler: bool) -> None
             group["lr"] = lr
         if manifest["lr_scheduler"] is not None:
             engine.lr_scheduler.load_state_dict(manifest["lr_scheduler"]["state"])
-    if manifest["data_position"] is not None:
-        own_sampler(engine).restore(tuple(manifest["data_position"]))
+    sampler = own_sampler(engine)
+    if sampler is not None and manifest["data_position"] is not None:
+        sampler.restore(_position_here(engine, manifest))
+
+
+def _position_here(engine: Any, manifest: dict) -> tuple[int, int]:
+    """The data position for this engine's batches, which may be others than those of the run that was saved."""
+    identity, (epoch, consumed) = manifest["identity"], manifest["data_position"]
+    a_step, size = engine.gradient_accumulation_steps() * collective.world_size(), engine.train_micro_batch_size_per_gpu()
+    if (size, a_step) == tuple(identity[key] for key in BATCH):
+        return epoch, consumed
+    examples = consumed * identity["micro_batch_size"]
+    log_on_rank_0(
+        logging.WARNING,
+        f"a step takes {a_step} micro-batches of {size} here, {identity['micro_batches_a_step']} of {identity['micro_batch_size']} where the "
+        f"checkpoint was saved: the run goes on with other batches, behind example {examples} of epoch {epoch}",
+    )
+    steps = -(-examples // (a_step * size))  # a step is never a part of one: ranks would run out of batches at different times
+    return epoch, steps * a_step
 
 
 def data_state_of(manifest: dict) -> Any:

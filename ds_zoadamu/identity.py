@@ -77,13 +77,16 @@ def _flat(identity: dict) -> dict[str, Any]:
     return result
 
 
-def differences(ours: dict, theirs: dict) -> list[str]:
+BATCH = ("micro_batch_size", "micro_batches_a_step")
+
+
+def differences(ours: dict, theirs: dict, *, ignore: tuple[str, ...] = ()) -> list[str]:
     """One phrase for each thing that differs between this engine's identity and that of a file; empty where the run is the same."""
     mine, other = _flat(ours), _flat(theirs)
     found = [
         f"{key} is {mine.get(key)!r} here and {other.get(key)!r} there" + _hint(key)
         for key in sorted(mine.keys() | other.keys())
-        if key not in FREE_OPTIONS and mine.get(key) != other.get(key)
+        if key not in (*FREE_OPTIONS, *ignore) and mine.get(key) != other.get(key)
     ]
     by_name = {p["name"]: p for p in theirs.get("parameters", [])}
     for parameter in ours["parameters"]:

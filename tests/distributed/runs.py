@@ -63,13 +63,9 @@ def skipping_loss(bad_steps: tuple[int, ...], counter: dict):
     return loss
 
 
-def make_engine(world_size: int, *, model: str = "odd", bad_steps: tuple[int, ...] = (), dtype: str = "fp32", **settings):
-    """(engine, endless iterator of micro-batches) of a run that is the same for 1, 2 and 4 ranks. ``model``: "odd", "opt" or a folder."""
-    import ds_zoadamu
-    from ds_zoadamu.data import repeat
-
-    counter: dict = {}
-    cfg = config(world_size, dtype, **settings)
+def make_engine(world_size: int, *, model: str = "odd", dtype: str = "fp32", frozen: str = "", **settings):
+    """(engine, endless iterator of micro-batches) of a run that is the same for 1, 2 and 4 ranks. ``model``: "odd", "opt" or a folder;
+    ``frozen``: the end of the name of a parameter that is not trained."""
     if model == "odd":
         module, vocab = OddModel(DTYPES[dtype]), 11
     elif model == "opt":
@@ -77,9 +73,24 @@ def make_engine(world_size: int, *, model: str = "odd", bad_steps: tuple[int, ..
     else:
         from ds_zoadamu.hf import load_causal_lm
 
-        module, vocab = load_causal_lm(model, cfg, dtype=DTYPES[dtype]), 67
+        module, vocab = load_causal_lm(model, config(world_size, dtype), dtype=DTYPES[dtype]), 67
+    for name, param in module.named_parameters():
+        if frozen and name.endswith(frozen):
+            param.requires_grad_(False)
+    return engine_of(module, world_size, dtype=dtype, vocab=vocab, **settings)
+
+
+def engine_of(module, world_size: int, *, bad_steps: tuple[int, ...] = (), dtype: str = "fp32", vocab: int = 11, **settings):
+    """As ``make_engine``, for a model. In ``bad_steps`` the loss is infinite."""
+    import ds_zoadamu
+    from ds_zoadamu.data import repeat
+
+    counter: dict = {}
     engine, _, loader, _ = ds_zoadamu.initialize(
-        model=module, config=cfg, training_data=Sentences(vocab=vocab), loss_fn=skipping_loss(bad_steps, counter) if bad_steps else None
+        model=module,
+        config=config(world_size, dtype, **settings),
+        training_data=Sentences(vocab=vocab),
+        loss_fn=skipping_loss(bad_steps, counter) if bad_steps else None,
     )
     counter["engine"] = engine
     return engine, repeat(loader)
@@ -120,13 +131,13 @@ def train(engine, batches, until: int, *, save_every: int = 0, folder: Path | No
             engine.save_checkpoint(folder, **save_options)
 
 
-def run(rank: int, world_size: int, folder: str | None, steps: int, *, resume: bool = False, save_every: int = 0, **settings) -> dict:
+def run(rank: int, world_size: int, folder: str | None, steps: int, *, resume: bool = False, save_every: int = 0, base=None, **settings) -> dict:
     """One run in ``folder`` (none: without journal), from the start or resumed, to step ``steps``; returns ``state``."""
     engine, batches = make_engine(world_size, **settings)
     if folder is not None and resume:
-        engine.resume(Path(folder) / "journal.jsonl", folder)
+        engine.resume(Path(folder) / "journal.jsonl", folder, base=base)
     elif folder is not None:
-        engine.open_journal(Path(folder) / "journal.jsonl")
+        engine.open_journal(Path(folder) / "journal.jsonl", base=base)
     train(engine, batches, steps, save_every=save_every, folder=Path(folder) if folder else None)
     result = state(engine)
     engine.destroy()
