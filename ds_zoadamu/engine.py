@@ -109,6 +109,13 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             raise RuntimeError("engine.step() alone has no loss to step along; call engine.train_batch(batch), which evaluates and steps")
         return super().step(*args, **kwargs)
 
+    def empty_partition_cache(self) -> None:
+        """Free every gathered copy of a parameter."""
+        if self._is_zeroth_order:
+            self._gathers.release()
+        else:
+            super().empty_partition_cache()
+
     def memory_bytes(self) -> dict[str, int]:
         """Bytes that persist on this rank for the trained parameters: {"weights": partitions, "momentum": optimizer state}."""
         return self.optimizer.memory_bytes()

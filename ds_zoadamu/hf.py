@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
+from ds_zoadamu.distributed import init_distributed
+
 _INDEX = "model.safetensors.index.json"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -45,7 +47,7 @@ def load_causal_lm(path: str, config: dict, dtype: torch.dtype | None = None, **
         raise ValueError(f"load_causal_lm: zero_optimization.stage is {stage!r}; only stage 3 partitions the weights")
     if dtype is None:
         dtype = config_dtype(config)
-    deepspeed.init_distributed()
+    init_distributed()
     # Transformers finds this object through a weak reference, so someone has to keep it.
     hf_config = HfDeepSpeedConfig(config)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
@@ -97,6 +99,7 @@ def save_pretrained(engine, directory: str | Path, tokenizer=None, max_shard_siz
                 model.generation_config.save_pretrained(temporary)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
+    _release_gathered(engine)
     writer = _ShardWriter(temporary, limit) if writes else None
     for name, tensor in _full_tensors(model, wanted=writes):
         if writer is not None:
@@ -122,6 +125,7 @@ def load_weights(engine, directory: str | Path) -> None:
         missing = [name for name in _stored_names(model) if reads and name not in files]
         if missing:
             raise ValueError(f"{directory} has no weights for {missing[0]!r} ({len(missing)} missing); was it saved from this model?")
+    _release_gathered(engine)
     for name, parameter in _stored_names(model).items():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if reads:
@@ -171,6 +175,16 @@ class _ShardWriter:
 
     def _part(self, index: int) -> Path:
         return self._folder / f"part-{index:05d}.safetensors"
+
+
+def _release_gathered(engine) -> None:
+    """Lets go of parameters that DeepSpeed gathers ahead.
+
+    After training with backward passes it expects one behind an evaluation's forward too, and `GatheredParameters` fails
+    on a parameter in flight.
+    """
+    if hasattr(engine, "empty_partition_cache"):
+        engine.empty_partition_cache()
 
 
 def _full_tensors(model: PreTrainedModel, wanted: bool) -> Iterator[tuple[str, torch.Tensor | None]]:

@@ -1,7 +1,7 @@
-"""ZO-AdaMU in plain fp64 NumPy, written from the published formulas and independent of the library: what the tests compare with.
+"""ZO-AdaMU in plain fp64 NumPy, written from the published formulas, independent of the library: what the tests compare with.
 
-Random words are exact (uint64 arithmetic); everything after them is fp64 with NumPy's own log, sin, cos and sqrt, so a difference from
-the library beyond fp32 rounding is an error of one of the two.
+Random words are exact (uint64 arithmetic); everything after them is fp64 with NumPy's own log, sin, cos and sqrt, so a
+difference from the library beyond fp32 rounding is an error of one of the two.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,10 @@ SHIFT32 = np.uint64(32)
 
 
 def philox4x32(counter, key, rounds: int = 10) -> tuple[np.ndarray, ...]:
-    """Philox-4x32 (Salmon et al. 2011, section 3.3). ``counter``: 4 arrays or ints of 32 bits, ``key``: 2 ints; returns 4 uint64 arrays."""
+    """Philox-4x32 (Salmon et al. 2011, section 3.3).
+
+    ``counter``: four arrays or ints of 32 bits; ``key``: two ints. Returns four uint64 arrays.
+    """
     x = [np.asarray(word, dtype=np.uint64) for word in counter]
     k0, k1 = (np.uint64(word) for word in key)
     for _ in range(rounds):
@@ -88,7 +91,7 @@ class Hyper64:
 def zo_adamu_step64(theta, m, g: float, t: int, hyper: Hyper64, key, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """One step of one parameter (or a range of it): returns the new (theta, m) as fp64.
 
-    ``m`` is m_{t-1}; ``g`` the projected gradient (L(theta + eps m_t) - L(theta - eps m_t)) / (2 eps), with m_t from direction64.
+    ``m`` is m_{t-1}; ``g`` the projected gradient (L(theta + eps m_t) - L(theta - eps m_t)) / (2 eps), m_t from direction64.
     """
     theta = np.asarray(theta, dtype=np.float64)
     m_t, v = direction64(m, t, *hyper.scalars(t), key, start)

@@ -44,8 +44,8 @@ def _load_cpu(forced: bool) -> ModuleType:
         if forced:
             raise
         warnings.warn(
-            f"ds_zoadamu: the C++ kernels cannot be used, the plain PyTorch ones take their place (same results, many times slower): "
-            f"{error}",
+            "ds_zoadamu: the C++ kernels cannot be used, the plain PyTorch ones take their place "
+            f"(same results, many times slower): {error}",
             RuntimeWarning,
             stacklevel=4,
         )
@@ -78,7 +78,7 @@ def noise_(xi1: torch.Tensor, xi2: torch.Tensor, *, key: tuple[int, int], step: 
     """Fill two fp32 tensors of n elements with the noise of the flat indices start <= i < start + n.
 
     key: two 32-bit words, see :func:`ds_zoadamu.noise.parameter_key`. step: 0 <= step < 2**32. start: 0 <= start < 2**63.
-    Raises TypeError or ValueError for tensors or numbers that do not fit (all three functions do).
+    The compiled backends raise TypeError or ValueError for tensors or numbers that do not fit, in all three functions.
     """
     _backend(xi1.device.type).noise_(xi1, xi2, key=key, step=step, start=start)
 

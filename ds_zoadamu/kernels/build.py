@@ -1,4 +1,4 @@
-"""Builds the C++ kernels into a cache directory: once for each source, compiler and architecture, also with several processes."""
+"""Builds the C++ kernels into a cache directory: once for each source, compiler and architecture, also by several processes."""
 
 import contextlib
 import fcntl
@@ -19,7 +19,8 @@ _SOURCES = Path(__file__).parent / "csrc"
 _COMPILERS = ("g++", "clang++", "c++")
 # -ffp-contract=off: every operation rounds by itself, as in the reference. -fno-math-errno: sqrt is one instruction.
 _FLAGS = (
-    "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off", "-fno-math-errno", "-w",
+    "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-w",
+    "-ffp-contract=off", "-fno-math-errno",
 )  # fmt: skip
 _GCC_FLAGS = ("-fschedule-insns", "-fsched-pressure")  # up to a tenth faster; clang has no such options
 _X86_BASELINE = ("-march=x86-64", "-DZO_X86")
@@ -37,11 +38,15 @@ class BuildError(RuntimeError):
 
 
 def cache_directory() -> Path:
-    """Where built libraries are kept."""
+    """Where built libraries are kept. Raises BuildError where that cannot be said."""
     if explicit := os.environ.get("DS_ZOADAMU_CACHE_DIR"):
         return Path(explicit)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "ds_zoadamu"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "ds_zoadamu"
+    try:
+        return Path.home() / ".cache" / "ds_zoadamu"
+    except RuntimeError as error:  # a user without a home, as in some containers
+        raise BuildError(f"no place for the built kernels: {error} Set DS_ZOADAMU_CACHE_DIR to a folder") from error
 
 
 def _find_compiler() -> str:
@@ -121,9 +126,13 @@ class _Build:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on a file; the system releases it also when the process dies."""
+    """Holds an exclusive lock on a file; the system releases it also when the process dies.
+
+    It saves work only: each process builds in a folder of its own. So a file system without locks is no error.
+    """
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -1,8 +1,8 @@
 """The kernels for the CPU, in C++ (csrc/): same functions and same bits as reference.py, many times faster.
 
 The library is built once at first use, by the compiler named in ``CXX`` or else g++, clang++ or c++, and kept in a cache
-directory: ``DS_ZOADAMU_CACHE_DIR``, else ``$XDG_CACHE_HOME/ds_zoadamu``, else ``~/.cache/ds_zoadamu``. It holds one variant for each
-vector width and takes the widest that the machine has; ``DS_ZOADAMU_SIMD`` = avx512 | avx2 | sse2 | generic takes another.
+directory: ``DS_ZOADAMU_CACHE_DIR``, else ``$XDG_CACHE_HOME/ds_zoadamu``, else ``~/.cache/ds_zoadamu``. It holds one variant for
+each vector width and takes the widest that the machine has; ``DS_ZOADAMU_SIMD`` = avx512 | avx2 | sse2 | generic takes another.
 
 Threads: torch.get_num_threads(), out of the pool of the OpenMP runtime that torch has already loaded (two pools would get
 into each other's way). Their number never changes a bit.
@@ -81,7 +81,9 @@ def _library() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:  # a file system mounted noexec, a broken file
-        raise build.BuildError(f"cannot load {path}: {error}; delete it, or set DS_ZOADAMU_CACHE_DIR to another folder") from error
+        raise build.BuildError(
+            f"cannot load {path}: {error}; delete it, or set DS_ZOADAMU_CACHE_DIR to another folder"
+        ) from error
     library.zo_job_size.restype = ctypes.c_int64
     library.zo_variant_name.restype = ctypes.c_char_p
     library.zo_variant_name.argtypes = library.zo_variant_supported.argtypes = [ctypes.c_int32]
@@ -162,7 +164,8 @@ def _check_tensor(thing: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, .
         raise TypeError(f"{thing} is {tensor.dtype}; it must be one of {', '.join(map(str, dtypes))}")
     if tensor.dim() != 1 or not tensor.is_contiguous():
         raise ValueError(
-            f"{thing} has shape {tuple(tensor.shape)} and stride {tensor.stride()}; it must be flat and contiguous: pass x.view(-1)"
+            f"{thing} has shape {tuple(tensor.shape)} and stride {tensor.stride()}; "
+            "it must be flat and contiguous: pass x.view(-1)"
         )
     if tensor.numel() != numel:
         raise ValueError(f"{thing} has {tensor.numel()} elements where the other tensors have {numel}")

@@ -74,8 +74,8 @@ def _horner(x: torch.Tensor, coefficients: tuple[float, ...]) -> torch.Tensor:
 def _sqrt(x: torch.Tensor) -> torch.Tensor:
     """The square root of fp32, correctly rounded on every device.
 
-    torch.sqrt in fp32 is not: with MKL it is off by one bit in 0.6 % of the results. An fp64 root that is off by as much as its last
-    bit still rounds to the right fp32 number, for no root of a 24-bit number is so near the middle between two of them.
+    torch.sqrt in fp32 is not: with MKL it is off by one bit in 0.6 % of the results. An fp64 root that is off by as much as
+    its last bit still rounds to the right fp32 number: no root of a 24-bit number is so near the middle between two of them.
     """
     return x.to(torch.float64).sqrt().to(torch.float32)
 

@@ -8,7 +8,7 @@ from ds_zoadamu.tasks import TASKS, InputError, Task, label_words_from, load_tas
 
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to measure: model, task, data and how many examples."""
+    """Model, task and data, and the precision where a JSON leaves it open."""
     group = parser.add_argument_group("model and task")
     group.add_argument("--model_name_or_path", required=True, help="folder or hub name of a causal language model")
     group.add_argument(
@@ -22,19 +22,12 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
         "--label_words", nargs="+", metavar="WORD", help='replaces the task\'s label words for labels 0, 1, ..., for example " terrible" " great"'
     )
     group.add_argument("--data_dir", help="folder with train and validation as .jsonl, .json or .csv; without it the task's hub data set")
-    group.add_argument("--num_train", type=int, default=1000, help="training examples drawn from the training split (default: %(default)s)")
-    group.add_argument("--num_dev", type=int, default=500, help="development examples drawn from the rest (default: %(default)s)")
-    group.add_argument("--data_seed", type=int, help="seed of that draw (default: --seed)")
     group.add_argument("--max_length", type=int, help="tokens a prompt may have; longer texts lose their beginning (default: the model's)")
     group.add_argument("--per_device_eval_batch_size", type=int, default=16, help="examples in an evaluation's forward (default: %(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="seed of data order and perturbations (default: %(default)s)")
-
-
-def add_precision_arguments(parser: argparse.ArgumentParser) -> None:
-    """Precision of the weights where the JSON leaves it open."""
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--bf16", action="store_true", help='bf16 weights, where the JSON\'s bf16.enabled is "auto" or absent')
-    group.add_argument("--fp16", action="store_true", help='fp16 weights, where the JSON\'s fp16.enabled is "auto" or absent')
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("--bf16", action="store_true", help='bf16 weights, where the JSON\'s bf16.enabled is "auto" or absent')
+    precision.add_argument("--fp16", action="store_true", help='fp16 weights, where the JSON\'s fp16.enabled is "auto" or absent')
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
 
 
 def finetune_parser() -> argparse.ArgumentParser:
@@ -44,6 +37,11 @@ def finetune_parser() -> argparse.ArgumentParser:
         epilog='Values that the JSON gives as "auto" are filled from these arguments, as Hugging Face\'s Trainer does.',
     )
     add_task_arguments(parser)
+    group = parser.add_argument_group("examples")
+    group.add_argument("--num_train", type=int, default=1000, help="training examples drawn from the training split (default: %(default)s)")
+    group.add_argument("--num_dev", type=int, default=500, help="development examples drawn from the rest (default: %(default)s)")
+    group.add_argument("--data_seed", type=int, help="seed of that draw (default: --seed)")
+    group.add_argument("--seed", type=int, default=0, help="seed of data order and perturbations (default: %(default)s)")
     group = parser.add_argument_group('training (fills "auto" in the JSON)')
     group.add_argument("--max_steps", type=int, required=True, help="optimizer steps")
     group.add_argument("--per_device_train_batch_size", type=int, help="examples in a micro-batch (default: 8)")
@@ -53,7 +51,6 @@ def finetune_parser() -> argparse.ArgumentParser:
     group.add_argument("--weight_decay", type=float, help="decoupled weight decay (default: 0)")
     group.add_argument("--warmup_steps", type=int, help="of the JSON's scheduler (default: 0)")
     group.add_argument("--max_grad_norm", type=float, help="gradient_clipping, with backward passes only (default: 1.0)")
-    add_precision_arguments(parser)
     group = parser.add_argument_group("evaluation and output")
     group.add_argument("--eval_steps", type=int, help="steps between accuracies on the development set (default: a tenth of --max_steps)")
     group.add_argument("--output_dir", required=True, help="where metrics, results, curves and the model go")
@@ -68,7 +65,16 @@ def finetune_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--find_lr_values", type=float, nargs="+", metavar="LR", default=[1e-6, 3e-6, 1e-5, 3e-5, 1e-4])
     group.add_argument("--find_eps_values", type=float, nargs="+", metavar="EPS", default=[1e-3])
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
+    return deepspeed.add_config_arguments(parser)
+
+
+def evaluate_parser() -> argparse.ArgumentParser:
+    """All arguments of launch/evaluate.py."""
+    parser = argparse.ArgumentParser(description="Accuracy of a causal language model on a prompt task, without training.")
+    add_task_arguments(parser)
+    parser.add_argument("--split", choices=("validation", "train"), default="validation", help="which split (default: %(default)s)")
+    parser.add_argument("--output_file", help="also write the figures to this JSON file")
+    parser.add_argument("--overwrite_output_file", action="store_true", help="replace --output_file")
     return deepspeed.add_config_arguments(parser)
 
 
@@ -87,8 +93,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name, None)
         if value is not None and not 0 <= value < float("inf"):
             raise InputError(f"--{name} must be a finite number of at least 0, got {value}")
-    if getattr(args, "deepspeed_config", "unused") is None:
-        raise InputError("--deepspeed_config is missing; give a DeepSpeed JSON, for example one of ds_configs/")
 
 
 def task_from(args: argparse.Namespace) -> Task:

@@ -23,19 +23,19 @@ def fill_auto(config: dict, args: Namespace, *, world_size: int, hidden_size: in
 
     Args:
         config: the JSON.
-        args: of `finetune_parser`; None stands for "not given".
+        args: of `finetune_parser` or some of them; None or absent stands for "not given".
         world_size: number of ranks.
         hidden_size: of the model, for ZeRO's bucket sizes; None: unknown.
 
     Raises:
         InputError: an argument contradicts the JSON, or an "auto" that nothing fills.
     """
-    filler = _Filler(copy.deepcopy(config))
+    filler, given = _Filler(copy.deepcopy(config)), vars(args)
     zeroth_order = zeroth_order_type(config) is not None
-    _fill_batches(filler, args, world_size)
-    _fill_optimizer(filler, args, zeroth_order)
-    _fill_scheduler(filler, args)
-    for section, wanted in (("bf16", args.bf16), ("fp16", args.fp16)):
+    _fill_batches(filler, given, world_size)
+    _fill_optimizer(filler, given, zeroth_order)
+    _fill_scheduler(filler, given)
+    for section, wanted in (("bf16", given.get("bf16")), ("fp16", given.get("fp16"))):
         filler.fill(f"{section}.enabled", wanted or None, False, f"--{section}")
     if hidden_size is not None:
         filler.fill("zero_optimization.reduce_bucket_size", None, hidden_size * hidden_size)
@@ -46,46 +46,46 @@ def fill_auto(config: dict, args: Namespace, *, world_size: int, hidden_size: in
     return filler.config
 
 
-def _fill_batches(filler: "_Filler", args: Namespace, world_size: int) -> None:
+def _fill_batches(filler: "_Filler", given: dict, world_size: int) -> None:
     micro = filler.fill(
-        "train_micro_batch_size_per_gpu", args.per_device_train_batch_size, DEFAULT_MICRO_BATCH_SIZE, "--per_device_train_batch_size"
+        "train_micro_batch_size_per_gpu", given.get("per_device_train_batch_size"), DEFAULT_MICRO_BATCH_SIZE, "--per_device_train_batch_size"
     )
     total = filler.get("train_batch_size")
     accumulation = 1
     if micro is not None and isinstance(total, int):
         accumulation = max(1, total // (micro * world_size))
     accumulation = filler.fill(
-        "gradient_accumulation_steps", args.gradient_accumulation_steps, accumulation, "--gradient_accumulation_steps"
+        "gradient_accumulation_steps", given.get("gradient_accumulation_steps"), accumulation, "--gradient_accumulation_steps"
     )
     if micro is not None:
         filler.fill("train_batch_size", None, micro * (accumulation or 1) * world_size)
 
 
-def _fill_optimizer(filler: "_Filler", args: Namespace, zeroth_order: bool) -> None:
+def _fill_optimizer(filler: "_Filler", given: dict, zeroth_order: bool) -> None:
     default_lr = DEFAULT_ZEROTH_ORDER_LEARNING_RATE if zeroth_order else DEFAULT_LEARNING_RATE
-    filler.fill("optimizer.params.lr", args.learning_rate, default_lr, "--learning_rate")
-    filler.fill("optimizer.params.weight_decay", args.weight_decay, 0.0, "--weight_decay")
+    filler.fill("optimizer.params.lr", given.get("learning_rate"), default_lr, "--learning_rate")
+    filler.fill("optimizer.params.weight_decay", given.get("weight_decay"), 0.0, "--weight_decay")
     if zeroth_order:
-        filler.fill("optimizer.params.zo_eps", args.zo_eps, 1e-3, "--zo_eps")
-        filler.fill("optimizer.params.total_steps", None, args.max_steps)
-        filler.fill("optimizer.params.seed", None, args.seed)
+        filler.fill("optimizer.params.zo_eps", given.get("zo_eps"), 1e-3, "--zo_eps")
+        filler.fill("optimizer.params.total_steps", None, given.get("max_steps"))
+        filler.fill("optimizer.params.seed", None, given.get("seed"))
         filler.fill("gradient_clipping", None, 0.0)
     else:
         filler.fill("optimizer.params.betas", None, [0.9, 0.999])
         filler.fill("optimizer.params.eps", None, 1e-8)
-        filler.fill("gradient_clipping", args.max_grad_norm, 1.0, "--max_grad_norm")
+        filler.fill("gradient_clipping", given.get("max_grad_norm"), 1.0, "--max_grad_norm")
 
 
-def _fill_scheduler(filler: "_Filler", args: Namespace) -> None:
+def _fill_scheduler(filler: "_Filler", given: dict) -> None:
     if "scheduler" not in filler.config:
-        if args.warmup_steps is not None:
+        if given.get("warmup_steps") is not None:
             raise InputError('--warmup_steps is given but the DeepSpeed JSON has no "scheduler"; add one, for example WarmupDecayLR')
         return
     filler.fill("scheduler.params.warmup_min_lr", None, 0.0)
     filler.fill("scheduler.params.warmup_max_lr", None, filler.get("optimizer.params.lr"))
-    filler.fill("scheduler.params.total_num_steps", None, args.max_steps)
+    filler.fill("scheduler.params.total_num_steps", None, given.get("max_steps"))
     # DeepSpeed refuses a warm-up of 0 steps; 1 is what the Trainer takes for "none".
-    filler.fill("scheduler.params.warmup_num_steps", args.warmup_steps and max(1, args.warmup_steps), 1, "--warmup_steps")
+    filler.fill("scheduler.params.warmup_num_steps", given.get("warmup_steps") and max(1, given.get("warmup_steps")), 1, "--warmup_steps")
 
 
 class _Filler:

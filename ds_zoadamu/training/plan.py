@@ -6,11 +6,12 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ds_zoadamu.config import check_config, read_config
 from ds_zoadamu.tasks import (
     EncodedExample,
+    Example,
     InputError,
     PromptCollator,
     PromptEncoder,
@@ -24,6 +25,25 @@ from ds_zoadamu.training.auto_config import fill_auto
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelInput:
+    """How a task's examples reach a model.
+
+    Attributes:
+        hidden_size: of the model; None where its configuration does not say.
+    """
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    encoder: PromptEncoder
+    collate: PromptCollator
+    hidden_size: int | None
+
+    def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
+        """Token ids of examples."""
+        return [self.encoder.encode(example) for example in examples]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A run's checked input.
 
@@ -34,10 +54,8 @@ class Plan:
     """
 
     args: Namespace
-    task: Task
     config: dict
-    tokenizer: object
-    collate: PromptCollator
+    model_input: ModelInput
     train: Sequence[EncodedExample]
     dev: Sequence[EncodedExample]
     test: Sequence[EncodedExample]
@@ -45,40 +63,51 @@ class Plan:
     test_majority: float
 
 
-def make_plan(args: Namespace, config: dict | None = None) -> Plan:
+def read_model_input(args: Namespace) -> ModelInput:
+    """Reads the task, and the model's configuration and tokenizer without its weights.
+
+    Raises:
+        InputError: what is wrong with --task, --template, --label_words, --model_name_or_path or --max_length.
+    """
+    task = task_from(args)
+    # Models with several parts keep the language model's sizes in a section of their own.
+    config = _load(AutoConfig, args.model_name_or_path).get_text_config()
+    tokenizer = _load(AutoTokenizer, args.model_name_or_path)
+    return ModelInput(
+        task=task,
+        tokenizer=tokenizer,
+        encoder=PromptEncoder(tokenizer, task, model_max_length(config, tokenizer, args.max_length)),
+        # Padding is masked, so any id will do where a tokenizer has none for it.
+        collate=PromptCollator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0),
+        hidden_size=getattr(config, "hidden_size", None),
+    )
+
+
+def make_plan(args: Namespace) -> Plan:
     """Reads and checks arguments, DeepSpeed JSON, task, data and tokenizer; writes nothing, loads no weights.
 
     Args:
-        args: of `finetune_parser` (or with the same names).
-        config: used in place of the JSON that `args.deepspeed_config` names.
+        args: of `finetune_parser`.
 
     Raises:
         InputError, ConfigError: what is wrong, where, and the remedy.
     """
     check_arguments(args)
-    task = task_from(args)
-    if config is None:
-        config = read_config(args.deepspeed_config)
-    model_config = _load(AutoConfig, args.model_name_or_path)
-    # Models with several parts keep the language model's sizes in a section of their own.
-    text_config = model_config.get_text_config()
-    config = fill_auto(config, args, world_size=world_size(), hidden_size=getattr(text_config, "hidden_size", None))
+    if args.deepspeed_config is None:
+        raise InputError("--deepspeed_config is missing; give a DeepSpeed JSON, for example one of ds_configs/")
+    config = read_config(args.deepspeed_config)
+    model_input = read_model_input(args)
+    config = fill_auto(config, args, world_size=world_size(), hidden_size=model_input.hidden_size)
     check_config(config)
-    tokenizer = _load(AutoTokenizer, args.model_name_or_path)
-    encoder = PromptEncoder(tokenizer, task, model_max_length(text_config, tokenizer, args.max_length))
     data_seed = args.seed if args.data_seed is None else args.data_seed
-    splits = load_splits(task, args.data_dir, num_train=args.num_train, num_dev=args.num_dev, seed=data_seed)
-    # Padding is masked, so any id will do where a tokenizer has none for it.
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    splits = load_splits(model_input.task, args.data_dir, num_train=args.num_train, num_dev=args.num_dev, seed=data_seed)
     return Plan(
         args=args,
-        task=task,
         config=config,
-        tokenizer=tokenizer,
-        collate=PromptCollator(pad),
-        train=[encoder.encode(example) for example in splits.train],
-        dev=[encoder.encode(example) for example in splits.dev],
-        test=[encoder.encode(example) for example in splits.test],
+        model_input=model_input,
+        train=model_input.encode(splits.train),
+        dev=model_input.encode(splits.dev),
+        test=model_input.encode(splits.test),
         dev_majority=majority_accuracy(splits.dev),
         test_majority=majority_accuracy(splits.test),
     )

@@ -29,7 +29,7 @@ def finetune(args: Namespace) -> dict:
     output = OutputDirectory(args.output_dir, writes=rank() == 0, overwrite=args.overwrite_output_dir)
     plan = make_plan(args)
     memory = PeakMemory()
-    stepper = make_stepper(args.model_name_or_path, plan.config, plan.train, plan.collate, args.seed)
+    stepper = make_stepper(args.model_name_or_path, plan.config, plan.train, plan.model_input.collate, args.seed)
     output.begin()
     before = {split: _evaluate(plan, stepper, output, split, step=0) for split in ("dev", "test")}
     seconds, best_step, best = _train(plan, stepper, output)
@@ -41,7 +41,7 @@ def finetune(args: Namespace) -> dict:
     results = _results(plan, stepper, before, best_step, best, after, seconds, memory)
     output.write_json(RESULTS, results)
     if rank() == 0:
-        title = f"{plan.task.name}, {args.model_name_or_path}, {plan.config['optimizer']['type']}"
+        title = f"{plan.model_input.task.name}, {args.model_name_or_path}, {plan.config['optimizer']['type']}"
         if not draw_curves(output.records(), output.path / CURVES, title, plan.dev_majority):
             logger.warning(f"no {CURVES}: Matplotlib is not installed (pip install ds_zoadamu[plots])")
         if best.accuracy <= before["dev"].accuracy:
@@ -68,14 +68,14 @@ def _train(plan: Plan, stepper: Stepper, output: OutputDirectory) -> tuple[list[
                 if best is None or (now.accuracy, -now.loss) > (best.accuracy, -best.loss):
                     best_step, best = step, now
                     save_pretrained(
-                        stepper.engine, output.path / BEST, plan.tokenizer, plan.args.max_shard_size, overwrite=True
+                        stepper.engine, output.path / BEST, plan.model_input.tokenizer, plan.args.max_shard_size, overwrite=True
                     )
     return seconds, best_step, best
 
 
 def _evaluate(plan: Plan, stepper: Stepper, output: OutputDirectory, split: str, step: int) -> Evaluation:
     examples = {"dev": plan.dev, "test": plan.test}[split]
-    result = evaluate(stepper.engine.module, examples, plan.collate, plan.args.per_device_eval_batch_size)
+    result = evaluate(stepper.engine.module, examples, plan.model_input.collate, plan.args.per_device_eval_batch_size)
     output.log({"kind": "eval", "split": split, "step": step, **asdict(result)})
     if rank() == 0:
         tqdm.write(f"step {step}: {split} accuracy {result.accuracy:.4f}, loss {result.loss:.4f} ({result.num_examples} examples)")
@@ -87,7 +87,7 @@ def _results(plan, stepper, before, best_step, best, after, seconds, memory) -> 
     # The first step pays for caches and traces.
     times = torch.tensor(seconds[1:] or seconds, dtype=torch.float64)
     return {
-        "task": plan.task.name,
+        "task": plan.model_input.task.name,
         "model": args.model_name_or_path,
         "optimizer": plan.config["optimizer"]["type"],
         "world_size": dist.get_world_size(),

@@ -64,11 +64,11 @@ def find_lr(args: Namespace) -> list[Trial]:
 def _try(plan: Plan, lr: float, zo_eps: float) -> Trial:
     start = time.perf_counter()
     args = plan.args
-    stepper = make_stepper(args.model_name_or_path, _with(plan.config, lr, zo_eps), plan.train, plan.collate, args.seed)
+    stepper = make_stepper(args.model_name_or_path, _with(plan.config, lr, zo_eps), plan.train, plan.model_input.collate, args.seed)
     try:
         for _ in range(args.max_steps):
             stepper.step()
-        score = evaluate(stepper.engine.module, plan.dev, plan.collate, args.per_device_eval_batch_size)
+        score = evaluate(stepper.engine.module, plan.dev, plan.model_input.collate, args.per_device_eval_batch_size)
         loss, accuracy = score.loss if math.isfinite(score.loss) else math.inf, score.accuracy
     except NonFiniteLossError:  # raised on all ranks alike
         loss, accuracy = math.inf, 0.0

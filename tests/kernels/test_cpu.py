@@ -59,10 +59,8 @@ def copy(tensor):
 @cache
 def perturbed(numel, start, weight_dtype, out_dtype, storage, replayed, rounding, scale):
     """The reference's result, computed once for all vector widths."""
-    out = torch.empty(numel, dtype=out_dtype)
-    reference.perturb_(
-        out, weights(numel, weight_dtype), momenta(numel, storage), steps(replayed), key=KEY, start=start, scale=scale, rounding=rounding
-    )
+    out, weight, momentum = torch.empty(numel, dtype=out_dtype), weights(numel, weight_dtype), momenta(numel, storage)
+    reference.perturb_(out, weight, momentum, steps(replayed), key=KEY, start=start, scale=scale, rounding=rounding)
     return out
 
 
@@ -234,7 +232,7 @@ def perturb_with(**changes):
     [
         ({"out": torch.empty(7)}, ValueError, "out has 7 elements where the other tensors have 8"),
         ({"momentum": torch.empty(9)}, ValueError, "momentum has 9 elements"),
-        ({"weight": torch.zeros(8, dtype=torch.float64)}, TypeError, r"weight is torch.float64; it must be one of torch\.float32"),
+        ({"weight": torch.zeros(8, dtype=torch.float64)}, TypeError, "weight is torch.float64; it must be one of"),
         ({"out": torch.zeros(8, dtype=torch.int8)}, TypeError, "out is torch.int8"),
         ({"momentum": torch.zeros(8, dtype=torch.int32)}, TypeError, "momentum is torch.int32"),
         ({"out": torch.empty(16)[::2]}, ValueError, r"out has shape \(8,\) and stride \(2,\); it must be flat and contiguous"),
@@ -269,7 +267,8 @@ def test_no_second_openmp_runtime_is_loaded():
     if not os.path.exists("/proc/self/maps"):
         pytest.skip("no /proc/self/maps here")
     with open("/proc/self/maps") as maps:
-        loaded = {line.split()[-1] for line in maps if os.path.basename(line.split()[-1]).startswith(cpu._OPENMP_RUNTIMES)}
+        files = {line.split()[-1] for line in maps}
+    loaded = {file for file in files if os.path.basename(file).startswith(cpu._OPENMP_RUNTIMES)}
     library = build.library_path()
     assert len(loaded) == 1, loaded
     assert cpu._parallel_region() is not None

@@ -1,4 +1,4 @@
-"""The noise: known answers, its file format, the accuracy of its polynomials, its law, and that it depends on the element alone."""
+"""The noise: known answers, file format, accuracy of its polynomials, its law, and that it depends on the element alone."""
 
 import math
 import sys
@@ -128,8 +128,8 @@ def slices():
 
 
 def test_the_logarithm_is_good_to_one_unit_in_the_last_place_for_every_input():
-    # Half a unit (2**-24 relative) for the last addition, and as much again for all before it: the polynomial's own fit (2e-9) and
-    # the rounding of x - x^2/2 + ..., of e * LN2 and of LN2, which weigh less than the sum they enter.
+    # Half a unit (2**-24 relative) for the last addition, and as much again for all before it: the polynomial's own fit (2e-9)
+    # and the rounding of x - x^2/2 + ..., of e * LN2 and of LN2, which weigh less than the sum they enter.
     worst = 0.0
     for k in slices():
         exact = np.log((k.numpy() + 1.0) / WORDS)

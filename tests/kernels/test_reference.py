@@ -15,8 +15,9 @@ HYPER = Hyper64(t1=4, t2=20, t3=30, lr=1e-2, weight_decay=0.1)
 SCHEDULE = schedules.Schedule(t1=HYPER.t1, t2=HYPER.t2, t3=HYPER.t3)
 NUMEL, START = 2001, 2**33 - 777
 
-# Each of xi1, xi2 is off by at most 1.8e-6 (test_noise.py) and enters m_t with a weight of at most 1; beta1 and 1 - beta1, and alpha
-# and 1 - alpha, do not exceed 1 together in square. Errors of m_{t-1} shrink by 1 - beta1. The rest is the rounding of values up to 16.
+# Each of xi1, xi2 is off by at most 1.8e-6 (test_noise.py) and enters m_t with a weight of at most 1; beta1 and 1 - beta1, and
+# alpha and 1 - alpha, do not exceed 1 together in square. Errors of m_{t-1} shrink by 1 - beta1. The rest is the rounding of
+# values up to 16.
 M_TOLERANCE = 2 * 1.8e-6 + 4 * 16 * 2.0**-24
 
 

@@ -18,7 +18,8 @@ SIGMAS = 5.0  # of the statistic's own law; all draws are fixed
 
 def random_patterns(numel: int) -> torch.Tensor:
     """fp32 numbers with uniformly random bits: every exponent, infinities and NaN."""
-    return torch.randint(-(2**31), 2**31, (numel,), generator=torch.Generator().manual_seed(0)).to(torch.int32).view(torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-(2**31), 2**31, (numel,), generator=generator).to(torch.int32).view(torch.float32)
 
 
 def cast(x: torch.Tensor, dtype: torch.dtype, rounding: Rounding, scale: float = 1.0) -> torch.Tensor:

@@ -83,7 +83,7 @@ struct Region {
 // One thread's work. Chunks are taken, not dealt: a thread that the machine holds up does not hold up the others.
 void work(void *data) {
     Region &r = *(Region *)data;
-    // Rounding to nearest and subnormal numbers whatever this thread's mode is: some libraries switch to flush-to-zero when loaded.
+    // Rounding to nearest and subnormal numbers whatever this thread's mode: some libraries switch it to flush-to-zero.
     fenv_t environment;
     fegetenv(&environment);
     fesetenv(FE_DFL_ENV);
@@ -104,13 +104,16 @@ void *work_in_thread(void *data) {
 void run_in_own_threads(Region &region, unsigned num_threads) {
     pthread_t *threads = (pthread_t *)malloc(num_threads * sizeof(pthread_t));
     unsigned started = 0;
-    while (threads && started + 1 < num_threads && !pthread_create(&threads[started], nullptr, work_in_thread, &region)) ++started;
+    while (threads && started + 1 < num_threads &&
+           !pthread_create(&threads[started], nullptr, work_in_thread, &region))
+        ++started;
     work(&region);
     for (unsigned i = 0; i < started; ++i) pthread_join(threads[i], nullptr);
     free(threads);
 }
 
-constexpr uint64_t CHUNK_WORK = 1 << 15;  // element-steps: some 50 us, so that neither taking a chunk nor waiting for the last costs
+// In element-steps: some 50 us, so that neither taking a chunk nor waiting for the last one costs.
+constexpr uint64_t CHUNK_WORK = 1 << 15;
 constexpr uint64_t MIN_CHUNK = 1 << 9;
 
 void run_region(Region &region) {

@@ -1,12 +1,13 @@
 // The kernels on one range of flat indices. Compiled once for each instruction set, with ZO_NAMESPACE and its flags.
 //
 // Same bits as kernels/reference.py: the same fp32 operations in the same order, each rounded once (-ffp-contract=off). What is
-// done differently is exact: integer steps, and powers of two that are moved into constants. Nothing here may overflow or become
+// done differently is exact: integer steps, and powers of two that are moved into constants. Nothing may overflow or become
 // subnormal through such a move; the comments say which power.
 //
 // A range is worked on tile by tile, and each stage (Philox; Box-Muller and the recurrence; reading and writing of each tensor)
-// is a short loop over the tile, whose arrays stay in the first-level cache. The arithmetic units are what limits the speed; loads and
-// stores between the stages use others, while one long loop over everything would leave the units waiting for results.
+// is a short loop over the tile, whose arrays stay in the first-level cache. The arithmetic units are what limits the speed,
+// and loads and stores between the stages do not need them. In one long loop over everything they would wait for results: the
+// processor looks only some hundred instructions ahead.
 #include "job.h"
 #include "simd.h"
 
@@ -32,9 +33,9 @@ struct Tile {
 
 // ---------------------------------------------------------------- noise
 
-// Philox-4x32-10 for the counters (pair, high, step, 0). high, step and 0 are the same for all elements, so in rounds 1 and 2 one
-// product of two is a scalar, which was prepared. Half h of a block has its pairs 2 j + h in the lower halves of 64-bit lanes;
-// the upper halves may hold anything.
+// Philox-4x32-10 for the counters (pair, high, step, 0). high, step and 0 are the same for all elements, so in rounds 1 and 2
+// one product of two is a scalar, which was prepared. Half h of a block has its pairs 2 j + h in the lower halves of 64-bit
+// lanes; the upper halves may hold anything.
 void philox(Tile &tile, int num_blocks, uint32_t pair, const PhiloxKeys &keys, const PreparedStep &step) {
     const U64 m0 = splat64(PHILOX_M0), m1 = splat64(PHILOX_M1);
     const U64 round2_c0 = splat64(step.round2_c0), round2_c2 = splat64(step.round2_c2), round3_c2 = splat64(step.round3_c2);
@@ -308,8 +309,10 @@ struct Constant {
 template <typename Function>
 INLINE void with_format(int dtype, bool stochastic, Function function) {
     if (dtype == FP32) return function(Constant<FP32>(), Constant<0>());
-    if (dtype == BF16) return stochastic ? function(Constant<BF16>(), Constant<1>()) : function(Constant<BF16>(), Constant<0>());
-    return stochastic ? function(Constant<FP16>(), Constant<1>()) : function(Constant<FP16>(), Constant<0>());
+    if (dtype == BF16 && stochastic) return function(Constant<BF16>(), Constant<1>());
+    if (dtype == BF16) return function(Constant<BF16>(), Constant<0>());
+    if (stochastic) return function(Constant<FP16>(), Constant<1>());
+    return function(Constant<FP16>(), Constant<0>());
 }
 
 template <typename Function>
@@ -447,7 +450,8 @@ void run_range(const Job &job, const PhiloxKeys &keys, const PreparedStep *steps
             continue;
         }
         const uint64_t skip = first - start;
-        const Pointers q = {stage.out + skip * out_size, stage.weight + skip * weight_size, stage.momentum + skip * momentum_size};
+        const Pointers q = {
+            stage.out + skip * out_size, stage.weight + skip * weight_size, stage.momentum + skip * momentum_size};
         __builtin_memset(&stage, 0, sizeof stage);
         __builtin_memcpy(q.weight, p.weight, n * weight_size);
         if (momentum_size) __builtin_memcpy(q.momentum, p.momentum, n * momentum_size);

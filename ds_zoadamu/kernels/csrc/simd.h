@@ -1,8 +1,8 @@
 // Vectors of LANES 32-bit numbers, by GCC's vector extension (also in clang), and the few operations that need an instruction
 // set's own functions. Every floating-point operation rounds once, to nearest even, and is the same on every instruction set.
 //
-// Elements travel as two vectors, `even` and `odd`: lane j holds the elements 2 j and 2 j + 1 of a block of 2 * LANES. So the two
-// 16-bit elements of a 32-bit word need no shuffles, and one Philox counter makes one lane of both.
+// Elements travel as two vectors, `even` and `odd`: lane j holds the elements 2 j and 2 j + 1 of a block of 2 * LANES. So the
+// two 16-bit elements of a 32-bit word need no shuffles, and one Philox counter makes one lane of both.
 #pragma once
 
 #include <stdint.h>

@@ -1,0 +1,58 @@
+"""Accuracy of a model on a task without training."""
+
+import json
+import shlex
+import sys
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+import deepspeed
+
+from ds_zoadamu.config import read_config
+from ds_zoadamu.hf import load_causal_lm
+from ds_zoadamu.tasks import InputError, evaluate, load_examples, majority_accuracy
+from ds_zoadamu.training.arguments import check_arguments
+from ds_zoadamu.training.auto_config import fill_auto
+from ds_zoadamu.training.output import environment
+from ds_zoadamu.training.plan import rank, read_model_input, world_size
+
+# Only these matter without training; without a JSON each rank keeps its ZeRO-3 partition in fp32.
+_SECTIONS = ("zero_optimization", "bf16", "fp16")
+_DEFAULT = {"zero_optimization": {"stage": 3}}
+
+
+def measure(args: Namespace) -> dict:
+    """Runs what launch/evaluate.py's arguments say; returns accuracy, loss, the majority class's accuracy and the settings.
+
+    Raises:
+        InputError, ConfigError: before a model is loaded or a file written.
+    """
+    check_arguments(args)
+    if args.output_file and Path(args.output_file).exists() and not args.overwrite_output_file:
+        raise InputError(f"--output_file {args.output_file} exists; give another name or --overwrite_output_file")
+    given = read_config(args.deepspeed_config) if args.deepspeed_config else _DEFAULT
+    model_input = read_model_input(args)
+    config = {name: given[name] for name in _SECTIONS if name in given}
+    config["train_micro_batch_size_per_gpu"] = args.per_device_eval_batch_size
+    config = fill_auto(config, args, world_size=world_size(), hidden_size=model_input.hidden_size)
+    if config.get("zero_optimization", {}).get("stage") != 3:
+        raise InputError(f"{args.deepspeed_config}: zero_optimization.stage must be 3, which partitions the weights")
+    examples = load_examples(model_input.task, args.split, args.data_dir)
+    encoded = model_input.encode(examples)
+    model = load_causal_lm(args.model_name_or_path, config)
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    result = evaluate(engine.module, encoded, model_input.collate, args.per_device_eval_batch_size)
+    figures = {
+        "task": model_input.task.name,
+        "model": args.model_name_or_path,
+        "split": args.split,
+        **asdict(result),
+        "majority": majority_accuracy(examples),
+    }
+    if rank() == 0:
+        print(" ".join(f"{name}={value:.4f}" if isinstance(value, float) else f"{name}={value}" for name, value in figures.items()))
+        if args.output_file:
+            everything = {**figures, **environment(), "command": shlex.join(sys.argv), "arguments": vars(args), "config": config}
+            Path(args.output_file).write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
+    return figures

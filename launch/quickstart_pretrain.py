@@ -1,0 +1,73 @@
+"""Gives the quickstart's tiny OPT a little knowledge of its language: plain next-token training with DeepSpeed's Adam on ZeRO-3.
+
+    deepspeed --num_gpus 2 launch/quickstart_pretrain.py --deepspeed_config ds_configs/cpu-small_adamw.json \
+        --model_name_or_path DIR/untrained --corpus DIR/corpus.txt --max_steps 200 --output_dir DIR/pretrained
+"""
+
+import argparse
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+import ds_zoadamu
+from ds_zoadamu.config import read_config
+from ds_zoadamu.data import MicroBatchSampler, repeat
+from ds_zoadamu.training.auto_config import fill_auto
+from ds_zoadamu.training.main import run_script
+from ds_zoadamu.training.plan import rank, world_size
+
+HIDDEN_SIZE = 128
+
+
+def blocks(tokenizer, path: Path, length: int) -> torch.Tensor:
+    """The corpus as int64 [blocks, length]: reviews one after the other, each with its beginning token."""
+    ids = [token for line in path.read_text().splitlines() for token in tokenizer(line).input_ids]
+    count = len(ids) // length
+    return torch.tensor(ids[: count * length]).reshape(count, length)
+
+
+def collate(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A micro-batch for a causal language model's own loss."""
+    input_ids = torch.stack(rows)
+    return {"input_ids": input_ids, "labels": input_ids}
+
+
+def pretrain(args: argparse.Namespace) -> None:
+    config = fill_auto(read_config(args.deepspeed_config), args, world_size=world_size(), hidden_size=HIDDEN_SIZE)
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    data = blocks(tokenizer, args.corpus, length=64)
+    model = ds_zoadamu.load_causal_lm(args.model_name_or_path, config=config)
+    engine, *_ = ds_zoadamu.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+    sampler = MicroBatchSampler(
+        len(data), engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps(), dist.get_rank(), dist.get_world_size(), 0
+    )
+    batches = repeat(torch.utils.data.DataLoader(data, batch_sampler=sampler, collate_fn=collate))
+    engine.train()
+    with tqdm(range(args.max_steps), desc="pre-training", unit="step", disable=rank() != 0) as bar:
+        for _ in bar:
+            loss = engine(**next(batches)).loss
+            engine.backward(loss)
+            engine.step()
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    ds_zoadamu.save_pretrained(engine, args.output_dir, tokenizer)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model_name_or_path", required=True)
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--max_steps", type=int, default=200)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--per_device_train_batch_size", type=int, default=8)
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    args = deepspeed.add_config_arguments(parser).parse_args()
+    run_script(lambda: pretrain(args))
+
+
+if __name__ == "__main__":
+    main()
