@@ -1,7 +1,7 @@
 """Named points at which the tests of durability kill a process. Without the variable they do nothing.
 
-    DS_ZOADAMU_CRASH_AT=name:step          every rank that gets there
-    DS_ZOADAMU_CRASH_AT=name:step:rank     that rank only
+DS_ZOADAMU_CRASH_AT=name:step          every rank that gets there
+DS_ZOADAMU_CRASH_AT=name:step:rank     that rank only
 """
 
 import os

@@ -38,13 +38,14 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / name).exists():
             return [folder / name]
     raise ReplayError(
-        f"{str(folder)!r} has no safetensors weights ({', '.join(SINGLE_NAMES)} or an index); save the model there with save_pretrained. "
-        "Weights in pickle files are not read"
+        f"{str(folder)!r} has no safetensors weights ({', '.join(SINGLE_NAMES)} or an index); save the model there with "
+        "save_pretrained. Weights in pickle files are not read"
     )
 
 
 def find_folder(name: str, revision: str | None = None, *, download: bool) -> Path | None:
-    """The local folder of a model: ``name`` itself, or the hub's snapshot of it (fetched only with ``download``); None if there is none."""
+    """The local folder of a model: ``name`` itself, or the hub's snapshot of it (fetched only with ``download``); None if there
+    is none."""
     if Path(name).is_dir():
         return Path(name)
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -73,7 +74,8 @@ def combined_sha256(files: dict[str, str]) -> str:
 
 
 def hash_files(paths: list[Path], *, use_cache: bool) -> dict[str, str]:
-    """SHA-256 of every file by its name. With ``use_cache`` one that was hashed before, at the same path, size and time, is not read again."""
+    """SHA-256 of every file by its name. With ``use_cache`` one that was hashed before, at the same path, size and time, is not
+    read again."""
     cache = _HashCache() if use_cache else None
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib lets other threads run
         hashes = pool.map(lambda path: (cache.known(path) if cache else None) or file_sha256(path), paths)
@@ -117,8 +119,9 @@ class _HashCache:
 
 
 def base_identity(module: Any, base: str | Path | None) -> dict:
-    """What a journal's header says of the base model: {"name", "revision", "sha256", "files"}; sha256 and files None, with a "note", where the
-    weights did not come from safetensors files. A local folder is named without the path to it: journals are published.
+    """What a journal's header says of the base model: {"name", "revision", "sha256", "files"}; sha256 and files None, with a
+    "note", where the weights did not come from safetensors files. A local folder is named without the path to it: journals are
+    published.
 
     Args: ``module``: the model; ``base``: folder or hub name, or None: what the model itself says it was loaded from.
     Raises ReplayError where ``base`` was given and has no safetensors weights.
@@ -128,7 +131,12 @@ def base_identity(module: Any, base: str | Path | None) -> dict:
     name = str(base) if base is not None else ("" if adapters else getattr(config, "_name_or_path", None) or "")
     revision = getattr(config, "_commit_hash", None)
     folder = find_folder(name, revision, download=False) if name else None
-    unknown = {"name": Path(name).name if os.path.isabs(name) else name or None, "revision": revision, "sha256": None, "files": None}
+    unknown = {
+        "name": Path(name).name if os.path.isabs(name) else name or None,
+        "revision": revision,
+        "sha256": None,
+        "files": None,
+    }
     if folder is None:
         if base is not None:
             raise ReplayError(f"base {name!r} is neither a folder nor a model in the hub's local cache")

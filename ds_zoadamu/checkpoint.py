@@ -1,8 +1,8 @@
 """Checkpoints of an engine: every rank writes and reads its own ranges, so they fit any number of ranks.
 
-A rank's file holds, for each of its partitions, "weight/NAME" and "momentum/NAME": the elements [start, stop) of the flattened parameter,
-with the ranges in the manifest. Loading on another number of ranks intersects ranges; no rank ever holds a whole parameter. Frozen
-parameters and buffers are not stored: training does not change them.
+A rank's file holds, for each of its partitions, "weight/NAME" and "momentum/NAME": the elements [start, stop) of the flattened
+parameter, with the ranges in the manifest. Loading on another number of ranks intersects ranges; no rank ever holds a whole
+parameter. Frozen parameters and buffers are not stored: training does not change them.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 _NOTE = "Trained parameters only; frozen parameters and buffers are those of the base model."
 
 
-# --- saving ------------------------------------------------------------------------------------------------------------------------------
+# --- saving -------------------------------------------------------------------------------------------------------------------
 
 
 def save(
@@ -105,7 +105,9 @@ def _check_json(what: str, value: Any) -> None:
     try:
         json.dumps(value)
     except (TypeError, ValueError) as e:
-        raise CheckpointError(f"{what} cannot be saved: {e}; a checkpoint holds what JSON can: numbers, strings, lists and dicts") from e
+        raise CheckpointError(
+            f"{what} cannot be saved: {e}; a checkpoint holds what JSON can: numbers, strings, lists and dicts"
+        ) from e
 
 
 def _data_state(engine: Any) -> Any:
@@ -116,7 +118,9 @@ def _data_state(engine: Any) -> Any:
     try:
         json.dumps(state)
     except (TypeError, ValueError):
-        logger.warning("the data iterator's state_dict is not JSON and is not saved; a resume will draw its batches again from the start")
+        logger.warning(
+            "the data iterator's state_dict is not JSON and is not saved; a resume will draw its batches again from the start"
+        )
         return None
     return state
 
@@ -156,7 +160,7 @@ def _check_visible(folder: Path, entries: list[dict]) -> None:
             )
 
 
-# --- loading -----------------------------------------------------------------------------------------------------------------------------
+# --- loading ------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -181,7 +185,8 @@ def load(
     """Put a checkpoint into an engine. Call it on all ranks with the same ``found``.
 
     Everything is checked before anything is changed: manifest, sizes and SHA-256 of all files, parameters, dtypes, options.
-    ``weights_only``: leave momentum, step, counters, scheduler and data position as they are. Raises CheckpointError on all ranks.
+    ``weights_only``: leave momentum, step, counters, scheduler and data position as they are. Raises CheckpointError on all
+    ranks.
     """
     manifest = found.manifest
     readers: dict[str, FlatReader] = {}
@@ -212,15 +217,15 @@ def check_matches(engine: Any, found: store.Found, weights_only: bool = False, w
         ours, theirs = ({"parameters": [{**p, "group": 0} for p in identity["parameters"]]} for identity in (ours, theirs))
     if differing := differences(ours, theirs, ignore=BATCH):
         raise CheckpointError(
-            f"checkpoint {str(found.path)!r} does not fit this run: {phrase(differing)}. Use the settings it was saved with, or start a new "
-            "run from its weights with load_module_only=True"
+            f"checkpoint {str(found.path)!r} does not fit this run: {phrase(differing)}. Use the settings it was saved with, "
+            "or start a new run from its weights with load_module_only=True"
         )
     scheduler, saved = engine.lr_scheduler, found.manifest["lr_scheduler"]
     names = (None if scheduler is None else type(scheduler).__name__, None if saved is None else saved["type"])
     if with_lr_scheduler and not weights_only and names[0] != names[1]:
         raise CheckpointError(
-            f"checkpoint {str(found.path)!r} was saved with the lr scheduler {names[1]}, this run has {names[0]}; use the same, or "
-            "load_lr_scheduler_states=False"
+            f"checkpoint {str(found.path)!r} was saved with the lr scheduler {names[1]}, this run has {names[0]}; use the "
+            "same, or load_lr_scheduler_states=False"
         )
 
 
@@ -246,11 +251,14 @@ def _pieces(engine: Any, found: store.Found, readers: dict[str, FlatReader], wei
                 key = f"{kind}/{partition.name}"
                 info = reader.tensors.get(key)
                 if info is None or info.dtype != target.dtype or info.numel != high - low:
-                    raise CheckpointError(f"checkpoint file {str(reader.path)!r} has no {key!r} of {high - low} x {target.dtype}")
+                    raise CheckpointError(
+                        f"checkpoint file {str(reader.path)!r} has no {key!r} of {high - low} x {target.dtype}"
+                    )
                 yield _Piece(reader, key, start - low, stop - low, target, start - partition.start)
         if covered != partition.length:
             raise CheckpointError(
-                f"checkpoint {str(found.path)!r} holds {covered} of the {partition.length} elements of {partition.name!r} that this rank needs"
+                f"checkpoint {str(found.path)!r} holds {covered} of the {partition.length} elements of {partition.name!r} that "
+                "this rank needs"
             )
 
 
@@ -280,8 +288,9 @@ def _position_here(engine: Any, manifest: dict) -> tuple[int, int]:
     examples = consumed * identity["micro_batch_size"]
     log_on_rank_0(
         logging.WARNING,
-        f"a step takes {a_step} micro-batches of {size} here, {identity['micro_batches_a_step']} of {identity['micro_batch_size']} where the "
-        f"checkpoint was saved: the run goes on with other batches, behind example {examples} of epoch {epoch}",
+        f"a step takes {a_step} micro-batches of {size} here, {identity['micro_batches_a_step']} of "
+        f"{identity['micro_batch_size']} where the checkpoint was saved: the run goes on with other batches, behind example "
+        f"{examples} of epoch {epoch}",
     )
     steps = -(-examples // (a_step * size))  # a step is never a part of one: ranks would run out of batches at different times
     return epoch, steps * a_step
@@ -299,8 +308,9 @@ def data_state_of(manifest: dict) -> Any:
         return states[collective.rank()]
     if any(state != states[0] for state in states):
         raise CheckpointError(
-            f"the data iterators of the {len(states)} ranks that saved the checkpoint were in different states, which cannot be dealt out to "
-            f"{collective.world_size()} ranks; resume on {len(states)}, or let state_dict() return a position that does not depend on the rank"
+            f"the data iterators of the {len(states)} ranks that saved the checkpoint were in different states, which cannot "
+            f"be dealt out to {collective.world_size()} ranks; resume on {len(states)}, or let state_dict() return a position "
+            "that does not depend on the rank"
         )
     return states[0]
 
@@ -311,7 +321,8 @@ def log_on_rank_0(level: int, message: str) -> None:
 
 
 def find_latest(directory: str | Path, tag: str | None) -> store.Found | None:
-    """The checkpoint of ``tag``, or the one that ``latest`` names; None without ``latest``. Same answer on all ranks: rank 0 looks.
+    """The checkpoint of ``tag``, or the one that ``latest`` names; None without ``latest``. Same answer on all ranks: rank 0
+    looks.
 
     Raises CheckpointError on all ranks.
     """
@@ -323,6 +334,8 @@ def find_latest(directory: str | Path, tag: str | None) -> store.Found | None:
             answer = {} if found is None else {"tag": found.tag, "path": str(found.path), "manifest": found.manifest}
     answer = json.loads(collective.broadcast_bytes(json.dumps(answer).encode()))
     if not answer:
-        log_on_rank_0(logging.WARNING, f"no checkpoint in {str(directory)!r}: there is no file 'latest'; pass a tag to load another one")
+        log_on_rank_0(
+            logging.WARNING, f"no checkpoint in {str(directory)!r}: there is no file 'latest'; pass a tag to load another one"
+        )
         return None
     return store.Found(answer["tag"], Path(answer["path"]), answer["manifest"])

@@ -1,11 +1,11 @@
 """Folders of checkpoints on disk: which are there, which are whole, how one takes its place, and which are removed.
 
-    DIR/latest                          the tag of the newest one
-    DIR/TAG/manifest.json               written last; a folder without it is no checkpoint
-    DIR/TAG/rank-00000-of-00002.safetensors
-    DIR/.writing-TAG                    being written, or left by a kill: never read
-    DIR/.replaced-TAG                   the older one of the same tag, read only while DIR/TAG is not there
-    DIR/.removing-TAG                   being removed
+DIR/latest                          the tag of the newest one
+DIR/TAG/manifest.json               written last; a folder without it is no checkpoint
+DIR/TAG/rank-00000-of-00002.safetensors
+DIR/.writing-TAG                    being written, or left by a kill: never read
+DIR/.replaced-TAG                   the older one of the same tag, read only while DIR/TAG is not there
+DIR/.removing-TAG                   being removed
 """
 
 import hashlib
@@ -44,11 +44,13 @@ def check_tag(tag: Any) -> str:
     """The tag as a string. Raises CheckpointError for one that is not a plain folder name."""
     tag = str(tag)
     if not tag or tag != Path(tag).name or tag.startswith(".") or tag == LATEST:
-        raise CheckpointError(f"tag is {tag!r}; it must be the name of a folder, without '/' and not beginning with '.', such as 'global_step100'")
+        raise CheckpointError(
+            f"tag is {tag!r}; it must be the name of a folder, without '/' and not beginning with '.', such as 'global_step100'"
+        )
     return tag
 
 
-# --- manifests ---------------------------------------------------------------------------------------------------------------------------
+# --- manifests ----------------------------------------------------------------------------------------------------------------
 
 
 def encode_manifest(manifest: dict) -> bytes:
@@ -62,10 +64,14 @@ def read_manifest(folder: Path) -> dict:
     try:
         data = path.read_bytes()
     except OSError as e:
-        raise CheckpointError(f"checkpoint {str(folder)!r} is not whole: {MANIFEST} cannot be read: {e.strerror}; load another one") from e
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r} is not whole: {MANIFEST} cannot be read: {e.strerror}; load another one"
+        ) from e
     body, separator, tail = data.rpartition(b', "sha256": "')
     if not separator or tail != hashlib.sha256(body).hexdigest().encode() + b'"}\n':
-        raise CheckpointError(f"checkpoint {str(folder)!r}: {MANIFEST} is damaged (its checksum does not fit); load another one")
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r}: {MANIFEST} is damaged (its checksum does not fit); load another one"
+        )
     manifest = json.loads(body + b"}")
     if manifest["format"] != FORMAT or manifest["version"] != FORMAT_VERSION:
         raise CheckpointError(
@@ -83,14 +89,18 @@ def check_file(folder: Path, entry: dict) -> None:
     try:
         size = path.stat().st_size
         if size != entry["size"]:
-            raise CheckpointError(f"checkpoint file {str(path)!r} has {size} bytes, it was saved with {entry['size']}; load another checkpoint")
+            raise CheckpointError(
+                f"checkpoint file {str(path)!r} has {size} bytes, it was saved with {entry['size']}; load another checkpoint"
+            )
         if file_sha256(path) != entry["sha256"]:
-            raise CheckpointError(f"checkpoint file {str(path)!r} is damaged (its SHA-256 does not fit); load another checkpoint")
+            raise CheckpointError(
+                f"checkpoint file {str(path)!r} is damaged (its SHA-256 does not fit); load another checkpoint"
+            )
     except OSError as e:
         raise CheckpointError(f"checkpoint file {str(path)!r} cannot be read: {e.strerror}; load another checkpoint") from e
 
 
-# --- finding -----------------------------------------------------------------------------------------------------------------------------
+# --- finding ------------------------------------------------------------------------------------------------------------------
 
 
 def latest_tag(directory: Path) -> str | None:
@@ -133,7 +143,7 @@ def find_all(directory: Path) -> list[Found]:
     return sorted(found, key=lambda f: f.step, reverse=True)
 
 
-# --- writing, on rank 0 ------------------------------------------------------------------------------------------------------------------
+# --- writing, on rank 0 -------------------------------------------------------------------------------------------------------
 
 
 def begin(directory: Path, tag: str) -> Path:
@@ -175,7 +185,8 @@ def publish(folder: Path, tag: str, manifest: dict, *, save_latest: bool) -> Pat
 
 
 def prune(directory: Path, limit: int, keep: str) -> None:
-    """Remove the oldest checkpoints, by step, until at most ``limit`` are left; never the one tagged ``keep``. Raises OSError."""
+    """Remove the oldest checkpoints, by step, until at most ``limit`` are left; never the one tagged ``keep``. Raises
+    OSError."""
     others = [found for found in find_all(directory) if found.tag != keep]
     for found in others[max(0, limit - 1) :]:
         removing = directory / (_REMOVING + found.tag)

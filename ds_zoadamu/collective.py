@@ -1,7 +1,7 @@
 """Small talk between ranks on the host: bytes, JSON, and "has it failed anywhere?", so that no rank waits for one that is gone.
 
-Nothing is pickled. The messages go over gloo, also where the model's collectives use NCCL: they never make the host wait for a GPU.
-Without a process group there is one rank, and every function is the identity.
+Nothing is pickled. The messages go over gloo, also where the model's collectives use NCCL: they never make the host wait for a
+GPU. Without a process group there is one rank, and every function is the identity.
 """
 
 import functools
@@ -96,7 +96,8 @@ def agree_with_rank_0(error: Exception | None, error_type: type[Exception]) -> N
 def on_all_ranks(error_type: type[Exception]) -> Iterator[None]:
     """What the body raises on one rank is raised on every rank. No collective may be inside the body.
 
-    The rank that failed raises its own exception (an OSError becomes an ``error_type``), the others an ``error_type`` with its message.
+    The rank that failed raises its own exception (an OSError becomes an ``error_type``), the others an ``error_type`` with its
+    message.
     """
     failure = None
     try:

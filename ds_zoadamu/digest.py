@@ -1,8 +1,8 @@
 """SHA-256 over a model's weights, the same however they are partitioned or spread over files.
 
-    digest of a tensor   SHA-256 over its elements as they lie in a safetensors file
-    digest of weights    SHA-256 over one line for each tensor, sorted by name:  "NAME DTYPE SHAPE SHA256\\n",
-                         for example "model.norm.weight bfloat16 24 9f86…" and "x float32 3x4 60303a…"
+digest of a tensor   SHA-256 over its elements as they lie in a safetensors file
+digest of weights    SHA-256 over one line for each tensor, sorted by name:  "NAME DTYPE SHAPE SHA256\\n",
+                     for example "model.norm.weight bfloat16 24 9f86…" and "x float32 3x4 60303a…"
 """
 
 import hashlib
@@ -33,7 +33,8 @@ def combine(entries: Iterable[tuple[str, str, Sequence[int], str]]) -> str:
 
 
 def partition_digests(partitions: Sequence[Any]) -> list[str]:
-    """SHA-256 of every whole parameter of an engine's partitions, on every rank. Parameters are gathered one by one; ranks take turns."""
+    """SHA-256 of every whole parameter of an engine's partitions, on every rank. Parameters are gathered one by one; ranks take
+    turns."""
     mine = {}
     for index, partition in enumerate(partitions):
         with deepspeed.zero.GatheredParameters([partition.param]):
@@ -44,7 +45,8 @@ def partition_digests(partitions: Sequence[Any]) -> list[str]:
 
 
 def weights_digest(engine: Any) -> str:
-    """SHA-256 in hex over the trained weights of an engine: equal for equal weights on any number of ranks. Call it on all ranks.
+    """SHA-256 in hex over the trained weights of an engine: equal for equal weights on any number of ranks. Call it on all
+    ranks.
 
     ``ds_zoadamu replay`` prints the same figure for the model that it rebuilds.
     """

@@ -1,4 +1,5 @@
-"""``ds_zoadamu digest FOLDER --journal FILE``: the digest of a model's trained weights, to compare with what its author published."""
+"""``ds_zoadamu digest FOLDER --journal FILE``: the digest of a model's trained weights, to compare with what its author
+published."""
 
 from typing import Any
 

@@ -15,17 +15,20 @@ class Durability:
     """Mixed into ``ZeroOrderEngine``. For an optimizer that is not zeroth-order the methods are DeepSpeed's own."""
 
     data_source: Any = None
-    """The user's data iterator, where it has ``state_dict`` and ``load_state_dict``: noted by ``train_batch``, saved in checkpoints."""
+    """The user's data iterator, where it has ``state_dict`` and ``load_state_dict``: noted by ``train_batch``, saved in
+    checkpoints."""
     _journal: Journal | None = None  # on rank 0
     _journaling = False  # on all ranks
     _weight_decays: tuple[float, ...] = ()
 
     def open_journal(self, path: str | Path, *, base: str | Path | None = None, fsync_every: int = 1) -> None:
-        """Write a record of every step to ``path`` from now on, before the step changes a partition. Call it on all ranks before step 1.
+        """Write a record of every step to ``path`` from now on, before the step changes a partition. Call it on all ranks
+        before step 1.
 
-        Args: ``path``: of the new journal; ``base``: folder or hub name of the model the run starts from (default: where the model says it
-        was loaded from), whose files are hashed once; ``fsync_every``: the journal is made durable every so many steps. With 1 not even a
-        power failure loses a step; with more it may lose the last few, which are then taken again. A killed process loses none.
+        Args: ``path``: of the new journal; ``base``: folder or hub name of the model the run starts from (default: where the
+        model says it was loaded from), whose files are hashed once; ``fsync_every``: the journal is made durable every so many
+        steps. With 1 not even a power failure loses a step; with more it may lose the last few, which are then taken again. A
+        killed process loses none.
 
         Raises JournalError on all ranks where the file exists, is being written by another run, or cannot be written.
         """
@@ -41,17 +44,19 @@ class Durability:
         fsync_every: int = 1,
         data: Any = None,
     ) -> Resumed:
-        """Go on with the run of a journal, on any number of ranks: bit for bit as if it had not stopped. Call it on all ranks, on a new engine.
+        """Go on with the run of a journal, on any number of ranks: bit for bit as if it had not stopped. Call it on all ranks,
+        on a new engine.
 
-        Loads the newest whole checkpoint in ``checkpoint_dir``, if there is one, and applies the journal's later records without forward
-        passes; without a checkpoint the engine must hold the weights the run started with. ``training_data`` of ``initialize`` goes on at
-        the right place by itself. Ranks x gradient_accumulation_steps must be as it was.
+        Loads the newest whole checkpoint in ``checkpoint_dir``, if there is one, and applies the journal's later records
+        without forward passes; without a checkpoint the engine must hold the weights the run started with. ``training_data`` of
+        ``initialize`` goes on at the right place by itself. Ranks x gradient_accumulation_steps must be as it was.
 
-        Args: ``path``, ``base``, ``fsync_every``: as for ``open_journal``; ``data``: the user's own iterator at its beginning, which is moved
-        to its place: by ``load_state_dict``, where the checkpoint has a state of it, and by drawing what the later steps have consumed.
+        Args: ``path``, ``base``, ``fsync_every``: as for ``open_journal``; ``data``: the user's own iterator at its beginning,
+        which is moved to its place: by ``load_state_dict``, where the checkpoint has a state of it, and by drawing what the
+        later steps have consumed.
 
-        Raises JournalError, CheckpointError or ReplayError on all ranks where the journal is damaged or of another run. Nothing on the
-        disk is changed then.
+        Raises JournalError, CheckpointError or ReplayError on all ranks where the journal is damaged or of another run. Nothing
+        on the disk is changed then.
         """
         self._require_zeroth_order("resume")
         resumed, journal = resuming.resume(self, path, checkpoint_dir, base, fsync_every, data)
@@ -74,10 +79,12 @@ class Durability:
         *,
         save_total_limit: int | None = None,
     ) -> bool:
-        """Save partitions, momentum, step, scheduler, counters and data position as ``save_dir/tag``, whole or not at all. On all ranks.
+        """Save partitions, momentum, step, scheduler, counters and data position as ``save_dir/tag``, whole or not at all. On
+        all ranks.
 
-        Args: as for DeepSpeed's engine, and ``save_total_limit``: the most checkpoints to keep in ``save_dir``, the oldest steps go.
-        ``tag`` defaults to "global_step<N>"; ``client_state`` holds what JSON can. Frozen parameters are never stored.
+        Args: as for DeepSpeed's engine, and ``save_total_limit``: the most checkpoints to keep in ``save_dir``, the oldest
+        steps go. ``tag`` defaults to "global_step<N>"; ``client_state`` holds what JSON can. Frozen parameters are never
+        stored.
 
         Raises CheckpointError on all ranks, for instance for a full disk; every earlier checkpoint is as it was. Returns True.
         """
@@ -113,11 +120,13 @@ class Durability:
     ) -> tuple[str | None, dict | None]:
         """Load a checkpoint of ``save_checkpoint``, saved on any number of ranks. On all ranks.
 
-        Args: as for DeepSpeed's engine; without ``load_optimizer_states``, or with ``load_module_only``, the weights alone are loaded and the
-        run begins anew. Returns (folder, client_state), or (None, None) where ``tag`` is None and there is no file ``latest``.
+        Args: as for DeepSpeed's engine; without ``load_optimizer_states``, or with ``load_module_only``, the weights alone are
+        loaded and the run begins anew. Returns (folder, client_state), or (None, None) where ``tag`` is None and there is no
+        file ``latest``.
 
-        Raises CheckpointError on all ranks for a missing, shortened or damaged file, another model, dtype or momentum mode, or other
-        options; nothing has been changed then. RuntimeError while a journal is open: use ``resume``, which keeps the two together.
+        Raises CheckpointError on all ranks for a missing, shortened or damaged file, another model, dtype or momentum mode, or
+        other options; nothing has been changed then. RuntimeError while a journal is open: use ``resume``, which keeps the two
+        together.
         """
         if not self._is_zeroth_order:
             return super().load_checkpoint(
@@ -130,7 +139,10 @@ class Durability:
                 custom_load_fn,
             )
         if self._journaling:
-            raise RuntimeError("load_checkpoint while a journal is open would break its chain of steps; use engine.resume(journal, checkpoint_dir)")
+            raise RuntimeError(
+                "load_checkpoint while a journal is open would break its chain of steps; use engine.resume(journal, "
+                "checkpoint_dir)"
+            )
         if custom_load_fn is not None:
             raise ValueError("custom_load_fn is not supported: partitions are loaded by name and range")
         found = checkpoint.find_latest(load_dir, tag)
@@ -138,11 +150,15 @@ class Durability:
             return None, None
         weights_only = load_module_only or not load_optimizer_states
         checkpoint.load(self, found, weights_only=weights_only, with_lr_scheduler=load_lr_scheduler_states)
-        if not weights_only and (state := checkpoint.data_state_of(found.manifest)) is not None and self.data_source is not None:
+        if (
+            not weights_only
+            and (state := checkpoint.data_state_of(found.manifest)) is not None
+            and self.data_source is not None
+        ):
             self.data_source.load_state_dict(state)
         return str(found.path), found.manifest["client_state"]
 
-    # --- called by train_batch -------------------------------------------------------------------------------------------------------
+    # --- called by train_batch ------------------------------------------------------------------------------------------------
 
     def _before_update(self, record: Any, batch: Any) -> None:
         """The step's losses are known and no partition has changed: write the record, or end on all ranks."""
@@ -162,7 +178,9 @@ class Durability:
     def _journal_record(self, record: Any) -> Record:
         groups = self.optimizer.param_groups
         if tuple(group["weight_decay"] for group in groups) != self._weight_decays:
-            raise JournalError(f"step {record.step}: weight_decay of a parameter group was changed; the journal's header fixes it for the run")
+            raise JournalError(
+                f"step {record.step}: weight_decay of a parameter group was changed; the journal's header fixes it for the run"
+            )
         lrs = tuple(float(group["lr"]) for group in groups)
         sampler = own_sampler(self)
         return Record(

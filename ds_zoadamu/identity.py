@@ -44,7 +44,8 @@ def run_identity(engine: Any) -> dict:
 
 
 def surroundings(engine: Any) -> dict:
-    """What a rebuilt model needs beside the trained parameters: {"tied": {name: other names}, "untrained": [[name, dtype], ...]}."""
+    """What a rebuilt model needs beside the trained parameters: {"tied": {name: other names}, "untrained": [[name, dtype],
+    ...]}."""
     module = engine.module
     names: dict[int, list[str]] = {}
     for name, param in module.named_parameters(remove_duplicate=False):
@@ -72,7 +73,13 @@ def _flat(identity: dict) -> dict[str, Any]:
         else:
             result[prefix] = value
 
-    walk("", {key: identity.get(key) for key in ("noise_version", "optimizer", "micro_batch_size", "micro_batches_a_step", "groups", "data")})
+    walk(
+        "",
+        {
+            key: identity.get(key)
+            for key in ("noise_version", "optimizer", "micro_batch_size", "micro_batches_a_step", "groups", "data")
+        },
+    )
     walk("", identity.get("options", {}))
     return result
 
@@ -81,7 +88,8 @@ BATCH = ("micro_batch_size", "micro_batches_a_step")
 
 
 def differences(ours: dict, theirs: dict, *, ignore: tuple[str, ...] = ()) -> list[str]:
-    """One phrase for each thing that differs between this engine's identity and that of a file; empty where the run is the same."""
+    """One phrase for each thing that differs between this engine's identity and that of a file; empty where the run is the
+    same."""
     mine, other = _flat(ours), _flat(theirs)
     found = [
         f"{key} is {mine.get(key)!r} here and {other.get(key)!r} there" + _hint(key)

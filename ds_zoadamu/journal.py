@@ -4,14 +4,15 @@ A text file of JSON lines. Line 1 is the header, an object; line t + 1 is the re
 
     [step, loss_plus, loss_minus, projected_grad, lr, skipped, [epoch, micro_batches], checksum]
 
-Floats are written with the fewest digits that give back the same fp64 number; NaN and the infinities as "nan", "inf", "-inf". lr is a list
-where parameter groups differ, projected_grad where a step has several directions. The data position (null for a user's own iterator) is
-what the step had consumed when it ended: the epoch, and the micro-batches of all ranks within it. Every line ends with a checksum: the
-first 8 bytes, in hex, of SHA-256 over the previous line's checksum (none for the header) and the line up to the comma before its own. So
-the last checksum stands for the whole file, and a line that is damaged, missing, repeated or out of order does not fit.
+Floats are written with the fewest digits that give back the same fp64 number; NaN and the infinities as "nan", "inf", "-inf".
+lr is a list where parameter groups differ, projected_grad where a step has several directions. The data position (null for a
+user's own iterator) is what the step had consumed when it ended: the epoch, and the micro-batches of all ranks within it. Every
+line ends with a checksum: the first 8 bytes, in hex, of SHA-256 over the previous line's checksum (none for the header) and the
+line up to the comma before its own. So the last checksum stands for the whole file, and a line that is damaged, missing,
+repeated or out of order does not fit.
 
-A line without its newline is torn: the process or the machine died while it was written, before the step changed anything. It is cut off.
-Anything else that does not fit is damage, an error that names the line.
+A line without its newline is torn: the process or the machine died while it was written, before the step changed anything. It
+is cut off. Anything else that does not fit is damage, an error that names the line.
 """
 
 import fcntl
@@ -44,7 +45,8 @@ Scalars = float | tuple[float, ...]
 
 @dataclass(frozen=True)
 class Record:
-    """One step. ``lr``: one float, or one a parameter group. ``data_position``: (epoch, micro-batches of all ranks within it) or None."""
+    """One step. ``lr``: one float, or one a parameter group. ``data_position``: (epoch, micro-batches of all ranks within it)
+    or None."""
 
     step: int
     loss_plus: float
@@ -57,8 +59,8 @@ class Record:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a journal holds. ``checksums[t]`` is that of step t, ``checksums[0]`` the header's; ``end``: bytes of the whole lines;
-    ``torn``: bytes of an unfinished last line behind them; ``damage``: why reading ended early, or None."""
+    """What a journal holds. ``checksums[t]`` is that of step t, ``checksums[0]`` the header's; ``end``: bytes of the whole
+    lines; ``torn``: bytes of an unfinished last line behind them; ``damage``: why reading ended early, or None."""
 
     header: dict
     records: list[Record]
@@ -68,7 +70,7 @@ class Contents:
     damage: JournalError | None = None
 
 
-# --- lines -------------------------------------------------------------------------------------------------------------------------------
+# --- lines --------------------------------------------------------------------------------------------------------------------
 
 
 def _encode_scalar(value: float) -> float | str:
@@ -96,7 +98,8 @@ def _checksum(previous: str, body: bytes) -> str:
 
 def header_line(header: dict) -> tuple[bytes, str]:
     """The first line of a journal with this header, and its checksum."""
-    body = json.dumps({"format": FORMAT, "version": FORMAT_VERSION, "fields": FIELDS, **header}, separators=(",", ":"))[:-1].encode()
+    content = {"format": FORMAT, "version": FORMAT_VERSION, "fields": FIELDS, **header}
+    body = json.dumps(content, separators=(",", ":"))[:-1].encode()
     checksum = _checksum("", body)
     return body + b',"checksum":"' + checksum.encode() + b'"}\n', checksum
 
@@ -127,8 +130,8 @@ def _parse_header(line: bytes, where: str) -> tuple[dict, str]:
     header = json.loads(body + b"}")
     if header.get("format") != FORMAT or header.get("version") != FORMAT_VERSION:
         raise JournalError(
-            f"{where}, line 1: format {header.get('format')!r} version {header.get('version')!r}; this release reads {FORMAT!r} version "
-            f"{FORMAT_VERSION}: use the release of ds_zoadamu that wrote it"
+            f"{where}, line 1: format {header.get('format')!r} version {header.get('version')!r}; this release reads "
+            f"{FORMAT!r} version {FORMAT_VERSION}: use the release of ds_zoadamu that wrote it"
         )
     return header, checksum
 
@@ -154,7 +157,8 @@ def _parse_record(line: bytes, previous: str, step: int) -> tuple[Record, str]:
 def parse_journal(data: bytes, where: str, until: int | None = None) -> Contents:
     """The contents of a journal from its bytes; ``where`` names it in messages, ``until`` is the last step that matters.
 
-    Damage behind the header ends the reading and is handed back in ``Contents.damage``. Raises JournalError where there is no whole header.
+    Damage behind the header ends the reading and is handed back in ``Contents.damage``. Raises JournalError where there is no
+    whole header.
     """
     if not data:
         raise JournalError(f"{where} is empty, not even the header is there; take a copy, or remove it to start a new run")
@@ -174,8 +178,8 @@ def parse_journal(data: bytes, where: str, until: int | None = None) -> Contents
         except (ValueError, KeyError, TypeError, IndexError) as e:
             reason = str(e) if type(e) is ValueError else "it is not a record"
             damage = JournalError(
-                f"{where}, line {step + 1}: {reason}. The records before it, to step {step - 1}, are whole: take an undamaged copy, or "
-                f"rebuild the model up to there with ds_zoadamu replay --until {step - 1}"
+                f"{where}, line {step + 1}: {reason}. The records before it, to step {step - 1}, are whole: take an undamaged "
+                f"copy, or rebuild the model up to there with ds_zoadamu replay --until {step - 1}"
             )
             return Contents(header, records, checksums, end, 0, damage)
         records.append(record)
@@ -195,8 +199,8 @@ def read_bytes(path: str | Path) -> bytes:
 def read_journal(path: str | Path, until: int | None = None) -> Contents:
     """Read and verify a journal up to step ``until`` (its end where None).
 
-    A torn last line is left out and counted in ``Contents.torn``. Raises JournalError for damage, naming the line, and for a file that
-    cannot be read.
+    A torn last line is left out and counted in ``Contents.torn``. Raises JournalError for damage, naming the line, and for a
+    file that cannot be read.
     """
     contents = parse_journal(read_bytes(path), f"journal {str(path)!r}", until)
     if contents.damage is not None:
@@ -204,7 +208,7 @@ def read_journal(path: str | Path, until: int | None = None) -> Contents:
     return contents
 
 
-# --- the writer --------------------------------------------------------------------------------------------------------------------------
+# --- the writer ---------------------------------------------------------------------------------------------------------------
 
 _OPEN: "weakref.WeakSet[Journal]" = weakref.WeakSet()
 
@@ -236,7 +240,8 @@ class Journal:
 
     @classmethod
     def create(cls, path: str | Path, header: dict, fsync_every: int = 1) -> "Journal":
-        """A new journal with this header; appears whole or not at all. Raises JournalError where the file exists or cannot be made."""
+        """A new journal with this header; appears whole or not at all. Raises JournalError where the file exists or cannot be
+        made."""
         path = Path(path)
         _check_fsync_every(fsync_every)
         line, checksum = header_line(header)
@@ -294,7 +299,9 @@ class Journal:
         if self._fd < 0:
             raise JournalError(f"journal {str(self.path)!r} is closed")
         if record.step != self.last_step + 1:
-            raise JournalError(f"journal {str(self.path)!r} ends at step {self.last_step}; the record of step {record.step} cannot follow")
+            raise JournalError(
+                f"journal {str(self.path)!r} ends at step {self.last_step}; the record of step {record.step} cannot follow"
+            )
         line, checksum = record_line(record, self.checksum)
         reach("before_append", record.step)
         try:
@@ -306,8 +313,8 @@ class Journal:
         except OSError as e:
             self._withdraw()
             raise JournalError(
-                f"journal {str(self.path)!r}: the record of step {record.step} cannot be written: {e.strerror}. The step was not taken; "
-                "every step before it is in the journal: make room and resume"
+                f"journal {str(self.path)!r}: the record of step {record.step} cannot be written: {e.strerror}. The step was "
+                "not taken; every step before it is in the journal: make room and resume"
             ) from e
         reach("after_fsync", record.step)
         self.checksum, self.last_step = checksum, record.step
@@ -327,8 +334,8 @@ class Journal:
             self._release()
 
     def _withdraw(self) -> None:
-        # The record stands for a step that will not be taken. Should this fail too, no harm is done: a whole record left behind is
-        # the right one for the step, and a part of one is a torn line.
+        # The record stands for a step that will not be taken. Should this fail too, no harm is done: a whole record left behind
+        # is the right one for the step, and a part of one is a torn line.
         try:
             os.ftruncate(self._fd, self._size)
             os.fdatasync(self._fd)
@@ -349,7 +356,9 @@ class Journal:
 
 def _check_fsync_every(value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise JournalError(f"journal_fsync_every is {value!r}; it must be an integer >= 1: the journal is made durable every so many steps")
+        raise JournalError(
+            f"journal_fsync_every is {value!r}; it must be an integer >= 1: the journal is made durable every so many steps"
+        )
 
 
 def _open_locked(path: Path, flags: int) -> int:
@@ -358,7 +367,9 @@ def _open_locked(path: Path, flags: int) -> int:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
         os.close(fd)
-        raise JournalError(f"journal {str(path)!r} is being written by another run; wait until that has ended, or stop it") from e
+        raise JournalError(
+            f"journal {str(path)!r} is being written by another run; wait until that has ended, or stop it"
+        ) from e
     except OSError as e:
         os.close(fd)
         raise OSError(e.errno, f"cannot be locked: {e.strerror}; put it on a file system that knows flock", str(path)) from e

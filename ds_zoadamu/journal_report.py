@@ -45,18 +45,23 @@ def summary(contents: Contents, data: bytes) -> list[str]:
         "options    " + ", ".join(f"{k} {v}" for k, v in options.items() if not isinstance(v, dict)),
         "momentum   " + ", ".join(f"{k} {v}" for k, v in options["momentum"].items()),
         f"batch      micro-batch {header['micro_batch_size']}, {header['micro_batches_a_step']} a step",
-        f"trained    {numel:,} elements in {len(header['parameters'])} parameters of {', '.join(sorted({p['dtype'] for p in header['parameters']}))}",
+        f"trained    {numel:,} elements in {len(header['parameters'])} parameters of "
+        f"{', '.join(sorted({p['dtype'] for p in header['parameters']}))}",
         f"base       {base['name']}" + (f", revision {base['revision']}" if base["revision"] else ""),
         f"           SHA-256 {base['sha256']}" if base["sha256"] else f"           not identified by files: {base['note']}",
     ]
     if taken:
         best = min(taken, key=_loss)
-        lines.append(f"loss       first {_loss(taken[0]):.6g}, last {_loss(taken[-1]):.6g}, lowest {_loss(best):.6g} at step {best.step}")
+        lines.append(
+            f"loss       first {_loss(taken[0]):.6g}, last {_loss(taken[-1]):.6g}, lowest {_loss(best):.6g} at step {best.step}"
+        )
         rates = [lr for r in records for lr in (r.lr if isinstance(r.lr, tuple) else (r.lr,))]
         lines.append(f"lr         {min(rates):.6g} to {max(rates):.6g}")
     if records:
         lines.append(f"bytes      {(contents.end - data.index(b'%c' % 10) - 1) / len(records):.1f} a step, {len(data)} in all")
-    lines.append(f"checksum   {contents.checksums[-1]} of the last whole line; SHA-256 of the file {hashlib.sha256(data).hexdigest()}")
+    lines.append(
+        f"checksum   {contents.checksums[-1]} of the last whole line; SHA-256 of the file {hashlib.sha256(data).hexdigest()}"
+    )
     if contents.damage is not None:
         lines.append("damage     YES, behind the steps above; see below")
     elif contents.torn:
@@ -67,7 +72,8 @@ def summary(contents: Contents, data: bytes) -> list[str]:
 
 
 def plot(records: list[Record], path: Path) -> None:
-    """Draw loss and projected gradient over the steps. Raises JournalError without Matplotlib, without records or for a bad path."""
+    """Draw loss and projected gradient over the steps. Raises JournalError without Matplotlib, without records or for a bad
+    path."""
     try:
         from matplotlib.figure import Figure
     except ImportError as e:

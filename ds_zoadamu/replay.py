@@ -1,4 +1,5 @@
-"""Rebuild a tuned model from its base and its journal: file by file, range by range, without a forward pass and without an engine.
+"""Rebuild a tuned model from its base and its journal: file by file, range by range, without a forward pass and without an
+engine.
 
 Ranks, where there are several, share the elements; nothing has to be exchanged but "done" and digests.
 """
@@ -84,14 +85,15 @@ def replay(
     device: torch.device | str = "cpu",
     show_progress: bool = True,
 ) -> Replayed:
-    """Rebuild the model after step ``until`` (the journal's last where None) in the new folder ``output``, for ``from_pretrained``.
+    """Rebuild the model after step ``until`` (the journal's last where None) in the new folder ``output``, for
+    ``from_pretrained``.
 
-    Args: ``base``: the folder or hub name of the model the run started from, or the folder of its PEFT adapters as they were before
-    training; ``revision``: of a hub model (default: the one in the journal); ``expect``: the digest that the trained weights must
-    have; ``device``: where to compute. On all ranks, where there are several: they must see the same files.
+    Args: ``base``: the folder or hub name of the model the run started from, or the folder of its PEFT adapters as they were
+    before training; ``revision``: of a hub model (default: the one in the journal); ``expect``: the digest that the trained
+    weights must have; ``device``: where to compute. On all ranks, where there are several: they must see the same files.
 
-    Raises ReplayError, JournalError or OSError on all ranks: for a damaged journal, other base files or weights than the run's, another
-    digest than ``expect``, a folder that is not empty. There is no ``output`` then.
+    Raises ReplayError, JournalError or OSError on all ranks: for a damaged journal, other base files or weights than the run's,
+    another digest than ``expect``, a folder that is not empty. There is no ``output`` then.
     """
     output = Path(output)
     with collective.on_all_ranks(ReplayError):
@@ -108,7 +110,10 @@ def replay(
             sha256 = _rebuild(opened, optimizer, contents, temporary, torch.device(device), show_progress)
             with collective.on_all_ranks(ReplayError):
                 if expect is not None and sha256 != expect.lower():
-                    raise ReplayError(f"the rebuilt weights have SHA-256 {sha256}, expected was {expect}; nothing was written to {str(output)!r}")
+                    raise ReplayError(
+                        f"the rebuilt weights have SHA-256 {sha256}, expected was {expect}; nothing was written to "
+                        f"{str(output)!r}"
+                    )
                 if collective.rank() == 0:
                     _finish(opened, contents.header, temporary, output)
         except BaseException:
@@ -121,7 +126,7 @@ def replay(
     return Replayed(output, len(contents.records), sha256)
 
 
-# --- what the journal and the base say -----------------------------------------------------------------------------------------------------
+# --- what the journal and the base say ----------------------------------------------------------------------------------------
 
 
 def _read(journal: str | Path, until: int | None) -> Contents:
@@ -133,18 +138,23 @@ def _read(journal: str | Path, until: int | None) -> Contents:
     version = contents.header["noise_version"]
     if version != NOISE_VERSION:
         raise ReplayError(
-            f"journal {str(journal)!r} was written with noise version {version}, this release makes version {NOISE_VERSION}; use the release "
-            "of ds_zoadamu that wrote it"
+            f"journal {str(journal)!r} was written with noise version {version}, this release makes version {NOISE_VERSION}; "
+            "use the release of ds_zoadamu that wrote it"
         )
     if contents.torn and collective.rank() == 0:
-        tqdm.write(f"journal {str(journal)!r}: the last line is torn ({contents.torn} bytes) and left out; its step was never taken")
+        tqdm.write(
+            f"journal {str(journal)!r}: the last line is torn ({contents.torn} bytes) and left out; its step was never taken"
+        )
     return contents
 
 
 def _resolve(base: str | Path, revision: str | None, header: dict) -> Path:
     folder = find_folder(str(base), revision or (header["base"] or {}).get("revision"), download=True)
     if folder is None:
-        raise ReplayError(f"--base {str(base)!r} is neither a folder nor a model that the hub hands out; the journal's base is {header['base']['name']!r}")
+        raise ReplayError(
+            f"--base {str(base)!r} is neither a folder nor a model that the hub hands out; the journal's base is "
+            f"{header['base']['name']!r}"
+        )
     return folder
 
 
@@ -156,7 +166,8 @@ def _rule(header: dict) -> Any:
 
 
 def _names_in_files(name: str, keys: dict[str, str]) -> Iterator[str]:
-    """The keys under which a parameter may be stored: its own; PEFT's, without the adapter's name; with or without the model's prefix."""
+    """The keys under which a parameter may be stored: its own; PEFT's, without the adapter's name; with or without the model's
+    prefix."""
     peft = re.sub(r"\.modules_to_save\.[^.]+\.", ".", re.sub(r"\.(lora_[A-Za-z_]+)\.[^.]+", r".\1", name))
     for candidate in dict.fromkeys((name, peft)):
         yield candidate
@@ -165,7 +176,8 @@ def _names_in_files(name: str, keys: dict[str, str]) -> Iterator[str]:
 
 
 def _open(folder: Path, header: dict) -> _Base:
-    """Open the base's files and find the run's parameters in them. Raises ReplayError for one that is missing or has another shape."""
+    """Open the base's files and find the run's parameters in them. Raises ReplayError for one that is missing or has another
+    shape."""
     base = _Base(folder)
     for path in weight_files(folder):
         if path.suffix == ".safetensors":
@@ -183,14 +195,16 @@ def _open(folder: Path, header: dict) -> _Base:
         ]
         if not keys:
             raise ReplayError(
-                f"{str(folder)!r} has no tensor {parameter['name']!r}, which the journal's run has trained; give the base model of the run, or "
-                "the adapters as they were saved before training"
+                f"{str(folder)!r} has no tensor {parameter['name']!r}, which the journal's run has trained; give the base "
+                "model of the run, or the adapters as they were saved before training"
             )
         trained[keys[0]] = parameter
         dropped |= set(keys[1:]) - {keys[0]}  # copies under tied names: the tuned model stores the weight once
         info = base.readers[file_of[keys[0]]].tensors[keys[0]]
         if list(info.shape) != parameter["shape"]:
-            raise ReplayError(f"{parameter['name']!r} has shape {list(info.shape)} in {str(folder)!r} and {parameter['shape']} in the journal")
+            raise ReplayError(
+                f"{parameter['name']!r} has shape {list(info.shape)} in {str(folder)!r} and {parameter['shape']} in the journal"
+            )
         dtypes[keys[0]] = dtype_from_name(parameter["dtype"])
     for name, dtype in header["untrained"]:
         key = next((k for k in _names_in_files(name, file_of) if k in file_of and k not in trained), None)
@@ -208,14 +222,17 @@ def _verify_base(base: _Base, header: dict) -> None:
     world, rank = collective.world_size(), collective.rank()
     expected = header["base"]
     if expected["sha256"] is None and rank == 0:
-        tqdm.write(f"the journal does not know its base's files ({expected['note']}); the weights that were trained are verified")
+        tqdm.write(
+            f"the journal does not know its base's files ({expected['note']}); the weights that were trained are verified"
+        )
     with collective.on_all_ranks(ReplayError):
         files = hash_files(weight_files(base.folder)[rank::world], use_cache=False)
     files = {name: sha for part in collective.gather_json(files) for name, sha in part.items()}
     if expected["sha256"] is not None and combined_sha256(files) != expected["sha256"]:
         differing = sorted(n for n in files.keys() | expected["files"].keys() if files.get(n) != expected["files"].get(n))
         raise ReplayError(
-            f"{str(base.folder)!r} is not the base of this journal: SHA-256 differs for {', '.join(differing[:3])}. The run began with "
+            f"{str(base.folder)!r} is not the base of this journal: SHA-256 differs for {', '.join(differing[:3])}. The run "
+            "began with "
             f"{expected['name']!r}" + (f", revision {expected['revision']}" if expected["revision"] else "")
         )
     trained = [t for t in base.tensors if t.trained]
@@ -223,8 +240,9 @@ def _verify_base(base: _Base, header: dict) -> None:
         for tensor in trained[rank::world]:
             if _sha256(part for _, part in base.slices(tensor)) != tensor.trained["sha256"]:
                 raise ReplayError(
-                    f"{tensor.trained['name']!r} in {str(base.folder)!r} is not what the run started with: another base, or the model was "
-                    "changed between loading and open_journal (resized embeddings, fresh adapters); save that model and give it as the base"
+                    f"{tensor.trained['name']!r} in {str(base.folder)!r} is not what the run started with: another base, or "
+                    "the model was changed between loading and open_journal (resized embeddings, fresh adapters); save that "
+                    "model and give it as the base"
                 )
 
 
@@ -235,7 +253,7 @@ def _sha256(parts: Iterator[torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-# --- rebuilding --------------------------------------------------------------------------------------------------------------------------
+# --- rebuilding ---------------------------------------------------------------------------------------------------------------
 
 
 def _rebuild(
@@ -338,7 +356,10 @@ def _finish(base: _Base, header: dict, temporary: Path, output: Path) -> None:
     for path in weight_files(base.folder):
         if path.suffix == ".json":
             total = sum(t.numel * t.dtype.itemsize for t in base.tensors)
-            index = {"metadata": {"total_size": total}, "weight_map": {t.key: t.file for t in sorted(base.tensors, key=lambda t: t.key)}}
+            index = {
+                "metadata": {"total_size": total},
+                "weight_map": {t.key: t.file for t in sorted(base.tensors, key=lambda t: t.key)},
+            }
             write_durably(temporary / path.name, (json.dumps(index, indent=2) + "\n").encode())
     sync_directory(temporary)
     if output.exists():
@@ -348,7 +369,8 @@ def _finish(base: _Base, header: dict, temporary: Path, output: Path) -> None:
 
 
 def folder_digest(folder: str | Path, journal: str | Path) -> str:
-    """``weights_digest`` of a model in safetensors files, over the parameters that a journal's run has trained, in the dtypes of the files.
+    """``weights_digest`` of a model in safetensors files, over the parameters that a journal's run has trained, in the dtypes
+    of the files.
 
     Raises ReplayError or JournalError.
     """
@@ -358,23 +380,29 @@ def folder_digest(folder: str | Path, journal: str | Path) -> str:
         for tensor in base.tensors:
             tensor.dtype = base.readers[tensor.file].tensors[tensor.key].dtype
         return combine(
-            (t.trained["name"], dtype_name(t.dtype), t.shape, _sha256(part for _, part in base.slices(t))) for t in base.tensors if t.trained
+            (t.trained["name"], dtype_name(t.dtype), t.shape, _sha256(part for _, part in base.slices(t)))
+            for t in base.tensors
+            if t.trained
         )
     finally:
         for reader in base.readers.values():
             reader.close()
 
 
-# --- the command -------------------------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------------------------
 
 
 def add_arguments(parser: Any) -> None:
-    parser.add_argument("--base", required=True, help="folder or hub name of the model the run started from, or its adapters before training")
+    parser.add_argument(
+        "--base", required=True, help="folder or hub name of the model the run started from, or its adapters before training"
+    )
     parser.add_argument("--journal", required=True, help="the run's journal.jsonl")
     parser.add_argument("--output", required=True, help="new folder for the model, as from_pretrained reads it")
     parser.add_argument("--until", type=int, metavar="STEP", help="stop after this step (default: the journal's last)")
     parser.add_argument("--revision", help="of a base on the hub (default: the one in the journal)")
-    parser.add_argument("--expect", metavar="SHA256", help="digest that the trained weights must have; anything else is an error")
+    parser.add_argument(
+        "--expect", metavar="SHA256", help="digest that the trained weights must have; anything else is an error"
+    )
     parser.add_argument("--device", help='"cpu" or "cuda" (default: cuda where there is one)')
 
 

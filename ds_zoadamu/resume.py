@@ -1,4 +1,5 @@
-"""Starting a journal, and going on with a run: the newest whole checkpoint, then the journal's later records without a forward pass."""
+"""Starting a journal, and going on with a run: the newest whole checkpoint, then the journal's later records without a forward
+pass."""
 
 import json
 import logging
@@ -20,8 +21,8 @@ from .stepping import apply_steps, recorded_steps
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where a run goes on: after ``step``, of which ``replayed`` steps came from the journal alone; ``checkpoint`` is the folder that was
-    loaded, or None, and ``client_state`` what was saved with it."""
+    """Where a run goes on: after ``step``, of which ``replayed`` steps came from the journal alone; ``checkpoint`` is the
+    folder that was loaded, or None, and ``client_state`` what was saved with it."""
 
     step: int
     replayed: int
@@ -30,10 +31,13 @@ class Resumed:
 
 
 def start_journal(engine: Any, path: str | Path, base: str | Path | None, fsync_every: int) -> Journal | None:
-    """Create the journal of a run that has not taken a step; returns it on rank 0. Raises JournalError or ReplayError on all ranks."""
+    """Create the journal of a run that has not taken a step; returns it on rank 0. Raises JournalError or ReplayError on all
+    ranks."""
     with collective.on_all_ranks(JournalError):
         if engine.optimizer.step_count:
-            raise JournalError(f"a journal begins with step 1; this run has taken {engine.optimizer.step_count}: open it before the first one")
+            raise JournalError(
+                f"a journal begins with step 1; this run has taken {engine.optimizer.step_count}: open it before the first one"
+            )
         if collective.rank() == 0 and Path(path).exists():  # found out before the weights are hashed; create() looks again
             raise JournalError(
                 f"journal {str(path)!r} exists: another run has written it. Resume that run, or give this one another place"
@@ -93,7 +97,9 @@ def resume(
         raise
     step = len(contents.records)
     where = "the base weights" if found is None else f"checkpoint {str(found.path)!r}"
-    checkpoint.log_on_rank_0(logging.INFO, f"resumed after step {step}: {where}, then {len(records)} steps out of journal {str(path)!r}")
+    checkpoint.log_on_rank_0(
+        logging.INFO, f"resumed after step {step}: {where}, then {len(records)} steps out of journal {str(path)!r}"
+    )
     return Resumed(step, len(records), found and found.path, found.manifest["client_state"] if found else {}), journal
 
 
@@ -107,8 +113,8 @@ def _open(path: str | Path, fsync_every: int) -> tuple[Journal | None, Contents]
             if contents.torn:
                 checkpoint.log_on_rank_0(
                     logging.WARNING,
-                    f"journal {str(path)!r}: the last line, behind step {len(contents.records)}, is torn ({contents.torn} bytes): the run died "
-                    "while it was written, before that step was taken. It is cut off",
+                    f"journal {str(path)!r}: the last line, behind step {len(contents.records)}, is torn ({contents.torn} "
+                    "bytes): the run died while it was written, before that step was taken. It is cut off",
                 )
     return journal, parse_journal(collective.broadcast_bytes(data), f"journal {str(path)!r}")
 
@@ -116,15 +122,17 @@ def _open(path: str | Path, fsync_every: int) -> tuple[Journal | None, Contents]
 def _check_header(engine: Any, header: dict, path: str | Path, base: str | Path | None) -> None:
     if differing := differences(run_identity(engine), header):
         raise JournalError(
-            f"journal {str(path)!r} is of another run: {phrase(differing)}. Resume with the settings of its header, or give this run another "
-            "place for its journal"
+            f"journal {str(path)!r} is of another run: {phrase(differing)}. Resume with the settings of its header, or give "
+            "this run another place for its journal"
         )
     ours, theirs = _base(engine, base), header["base"]
     if ours["sha256"] and theirs["sha256"] and ours["sha256"] != theirs["sha256"]:
-        changed = sorted(n for n in theirs["files"].keys() | ours["files"].keys() if theirs["files"].get(n) != ours["files"].get(n))
+        changed = sorted(
+            n for n in theirs["files"].keys() | ours["files"].keys() if theirs["files"].get(n) != ours["files"].get(n)
+        )
         raise JournalError(
-            f"journal {str(path)!r} was written from the base model {theirs['name']!r} with SHA-256 {theirs['sha256']}, this run's base "
-            f"{ours['name']!r} has {ours['sha256']} (differing: {', '.join(changed[:3])}); start from the same files"
+            f"journal {str(path)!r} was written from the base model {theirs['name']!r} with SHA-256 {theirs['sha256']}, this "
+            f"run's base {ours['name']!r} has {ours['sha256']} (differing: {', '.join(changed[:3])}); start from the same files"
         )
 
 
@@ -134,8 +142,8 @@ def _check_weights(engine: Any, header: dict, path: str | Path) -> None:
     differing = [p.name for p, sha in zip(engine.optimizer.partitions, digests, strict=True) if expected[p.name] != sha]
     if differing:
         raise JournalError(
-            f"journal {str(path)!r} began with other weights: {len(differing)} of {len(digests)} parameters differ, the first is {differing[0]!r}. "
-            "Without a checkpoint a run can only be resumed from the very weights it started with"
+            f"journal {str(path)!r} began with other weights: {len(differing)} of {len(digests)} parameters differ, the first "
+            f"is {differing[0]!r}. Without a checkpoint a run can only be resumed from the very weights it started with"
         )
 
 
@@ -151,18 +159,21 @@ def _load_newest(engine: Any, directory: str | Path | None, contents: Contents, 
         found = store.Found(entry["tag"], Path(entry["path"]), entry["manifest"])
         if found.step >= len(contents.checksums):
             raise JournalError(
-                f"journal {str(path)!r} ends at step {len(contents.records)}, but checkpoint {str(found.path)!r} is of step {found.step}: it is "
-                "of another run, or the journal has lost its end. Restore the journal, or move the checkpoint away to take the steps again"
+                f"journal {str(path)!r} ends at step {len(contents.records)}, but checkpoint {str(found.path)!r} is of step "
+                f"{found.step}: it is of another run, or the journal has lost its end. Restore the journal, or move the "
+                "checkpoint away to take the steps again"
             )
         if found.manifest["journal_checksum"] != contents.checksums[found.step]:
             raise JournalError(
-                f"checkpoint {str(found.path)!r} was not saved by the run of journal {str(path)!r} (their checksums at step {found.step} differ); "
-                "give each run a folder of its own"
+                f"checkpoint {str(found.path)!r} was not saved by the run of journal {str(path)!r} (their checksums at step "
+                f"{found.step} differ); give each run a folder of its own"
             )
         try:
             checkpoint.load(engine, found)
         except CheckpointError as e:
-            checkpoint.log_on_rank_0(logging.WARNING, f"{e}. It is passed over; an older one and the journal give the same weights")
+            checkpoint.log_on_rank_0(
+                logging.WARNING, f"{e}. It is passed over; an older one and the journal give the same weights"
+            )
             continue
         return found
     return None
@@ -204,8 +215,8 @@ def _count(engine: Any, record: Record, lrs: tuple[float, ...]) -> None:
     for index, (group, lr) in enumerate(zip(optimizer.param_groups, lrs, strict=True)):
         if engine.lr_scheduler is not None and float(group["lr"]) != lr:
             raise JournalError(
-                f"step {record.step} was taken with lr {lr!r}, this run's scheduler gives {group['lr']!r} (parameter group {index}); resume "
-                "with the scheduler that the journal was written with"
+                f"step {record.step} was taken with lr {lr!r}, this run's scheduler gives {group['lr']!r} (parameter group "
+                f"{index}); resume with the scheduler that the journal was written with"
             )
         group["lr"] = lr
     optimizer.step_count += 1
@@ -216,7 +227,9 @@ def _count(engine: Any, record: Record, lrs: tuple[float, ...]) -> None:
         engine.skipped_steps += 1
     elif engine.lr_scheduler is not None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's schedulers warn that optimizer.step() was not called: the journal took its place
+            warnings.simplefilter(
+                "ignore"
+            )  # torch's schedulers warn that optimizer.step() was not called: the journal took its place
             engine.lr_scheduler.step()
 
 
@@ -237,7 +250,7 @@ def _restore_data(engine: Any, contents: Contents, records: list[Record], found:
                 next(data)
             except StopIteration:
                 raise JournalError(
-                    f"the data iterator ended after {number} of the {drawn} micro-batches that the journal's steps have consumed; pass the "
-                    "same data, from its beginning"
+                    f"the data iterator ended after {number} of the {drawn} micro-batches that the journal's steps have "
+                    "consumed; pass the same data, from its beginning"
                 ) from None
     engine.data_source = data

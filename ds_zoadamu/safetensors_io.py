@@ -1,6 +1,7 @@
 """safetensors files by flat ranges: any elements [start, stop) of any tensor, read or written without the rest in memory.
 
-The format is 8 bytes (little endian) with the length of a JSON header, the header, and the tensors' bytes. Nothing in it can run code.
+The format is 8 bytes (little endian) with the length of a JSON header, the header, and the tensors' bytes. Nothing in it can
+run code.
 """
 
 import json
@@ -32,7 +33,7 @@ _MAX_HEADER = 100_000_000  # the format's own bound
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """"bfloat16" for torch.bfloat16."""
+    """ "bfloat16" for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -65,7 +66,8 @@ class TensorInfo:
 
 
 class FlatReader:
-    """Reads flat ranges of the tensors of one file. Raises OSError, or ValueError for a file that is not whole or not of this format."""
+    """Reads flat ranges of the tensors of one file. Raises OSError, or ValueError for a file that is not whole or not of this
+    format."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -176,7 +178,8 @@ def sync_directory(path: str | Path) -> None:
 
 
 def write_durably(path: str | Path, data: bytes) -> None:
-    """Write a small file under a temporary name, fsync it, and rename it over ``path``: the old content or the new, never a part."""
+    """Write a small file under a temporary name, fsync it, and rename it over ``path``: the old content or the new, never a
+    part."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.writing")
     with open(temporary, "wb") as file:

@@ -15,7 +15,8 @@ from .harness import _CONTEXT, _child, free_port
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a rank ended: "returned" a value, "raised" (the value is its traceback), "killed" or, still running after the timeout, "hung"."""
+    """How a rank ended: "returned" a value, "raised" (the value is its traceback), "killed" or, still running after the
+    timeout, "hung"."""
 
     how: str
     value: Any = None

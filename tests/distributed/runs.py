@@ -1,4 +1,5 @@
-"""Short training runs with a journal, for the tests of checkpoints, resume and replay. What they return is small: digests and numbers."""
+"""Short training runs with a journal, for the tests of checkpoints, resume and replay. What they return is small: digests and
+numbers."""
 
 import hashlib
 from pathlib import Path
@@ -13,7 +14,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def options(total_steps: int = 12, **changes) -> dict:
     """Optimizer options whose schedule goes through warm-up, annealing and plateau in a few steps."""
-    return {"lr": 2e-3, "zo_eps": 1e-2, "seed": 5, "total_steps": total_steps, "t1": 2, "t2": 6, "t3": 12, "weight_decay": 0.1} | changes
+    return {
+        "lr": 2e-3,
+        "zo_eps": 1e-2,
+        "seed": 5,
+        "total_steps": total_steps,
+        "t1": 2,
+        "t2": 6,
+        "t3": 12,
+        "weight_decay": 0.1,
+    } | changes
 
 
 def config(world_size: int, dtype: str = "fp32", momentum: str = "int8", scheduler: bool = False, **changes) -> dict:
@@ -64,8 +74,8 @@ def skipping_loss(bad_steps: tuple[int, ...], counter: dict):
 
 
 def make_engine(world_size: int, *, model: str = "odd", dtype: str = "fp32", frozen: str = "", **settings):
-    """(engine, endless iterator of micro-batches) of a run that is the same for 1, 2 and 4 ranks. ``model``: "odd", "opt" or a folder;
-    ``frozen``: the end of the name of a parameter that is not trained."""
+    """(engine, endless iterator of micro-batches) of a run that is the same for 1, 2 and 4 ranks. ``model``: "odd", "opt" or a
+    folder; ``frozen``: the end of the name of a parameter that is not trained."""
     if model == "odd":
         module, vocab = OddModel(DTYPES[dtype]), 11
     elif model == "opt":
@@ -131,7 +141,17 @@ def train(engine, batches, until: int, *, save_every: int = 0, folder: Path | No
             engine.save_checkpoint(folder, **save_options)
 
 
-def run(rank: int, world_size: int, folder: str | None, steps: int, *, resume: bool = False, save_every: int = 0, base=None, **settings) -> dict:
+def run(
+    rank: int,
+    world_size: int,
+    folder: str | None,
+    steps: int,
+    *,
+    resume: bool = False,
+    save_every: int = 0,
+    base=None,
+    **settings,
+) -> dict:
     """One run in ``folder`` (none: without journal), from the start or resumed, to step ``steps``; returns ``state``."""
     engine, batches = make_engine(world_size, **settings)
     if folder is not None and resume:

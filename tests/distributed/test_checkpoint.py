@@ -44,7 +44,8 @@ def load_all(rank, world_size, folder):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Folders of the same runs, saved by 1, 2, 3 and 4 ranks: {ranks: (folder, states)}. On 3 ranks a step has other batches."""
+    """Folders of the same runs, saved by 1, 2, 3 and 4 ranks: {ranks: (folder, states)}. On 3 ranks a step has other
+    batches."""
     folders = {w: str(tmp_path_factory.mktemp(f"saved{w}")) for w in (1, 2, 3, 4)}
     return {w: (folder, run_ranks(w, save_all, folder)[0]) for w, folder in folders.items()}
 
@@ -72,7 +73,7 @@ def test_every_rank_writes_its_own_part(saved):
         assert [0, *(stop for _, stop in ranges)] == [*(start for start, _ in ranges), count]
 
 
-# --- as DeepSpeed users expect -------------------------------------------------------------------------------------------------------------
+# --- as DeepSpeed users expect ------------------------------------------------------------------------------------------------
 
 
 def tags_and_limits(rank, world_size, folder):
@@ -109,7 +110,7 @@ def test_tags_latest_client_state_and_save_total_limit(tmp_path):
         assert latest == "global_step7"
 
 
-# --- refusals ------------------------------------------------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------------------------------------------
 
 
 def refused(rank, world_size, folder):
@@ -197,14 +198,16 @@ def test_refusals_on_two_ranks(tmp_path):
         assert {name for name, part in expected.items() if part not in messages[name]} == set(), messages
 
 
-# --- a full disk, no permission ------------------------------------------------------------------------------------------------------------
+# --- a full disk, no permission -----------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str):
     """A tmpfs of ``size`` at ``folder``; skips the test where this user may not mount one."""
     folder.mkdir(parents=True, exist_ok=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"cannot mount a small tmpfs: {mounted.stderr.strip() or mounted.stdout.strip()}")
     try:

@@ -22,15 +22,26 @@ from .harness import run_ranks
 from .models import OddModel, tiny_opt
 
 STEPS = 9
-MODES = {f"{momentum}-{dtype}": {"momentum": momentum, "dtype": dtype} for momentum in ("fp32", "bf16", "int8", "replay") for dtype in ("fp32", "bf16")}
+MODES = {
+    f"{momentum}-{dtype}": {"momentum": momentum, "dtype": dtype}
+    for momentum in ("fp32", "bf16", "int8", "replay")
+    for dtype in ("fp32", "bf16")
+}
 
 
 def train_odd(rank, world_size, folder):
     """A run in each mode, with weight decay, a skipped step, a frozen parameter, tied and 0-d ones; {mode: digest}."""
     return {
-        name: runs.run(rank, world_size, f"{folder}/{name}", STEPS, bad_steps=(4,), scheduler=True, base=f"{folder}/base-{mode['dtype']}", **mode)[
-            "weights"
-        ]
+        name: runs.run(
+            rank,
+            world_size,
+            f"{folder}/{name}",
+            STEPS,
+            bad_steps=(4,),
+            scheduler=True,
+            base=f"{folder}/base-{mode['dtype']}",
+            **mode,
+        )["weights"]
         for name, mode in MODES.items()
     }
 
@@ -66,7 +77,10 @@ def test_every_mode_on_any_number_of_ranks(odd_runs, tmp_path, world_size, monke
     for result in run_ranks(world_size, replay_all, str(folder), list(MODES), str(tmp_path)):
         assert result == digests
     for name, mode in MODES.items():
-        base, tuned = load_file(folder / f"base-{mode['dtype']}" / "model.safetensors"), load_file(tmp_path / name / "model.safetensors")
+        base, tuned = (
+            load_file(folder / f"base-{mode['dtype']}" / "model.safetensors"),
+            load_file(tmp_path / name / "model.safetensors"),
+        )
         assert base.keys() == tuned.keys()
         assert torch.equal(base["frozen.weight"], tuned["frozen.weight"])
         assert not torch.equal(base["embed.weight"], tuned["embed.weight"])
@@ -127,7 +141,7 @@ def test_the_last_bit_of_one_gradient_changes_the_hash(opt_run, tmp_path):
     assert replay(base, changed, tmp_path / "changed", show_progress=False).sha256 != digest
 
 
-# --- a Transformers model in several files -------------------------------------------------------------------------------------------------
+# --- a Transformers model in several files ------------------------------------------------------------------------------------
 
 
 def train_opt(rank, world_size, folder):
@@ -158,7 +172,11 @@ def test_a_transformers_model_is_rebuilt(opt_run, tmp_path):
     from ds_zoadamu.replay import folder_digest, replay
 
     result = replay(opt_run["base"], opt_run["journal"], tmp_path / "model", expect=opt_run["digest"], show_progress=False)
-    assert folder_digest(result.output, opt_run["journal"]) == folder_digest(opt_run["own"], opt_run["journal"]) == opt_run["digest"]
+    assert (
+        folder_digest(result.output, opt_run["journal"])
+        == folder_digest(opt_run["own"], opt_run["journal"])
+        == opt_run["digest"]
+    )
     mine, own = (AutoModelForCausalLM.from_pretrained(path) for path in (result.output, opt_run["own"]))
     assert mine.dtype == own.dtype == torch.float32
     for (name, a), (_, b) in zip(mine.state_dict().items(), own.state_dict().items(), strict=True):
@@ -182,8 +200,12 @@ def test_names_without_the_models_prefix_and_copies_of_tied_weights(opt_run, tmp
     with pytest.raises(ReplayError, match="is not the base of this journal: SHA-256 differs for"):
         replay(tmp_path / "base", opt_run["journal"], tmp_path / "never", show_progress=False)
     contents = read_journal(opt_run["journal"])
-    header = contents.header | {"base": {"name": None, "revision": None, "sha256": None, "files": None, "note": "not from files"}}
-    journal = Journal.create(tmp_path / "journal.jsonl", {k: v for k, v in header.items() if k not in ("format", "version", "fields")})
+    header = contents.header | {
+        "base": {"name": None, "revision": None, "sha256": None, "files": None, "note": "not from files"}
+    }
+    journal = Journal.create(
+        tmp_path / "journal.jsonl", {k: v for k, v in header.items() if k not in ("format", "version", "fields")}
+    )
     for record in contents.records:
         journal.append(record)
     journal.close()
@@ -191,14 +213,16 @@ def test_names_without_the_models_prefix_and_copies_of_tied_weights(opt_run, tmp
     assert "lm_head.weight" not in load_file(result.output / "model.safetensors")
 
 
-# --- LoRA --------------------------------------------------------------------------------------------------------------------------------
+# --- LoRA ---------------------------------------------------------------------------------------------------------------------
 
 
 def train_lora(rank, world_size, folder):
     import peft
 
     torch.manual_seed(0)
-    model = peft.get_peft_model(tiny_opt(torch.bfloat16), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    model = peft.get_peft_model(
+        tiny_opt(torch.bfloat16), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
     if rank == 0:
         model.save_pretrained(f"{folder}/adapters")
     torch.distributed.barrier()
@@ -223,7 +247,7 @@ def test_lora_adapters(tmp_path):
     assert all(torch.equal(loaded[name].to(torch.bfloat16), tensor) for name, tensor in after.items())
 
 
-# --- what a replay refuses -----------------------------------------------------------------------------------------------------------------
+# --- what a replay refuses ----------------------------------------------------------------------------------------------------
 
 
 def test_refusals(odd_runs, tmp_path):
@@ -252,7 +276,11 @@ def test_refusals(odd_runs, tmp_path):
     (shortened / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-4])
     output = tmp_path / "output"
     cases = [
-        (ReplayError, "is not the base of this journal", {"base": copy_of_base("frozen", lambda t: t["frozen.weight"].add_(1))}),
+        (
+            ReplayError,
+            "is not the base of this journal",
+            {"base": copy_of_base("frozen", lambda t: t["frozen.weight"].add_(1))},
+        ),
         (ReplayError, "has shape \\[3\\] in", {"base": copy_of_base("shape", lambda t: t.update(pair=torch.zeros(3)))}),
         (ReplayError, "has no tensor 'pair'", {"base": copy_of_base("missing", lambda t: t.pop("pair"))}),
         (ReplayError, "is not a whole safetensors file", {"base": shortened}),
@@ -287,7 +315,7 @@ def test_weights_that_differ_are_found_without_file_hashes(odd_runs, tmp_path):
         replay_odd(folder, tmp_path / "output", journal=tmp_path / "journal.jsonl", base=tmp_path / "base")
 
 
-# --- the console command -------------------------------------------------------------------------------------------------------------------
+# --- the console command ------------------------------------------------------------------------------------------------------
 
 
 def test_the_journal_command(odd_runs, tmp_path, capsys):
@@ -295,7 +323,15 @@ def test_the_journal_command(odd_runs, tmp_path, capsys):
     journal = folder / "int8-fp32" / "journal.jsonl"
     assert cli.main(["journal", str(journal), "--plot", str(tmp_path / "plot.png")]) == 0
     out = capsys.readouterr().out
-    for part in ("steps      9 of 12, 1 skipped", "optimizer  ZOAdaMU, noise version 1", "seed 5", "dtype int8", "damage     none", "bytes", "SHA-256"):
+    for part in (
+        "steps      9 of 12, 1 skipped",
+        "optimizer  ZOAdaMU, noise version 1",
+        "seed 5",
+        "dtype int8",
+        "damage     none",
+        "bytes",
+        "SHA-256",
+    ):
         assert part in out, out
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     torn, damaged = tmp_path / "torn.jsonl", tmp_path / "damaged.jsonl"
@@ -330,10 +366,9 @@ def test_the_replay_and_digest_commands(odd_runs, tmp_path, capsys):
 def test_under_the_launcher(odd_runs, tmp_path):
     folder, digests = odd_runs
     name = "replay-bf16"
-    command = [
-        Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--master_port", "29611", "--module", "ds_zoadamu.cli", "replay", "--base",
-        folder / "base-bf16", "--journal", folder / name / "journal.jsonl", "--output", tmp_path / "out", "--expect", digests[name],
-    ]  # fmt: skip
+    launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--master_port", "29611", "--module"]
+    command = [*launcher, "ds_zoadamu.cli", "replay", "--base", folder / "base-bf16"]
+    command += ["--journal", folder / name / "journal.jsonl", "--output", tmp_path / "out", "--expect", digests[name]]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))}
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

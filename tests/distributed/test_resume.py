@@ -72,7 +72,15 @@ def many_stops(rank, world_size, folder, settings):
 
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_every_momentum_mode_with_and_without_checkpoints(tmp_path, world_size):
-    modes = [("fp32", "fp32"), ("bf16", "fp32"), ("int8", "fp32"), ("replay", "fp32"), ("fp32", "bf16"), ("int8", "bf16"), ("replay", "bf16")]
+    modes = [
+        ("fp32", "fp32"),
+        ("bf16", "fp32"),
+        ("int8", "fp32"),
+        ("replay", "fp32"),
+        ("fp32", "bf16"),
+        ("int8", "bf16"),
+        ("replay", "bf16"),
+    ]
     results = run_ranks(world_size, all_modes, str(tmp_path), modes)[0]
     for mode, (with_checkpoints, without, expected) in zip(modes, results, strict=True):
         assert with_checkpoints == expected, mode
@@ -81,12 +89,17 @@ def test_every_momentum_mode_with_and_without_checkpoints(tmp_path, world_size):
 
 def all_modes(rank, world_size, folder, modes):
     return [
-        many_stops(rank, world_size, f"{folder}/{momentum}-{dtype}", {"momentum": momentum, "dtype": dtype, "scheduler": dtype == "fp32"})
+        many_stops(
+            rank,
+            world_size,
+            f"{folder}/{momentum}-{dtype}",
+            {"momentum": momentum, "dtype": dtype, "scheduler": dtype == "fp32"},
+        )
         for momentum, dtype in modes
     ]
 
 
-# --- what a resume refuses ---------------------------------------------------------------------------------------------------------------
+# --- what a resume refuses ----------------------------------------------------------------------------------------------------
 
 
 def refusals(rank, world_size, folder):
@@ -158,7 +171,8 @@ def test_refusals_on_two_ranks(tmp_path):
     for name, message in expected.items():
         assert message in ours[name], (name, ours[name])
         assert message in theirs[name], (name, theirs[name])
-    # Whole records cannot be missed at the end: the run is shorter, and goes on from there. A torn line is cut off. total_steps may change.
+    # Whole records cannot be missed at the end: the run is shorter, and goes on from there. A torn line is cut off. total_steps
+    # may change.
     assert [ours[name] for name in ("lost end", "shortened", "longer")] == ["resumed"] * 3
 
 
@@ -189,7 +203,7 @@ def test_base_weights_are_verified_without_a_checkpoint(tmp_path):
         assert end.how == "raised" and "began with other weights: 1 of 7 parameters differ" in end.value
 
 
-# --- damaged checkpoints are passed over ---------------------------------------------------------------------------------------------------
+# --- damaged checkpoints are passed over --------------------------------------------------------------------------------------
 
 
 def resumed_from(rank, world_size, folder, settings):
@@ -217,7 +231,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     assert (checkpoint, replayed) == (None, 10) and state == expected
 
 
-# --- a user's own iterator -----------------------------------------------------------------------------------------------------------------
+# --- a user's own iterator ----------------------------------------------------------------------------------------------------
 
 
 class Counting:

@@ -1,4 +1,5 @@
-"""The journal's format: exact floats, small records, a chain that shows every kind of damage, one writer, and failures that leave no trace."""
+"""The journal's format: exact floats, small records, a chain that shows every kind of damage, one writer, and failures that
+leave no trace."""
 
 import json
 import math
@@ -102,7 +103,9 @@ def test_missing_repeated_and_reordered_records(tmp_path, order, line):
     path = written(tmp_path / "journal.jsonl")
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[i] for i in order))
-    with pytest.raises(JournalError, match=rf"line {line}: it is of step \d, step {line - 1} is due: records are missing, repeated"):
+    with pytest.raises(
+        JournalError, match=rf"line {line}: it is of step \d, step {line - 1} is due: records are missing, repeated"
+    ):
         read_journal(path)
     assert len(read_journal(path, until=line - 2).records) == line - 2
 

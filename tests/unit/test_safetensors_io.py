@@ -1,4 +1,5 @@
-"""Flat ranges of safetensors files: the same bytes as the safetensors library reads and writes; files that are not whole are refused."""
+"""Flat ranges of safetensors files: the same bytes as the safetensors library reads and writes; files that are not whole are
+refused."""
 
 import json
 
