@@ -17,6 +17,7 @@ from ds_zoadamu.training.curves import draw_curves
 from ds_zoadamu.training.memory import PeakMemory
 from ds_zoadamu.training.output import BEST, CURVES, RESULTS, OutputDirectory, environment
 from ds_zoadamu.training.plan import Plan, make_plan, rank
+from ds_zoadamu.training.summary import summary
 from ds_zoadamu.training.steps import Stepper, make_stepper
 
 
@@ -46,6 +47,7 @@ def finetune(args: Namespace) -> dict:
             logger.warning(f"no {CURVES}: Matplotlib is not installed (pip install ds_zoadamu[plots])")
         if best.accuracy <= before["dev"].accuracy:
             logger.warning("no evaluated step was better on the development set than the model before training; try --find_lr")
+        print(summary(results, args.output_dir), flush=True)
     return results
 
 
