@@ -1,5 +1,6 @@
 """Ranks that may be killed or fail: how each of them ended."""
 
+import contextlib
 import os
 import pickle
 import signal
@@ -37,7 +38,8 @@ class Ranks:
             self._pipes.append(receiver)
 
     def kill(self, rank: int) -> None:
-        os.kill(self.processes[rank].pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.kill(self.processes[rank].pid, signal.SIGKILL)
 
     def running(self) -> bool:
         return any(process.is_alive() for process in self.processes)

@@ -8,6 +8,8 @@ import pytest
 
 from ds_zoadamu._crash_points import SAVE_POINTS, STEP_POINTS
 
+from tests.crash_test import crash_test
+
 from . import runs
 from .crashes import run_outcomes, run_to_crash
 from .harness import run_ranks
@@ -274,3 +276,12 @@ def test_a_users_iterator_hands_over_its_state(tmp_path):
         folder = str(tmp_path / f"every{save_every}")
         run_ranks(2, own_iterator, folder, 7, False, save_every)
         assert run_ranks(1, own_iterator, folder, STEPS, True, 0)[0] == expected
+
+
+# --- kill -9 at random moments, the short version ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "momentum", "seed"), [("fp32", "fp32", 1), ("bf16", "int8", 2)])
+def test_random_kills(tmp_path, dtype, momentum, seed):
+    """``python -m tests.crash_test`` does as many as one likes."""
+    crash_test(tmp_path, 3, dtype, momentum, seed)
