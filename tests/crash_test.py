@@ -68,7 +68,9 @@ def crash_test(folder: Path, kills: int, dtype: str, momentum: str, seed: int, s
     steps = STEPS_A_KILL * (kills + 1)
     base = folder / "base"
     base.mkdir(parents=True)
-    save_file({name: p.detach().clone() for name, p in OddModel(runs.DTYPES[dtype]).named_parameters()}, base / "model.safetensors")
+    save_file(
+        {name: p.detach().clone() for name, p in OddModel(runs.DTYPES[dtype]).named_parameters()}, base / "model.safetensors"
+    )
     settings = {"dtype": dtype, "momentum": momentum, "scheduler": True, "bad_steps": (3, 4, 11), "base": str(base)}
     expected = run_ranks(2, go_on, str(folder / "whole"), steps, settings)[0]
     for number in range(kills):
