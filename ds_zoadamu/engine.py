@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.constants import ROUTE_TRAIN
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -20,7 +21,7 @@ from .config import OPTIMIZER_TYPES, ZOAdaMUConfig, check_config, check_deepspee
 from .data import MicroBatchSampler
 from .distributed import init_distributed
 from .durability import Durability
-from .errors import NonFiniteLossError
+from .errors import ConfigError, NonFiniteLossError
 from .losses import LossFn, as_pair, causal_lm_loss, global_means
 from .optimizers import OPTIMIZERS, ZerothOrderOptimizer
 from .partition import PerturbedGathers, find_partitions, lift_scalars, lower_scalars
@@ -153,13 +154,14 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        training = self.module.training
+        modes = [(module, module.training) for module in self.module.modules()]
         self.module.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.module.train(training)
+            for module, training in modes:  # one by one: a user may keep some of them in eval mode
+                module.training = training
 
     def _loss(self, micro_batch: Any) -> torch.Tensor:
         return as_pair(self.loss_fn(self.module, micro_batch), self.device)
@@ -333,8 +335,8 @@ def initialize(
     Returns (engine, optimizer, dataloader, lr_scheduler). Raises ConfigError for a setting that cannot work, before the model is touched.
     Any other optimizer is set up as DeepSpeed would, so that one script serves both.
     """
-    if model is None:
-        raise ValueError("model is None; pass a torch.nn.Module")
+    if not isinstance(model, torch.nn.Module) or isinstance(model, PipelineModule):
+        raise ConfigError(f"model is a {type(model).__name__}; pass a torch.nn.Module that is not a PipelineModule")
     config = config if config is not None else config_params
     from_args = getattr(args, "deepspeed_config", None)
     if (config is None) == (from_args is None):
@@ -342,6 +344,8 @@ def initialize(
     config = read_config(config if config is not None else from_args)
     if optimizer is None:
         check_config(config)
+    elif not isinstance(optimizer, torch.optim.Optimizer):  # DeepSpeed's other form: a function of the parameters
+        optimizer = optimizer(list(model.parameters() if model_parameters is None else model_parameters))
     init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     engine = ZeroOrderEngine(
         args=args,

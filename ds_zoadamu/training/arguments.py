@@ -21,6 +21,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--label_words", nargs="+", metavar="WORD", help='replaces the task\'s label words for labels 0, 1, ..., for example " terrible" " great"'
     )
+    group.add_argument("--label_column", help="replaces the task's column of labels")
     group.add_argument("--data_dir", help="folder with train and validation as .jsonl, .json or .csv; without it the task's hub data set")
     group.add_argument("--max_length", type=int, help="tokens a prompt may have; longer texts lose their beginning (default: the model's)")
     group.add_argument("--per_device_eval_batch_size", type=int, default=16, help="examples in an evaluation's forward (default: %(default)s)")
@@ -46,7 +47,7 @@ def finetune_parser() -> argparse.ArgumentParser:
     group.add_argument("--max_steps", type=int, required=True, help="optimizer steps")
     group.add_argument("--per_device_train_batch_size", type=int, help="examples in a micro-batch (default: 8)")
     group.add_argument("--gradient_accumulation_steps", type=int, help="micro-batches a rank takes in a step (default: 1)")
-    group.add_argument("--learning_rate", type=float, help="lr (default: 5e-5 for AdamW, 1e-5 for a zeroth-order optimizer; see --find_lr)")
+    group.add_argument("--learning_rate", type=float, help="lr (default: 5e-5 for AdamW, 1e-6 for a zeroth-order optimizer; small models take more, see --find_lr)")
     group.add_argument("--zo_eps", type=float, help="size of the perturbation (default: 1e-3)")
     group.add_argument("--weight_decay", type=float, help="decoupled weight decay (default: 0)")
     group.add_argument("--warmup_steps", type=int, help="of the JSON's scheduler (default: 0)")
@@ -111,7 +112,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def task_from(args: argparse.Namespace) -> Task:
-    """The task that --task, --template and --label_words describe.
+    """The task that --task, --template, --label_words and --label_column describe.
 
     Raises:
         InputError: as `load_task` and `Task`.
@@ -120,6 +121,8 @@ def task_from(args: argparse.Namespace) -> Task:
     changes = {}
     if args.template is not None:
         changes["template"] = args.template
+    if args.label_column is not None:
+        changes["label_column"] = args.label_column
     if args.label_words is not None:
         changes["label_words"] = label_words_from(args.label_words, "--label_words")
     return Task(**{**vars(task), **changes})

@@ -10,7 +10,7 @@ from ds_zoadamu.tasks import InputError
 
 DEFAULT_MICRO_BATCH_SIZE = 8
 DEFAULT_LEARNING_RATE = 5e-5
-DEFAULT_ZEROTH_ORDER_LEARNING_RATE = 1e-5
+DEFAULT_ZEROTH_ORDER_LEARNING_RATE = 1e-6
 # In these DeepSpeed itself knows what "auto" means.
 _OWN_AUTO_SECTIONS = ("data_types", "autotuning")
 

@@ -60,9 +60,7 @@ def _train(plan: Plan, stepper: Stepper, output: OutputDirectory, progress: Prog
     args, total, first = plan.args, plan.args.max_steps, progress.step
     every = args.eval_steps or max(1, total // 10)
     seconds, (best_step, best) = list(progress.seconds), progress.best()
-    with tqdm(
-        total=total, initial=first, desc="fine-tuning", unit="step", disable=rank() != 0, dynamic_ncols=True
-    ) as bar:
+    with tqdm(total=total, initial=first, desc="fine-tuning", unit="step", disable=rank() != 0, mininterval=1.0) as bar:
         # A resumed run may have been stopped after its last step and before what follows a step.
         for step in range(first if first else 1, total + 1):
             if step > first:

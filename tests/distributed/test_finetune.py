@@ -1,0 +1,224 @@
+"""launch/finetune.py and launch/evaluate.py as a user runs them, through the deepspeed launcher on CPU ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from ds_zoadamu.tasks import SST2, PromptCollator, PromptEncoder, load_examples
+from ds_zoadamu.tasks.metrics import candidate_scores
+from tests.distributed.harness import free_port, run_ranks
+from tests.tiny_lm import make_tokenizer, save_model, write_data
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("tiny") / "data")
+
+
+def launch(script, *arguments, ranks=2):
+    """Runs a script of launch/ under the deepspeed launcher; returns the finished process with its output as text."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": str(REPOSITORY),
+    }  # fmt: skip
+    return subprocess.run(
+        [*command, str(REPOSITORY / "launch" / script), *map(str, arguments)],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def finetune_arguments(model, data, output, config="cpu-small_zoadamu", steps=6):
+    return [
+        "--deepspeed", "--deepspeed_config", REPOSITORY / "ds_configs" / f"{config}.json", "--model_name_or_path", model, "--task", "sst2",
+        "--data_dir", data, "--num_train", 40, "--num_dev", 13, "--per_device_eval_batch_size", 4, "--per_device_train_batch_size", 4,
+        "--learning_rate", 1e-3, "--max_steps", steps, "--eval_steps", 3, "--output_dir", output, "--max_shard_size", "40KB",
+    ]  # fmt: skip
+
+
+def succeed(process):
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
+    return process
+
+
+def read_metrics(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(model, data, tmp_path_factory):
+    """A finished run on 2 ranks: its output directory and what it printed."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    return output, succeed(launch("finetune.py", *finetune_arguments(model, data, output))).stdout
+
+
+def test_a_run_leaves_metrics_results_curves_and_a_model(run):
+    output, printed = run
+    assert sorted(path.name for path in output.iterdir()) == ["curves.png", "metrics.jsonl", "model", "results.json"]
+    metrics, results = read_metrics(output), json.loads((output / "results.json").read_text())
+    steps = [line for line in metrics if line["kind"] == "step"]
+    evals = {(line["split"], line["step"]): line for line in metrics if line["kind"] == "eval"}
+    best = results["best_step"]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(line["seconds"] > 0 and line["projected_grad"] is not None for line in steps)
+    assert set(evals) == {("dev", 0), ("test", 0), ("dev", 3), ("dev", 6), ("test", best)}
+    assert results["accuracy"]["test_after"] == evals["test", best]["accuracy"]
+    assert results["accuracy"]["dev_best"] == max(evals["dev", 3]["accuracy"], evals["dev", 6]["accuracy"])
+    assert evals["test", 0]["num_examples"] == 21 and evals["dev", 0]["num_examples"] == 13
+    assert len(results["ranks"]) == 2 and all(rank["momentum_bytes"] > 0 and rank["resident_peak"] > 0 for rank in results["ranks"])
+    assert results["config"]["optimizer"]["params"]["total_steps"] == 6
+    assert {"torch", "deepspeed", "transformers", "python"} <= set(results["versions"])
+    assert "held-out accuracy" in printed and "seconds a step" in printed
+
+
+def test_the_saved_model_is_the_evaluated_one(run, data):
+    """The accuracy in results.json, by plain Transformers on the whole model, one example at a time."""
+    output, _ = run
+    model = AutoModelForCausalLM.from_pretrained(output / "model")
+    encoder, collate = PromptEncoder(make_tokenizer(), SST2, 64), PromptCollator(1)
+    examples = load_examples(SST2, "validation", str(data))
+    with torch.no_grad():
+        hits = [int(candidate_scores(model, collate([encoder.encode(e)])).argmax()) == e.label for e in examples]
+    assert sum(hits) / len(hits) == json.loads((output / "results.json").read_text())["accuracy"]["test_after"]
+
+
+def test_one_rank_with_twice_the_accumulation_gives_the_same_bits(run, model, data, tmp_path):
+    output, _ = run
+    arguments = finetune_arguments(model, data, tmp_path / "out")
+    succeed(launch("finetune.py", *arguments, "--gradient_accumulation_steps", 2, ranks=1))
+
+    def without_time(folder):
+        return [{key: value for key, value in line.items() if key != "seconds"} for line in read_metrics(folder)]
+
+    assert without_time(tmp_path / "out") == without_time(output)
+    names = sorted(path.name for path in (output / "model").glob("*.safetensors"))
+    assert len(names) > 1
+    for name in names:
+        one, two = (load_file(folder / "model" / name) for folder in (tmp_path / "out", output))
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_the_same_script_trains_with_backward_passes(model, data, tmp_path):
+    succeed(launch("finetune.py", *finetune_arguments(model, data, tmp_path / "out", config="cpu-small_adamw", steps=12)))
+    metrics = read_metrics(tmp_path / "out")
+    losses = [line["loss"] for line in metrics if line["kind"] == "eval" and line["split"] == "dev"]
+    assert losses[-1] < losses[0]
+    assert all(line["grad_norm"] > 0 for line in metrics if line["kind"] == "step")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").num_parameters() > 0
+
+
+def test_find_lr_tries_all_pairs_from_the_same_weights(model, data, tmp_path):
+    arguments = finetune_arguments(model, data, tmp_path / "out", steps=2)
+    search = "--find_lr --find_lr_values 0 1e-3 --find_eps_values 1e-3 1e-2".split()
+    process = succeed(launch("finetune.py", *arguments[: arguments.index("--learning_rate")], *arguments[-10:], *search))
+    found = json.loads((tmp_path / "out" / "find_lr.json").read_text())["trials"]
+    assert sorted((trial["lr"], trial["zo_eps"]) for trial in found) == [(0, 1e-3), (0, 1e-2), (1e-3, 1e-3), (1e-3, 1e-2)]
+    losses = [trial["dev_loss"] for trial in found]
+    assert losses == sorted(losses)
+    # With lr 0 nothing changes, so both trials must see the untouched model.
+    assert len({trial["dev_loss"] for trial in found if trial["lr"] == 0}) == 1
+    assert "dev loss" in process.stdout
+
+
+def test_evaluate_agrees_with_the_run(run, data, tmp_path):
+    output, _ = run
+    expected = json.loads((output / "results.json").read_text())["accuracy"]["test_after"]
+    arguments = ["--model_name_or_path", output / "model", "--data_dir", data, "--per_device_eval_batch_size", 4]
+    succeed(launch("evaluate.py", *arguments, "--output_file", tmp_path / "accuracy.json"))
+    figures = json.loads((tmp_path / "accuracy.json").read_text())
+    assert (figures["accuracy"], figures["num_examples"]) == (expected, 21)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"}
+    environment.pop("WORLD_SIZE", None)
+    script = [sys.executable, str(REPOSITORY / "launch" / "evaluate.py"), *map(str, arguments)]
+    alone = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=120)
+    assert f"accuracy={expected:.4f}" in succeed(alone).stdout
+
+
+def snapshot(folder):
+    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_bad_input_under_the_launcher(model, data, tmp_path):
+    process = launch("finetune.py", *finetune_arguments(model, data, tmp_path / "out"), "--num_train", "60")
+    assert process.returncode != 0
+    assert "too few examples" in process.stderr and "Traceback" not in process.stderr
+    assert not (tmp_path / "out").exists()
+
+
+BAD_INPUT = {
+    "--task sst3": "unknown task 'sst3'",
+    "--num_train 60": "too few examples",
+    "--data_dir {tmp}/nowhere": "nowhere: no such folder",
+    "--data_dir {tmp}/broken": "train.jsonl:2: column 'label' is missing",
+    "--model_name_or_path {tmp}/nowhere": "no config there",
+    "--output_dir {tmp}/taken": "holds the results.json of an earlier run; give another folder or --overwrite_output_dir",
+    "--output_dir {tmp}/taken/results.json": "is a file, not a folder",
+    "--deepspeed_config {tmp}/nowhere.json": "cannot be read",
+    "--deepspeed_config {tmp}/no_optimizer.json": 'has no "optimizer"',
+    "--deepspeed_config {tmp}/stage2.json": "zero_optimization.stage is 2; set it to 3",
+    "--deepspeed_config {tmp}/misspelt.json": "unknown 'zo_epsilon' (did you mean 'zo_eps'?)",
+    "--max_steps 0": "--max_steps must be at least 1, got 0",
+    "--max_length 2": "max_length 2 is too short",
+    "--template {{text}}": "column 'text' is missing",
+    "--find_lr --find_lr_values -1": "lr is -1.0",
+}
+
+
+def _every_message(rank, world_size, arguments, tmp):
+    """The message and status with which this rank refuses each bad input."""
+    import contextlib
+    import io
+    import shlex
+
+    from ds_zoadamu.training.arguments import finetune_parser
+    from ds_zoadamu.training.main import run_script
+    from ds_zoadamu.training.run import finetune
+    from ds_zoadamu.training.search import find_lr
+
+    outcomes = {}
+    for change in BAD_INPUT:
+        args = finetune_parser().parse_args([*arguments, *shlex.split(change.format(tmp=tmp))])
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            try:
+                run_script(lambda args=args: find_lr(args) if args.find_lr else finetune(args))
+                status = 0
+            except SystemExit as end:
+                status = end.code
+        outcomes[change] = (status, stderr.getvalue())
+    return outcomes
+
+
+def test_bad_input_ends_every_rank_with_the_message_and_changes_no_file(model, data, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "results.json").write_text("{}")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "train.jsonl").write_text('{"sentence": "a", "label": 1}\n{"sentence": "b"}\n')
+    params = {"lr": "auto", "total_steps": "auto"}
+    good = {"optimizer": {"type": "ZOAdaMU", "params": params}, "zero_optimization": {"stage": 3}}
+    for name, change in {
+        "no_optimizer": {"optimizer": None},
+        "stage2": {"zero_optimization": {"stage": 2}},
+        "misspelt": {"optimizer": {"type": "ZOAdaMU", "params": {**params, "zo_epsilon": 1e-3}}},
+    }.items():
+        config = {key: value for key, value in {**good, **change}.items() if value is not None}
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    before = snapshot(tmp_path)
+    arguments = [str(argument) for argument in finetune_arguments(model, data, tmp_path / "out")]
+    for rank, outcomes in enumerate(run_ranks(2, _every_message, arguments, str(tmp_path))):
+        for change, (status, message) in outcomes.items():
+            assert status == 2 and f"error on rank {rank}: " in message and BAD_INPUT[change] in message, (change, message)
+    assert snapshot(tmp_path) == before

@@ -1,0 +1,123 @@
+""" "auto" values are filled from the command line as Hugging Face's Trainer fills them; contradictions are named."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ds_zoadamu.config import check_config
+from ds_zoadamu.tasks import InputError
+from ds_zoadamu.training.arguments import check_arguments, finetune_parser
+from ds_zoadamu.training.auto_config import fill_auto
+
+CONFIGS = Path(__file__).parents[2] / "ds_configs"
+
+
+def arguments(*given):
+    return finetune_parser().parse_args(["--model_name_or_path", "m", "--output_dir", "o", "--max_steps", "50", *given])
+
+
+def filled(config, *given, world_size=2):
+    return fill_auto(config, arguments(*given), world_size=world_size, hidden_size=64)
+
+
+def zeroth_order(**params):
+    return {"optimizer": {"type": "ZOAdaMU", "params": params}, "zero_optimization": {"stage": 3}}
+
+
+def test_defaults():
+    config = filled(json.loads((CONFIGS / "cpu-small_zoadamu.json").read_text()))
+    params = config["optimizer"]["params"]
+    assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (16, 8, 1)
+    assert (params["lr"], params["zo_eps"], params["total_steps"], params["seed"], params["weight_decay"]) == (1e-6, 1e-3, 50, 0, 0.0)
+    assert (config["bf16"]["enabled"], config["fp16"]["enabled"]) == (False, False)
+    zero = config["zero_optimization"]
+    assert (zero["stage3_prefetch_bucket_size"], zero["stage3_param_persistence_threshold"]) == (int(0.9 * 64 * 64), 640)
+    check_config(config)
+
+
+def test_arguments_fill_auto_and_absent_values():
+    config = filled(
+        zeroth_order(lr="auto", total_steps="auto", seed="auto"),
+        *"--learning_rate 3e-6 --zo_eps 2e-3 --per_device_train_batch_size 4 --gradient_accumulation_steps 3 --seed 7 --bf16".split(),
+    )
+    params = config["optimizer"]["params"]
+    assert (params["lr"], params["zo_eps"], params["total_steps"], params["seed"]) == (3e-6, 2e-3, 50, 7)
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (4, 3)
+    assert config["bf16"] == {"enabled": True}
+    assert "train_batch_size" not in config  # DeepSpeed derives it
+
+
+def test_accumulation_follows_from_a_fixed_batch():
+    config = {
+        **zeroth_order(lr=1e-6, total_steps=50),
+        "train_batch_size": 32,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+    }
+    assert filled(config, "--per_device_train_batch_size", "4")["gradient_accumulation_steps"] == 4
+
+
+def test_values_of_the_json_stay():
+    config = filled(zeroth_order(lr=1e-6, total_steps=99, zo_eps=5e-4), "--learning_rate", "1e-6")
+    assert config["optimizer"]["params"] == {"lr": 1e-6, "total_steps": 99, "zo_eps": 5e-4}
+
+
+def test_backward_passes_get_adams_defaults_and_clipping():
+    config = filled(json.loads((CONFIGS / "cpu-small_adamw.json").read_text()), "--max_grad_norm", "0.5")
+    assert config["gradient_clipping"] == 0.5
+    assert config["optimizer"]["params"] == {
+        "torch_adam": True, "lr": 5e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0
+    }  # fmt: skip
+
+
+def test_scheduler():
+    scheduler = {"type": "WarmupDecayLR", "params": dict.fromkeys(
+        ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"), "auto")}  # fmt: skip
+    config = {**zeroth_order(lr="auto", total_steps="auto"), "scheduler": scheduler}
+    expected = {"warmup_min_lr": 0.0, "warmup_max_lr": 2e-6, "warmup_num_steps": 10, "total_num_steps": 50}
+    assert filled(config, "--learning_rate", "2e-6", "--warmup_steps", "10")["scheduler"]["params"] == expected
+    assert filled(config)["scheduler"]["params"]["warmup_num_steps"] == 1
+    with pytest.raises(InputError, match='--warmup_steps is given but the DeepSpeed JSON has no "scheduler"'):
+        filled(zeroth_order(lr="auto"), "--warmup_steps", "10")
+
+
+@pytest.mark.parametrize(
+    "config, given, message",
+    [
+        (zeroth_order(lr=1e-6), "--learning_rate 1e-5", r"--learning_rate 1e-05 contradicts .* optimizer.params.lr is 1e-06"),
+        ({**zeroth_order(), "train_micro_batch_size_per_gpu": 4}, "--per_device_train_batch_size 8", "contradicts .* is 4"),
+        ({**zeroth_order(), "bf16": {"enabled": False}}, "--bf16", "--bf16 True contradicts .* bf16.enabled is False"),
+        (zeroth_order(t1="auto"), "", 'optimizer.params.t1 = "auto", which nothing here fills'),
+    ],
+)
+def test_contradictions_are_named(config, given, message):
+    with pytest.raises(InputError, match=message):
+        filled(config, *given.split())
+
+
+def test_the_users_configuration_is_not_changed():
+    config = zeroth_order(lr="auto")
+    filled(config)
+    assert config == zeroth_order(lr="auto")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_configuration_of_the_repository_can_be_filled(path):
+    config = filled(json.loads(path.read_text()))
+    check_config(config)
+    assert config["zero_optimization"]["stage"] == 3
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("--max_steps 0", "--max_steps must be at least 1, got 0"),
+        ("--eval_steps 0", "--eval_steps must be at least 1, got 0"),
+        ("--learning_rate -1", "--learning_rate must be a finite number of at least 0, got -1.0"),
+        ("--weight_decay nan", "--weight_decay must be a finite number"),
+    ],
+)
+def test_numbers_out_of_range_are_named(given, message):
+    with pytest.raises(InputError, match=message):
+        check_arguments(arguments(*given.split()))
