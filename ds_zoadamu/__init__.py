@@ -14,8 +14,13 @@ _EXPORTS = {
     "ZeroOrderEngine": "engine",
     "ZOAdaMU": "optimizers",
     "check_config": "config",
+    "weights_digest": "digest",
+    "read_journal": "journal",
+    "CheckpointError": "errors",
     "ConfigError": "errors",
+    "JournalError": "errors",
     "NonFiniteLossError": "errors",
+    "ReplayError": "errors",
     "load_causal_lm": "hf",
     "save_pretrained": "hf",
 }

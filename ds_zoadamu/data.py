@@ -24,6 +24,9 @@ class MicroBatchSampler(torch.utils.data.Sampler[list[int]]):
         self.world_size = world_size
         self.seed = seed
         self.epoch = 0
+        self.position = (0, 0)
+        """What was handed out last: the epoch, and how many of its micro-batches, over all ranks."""
+        self._first = 0
         examples_a_step = micro_batch_size * accumulation * world_size
         self._micro_batches = num_examples // examples_a_step * accumulation * world_size
         if self._micro_batches == 0:
@@ -37,13 +40,24 @@ class MicroBatchSampler(torch.utils.data.Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the permutation that the next ``iter`` uses; each ``iter`` counts one up by itself."""
-        self.epoch = epoch
+        if epoch != self.epoch:
+            self.epoch, self._first = epoch, 0
+
+    def restore(self, position: tuple[int, int]) -> None:
+        """Let the next ``iter`` go on behind a ``position``, of a run on any number of ranks with world_size * accumulation as here."""
+        epoch, consumed = position
+        if consumed >= self._micro_batches:
+            epoch, consumed = epoch + 1, 0
+        self.epoch, self._first, self.position = epoch, consumed, (epoch, consumed)
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed((self.seed + 0x9E3779B97F4A7C15 * (self.epoch + 1)) % 2**63)
+        epoch, first, self._first = self.epoch, self._first, 0
+        generator = torch.Generator().manual_seed((self.seed + 0x9E3779B97F4A7C15 * (epoch + 1)) % 2**63)
         order = torch.randperm(self.num_examples, generator=generator)
         self.epoch += 1
-        for number in range(self.rank, self._micro_batches, self.world_size):
+        for begin in range(first, self._micro_batches, self.world_size):
+            self.position = (epoch, begin + self.world_size)
+            number = begin + self.rank
             yield order[number * self.micro_batch_size : (number + 1) * self.micro_batch_size].tolist()
 
 

@@ -20,6 +20,7 @@ from . import kernels
 from .config import OPTIMIZER_TYPES, ZOAdaMUConfig, check_config, check_deepspeed_settings, read_config
 from .data import MicroBatchSampler
 from .distributed import init_distributed
+from .durability import Durability
 from .errors import ConfigError, NonFiniteLossError
 from .losses import LossFn, as_pair, causal_lm_loss, global_means
 from .optimizers import OPTIMIZERS, ZerothOrderOptimizer
@@ -44,7 +45,7 @@ class StepRecord:
     effective_eps: float
 
 
-class ZeroOrderEngine(DeepSpeedEngine):
+class ZeroOrderEngine(Durability, DeepSpeedEngine):
     """A DeepSpeedEngine with ``train_batch`` and ``eval_batch`` for a zeroth-order optimizer on ZeRO-3 partitions.
 
     JSON scheduler, monitor, counters, batch arithmetic and ``engine.module`` are DeepSpeed's. The parameters are partitioned as for
@@ -80,6 +81,7 @@ class ZeroOrderEngine(DeepSpeedEngine):
                     passes.append([self._loss(micro_batch) for micro_batch in micro_batches])
         loss_plus, loss_minus = global_means(passes, self.device)
         record = self._record(loss_plus, loss_minus)
+        self._before_update(record, batch)
         self.optimizer.observe(None if record.skipped else record.projected_grad)
         with self._gathers.writing():
             self._step_and_count()

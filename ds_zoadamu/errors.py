@@ -12,6 +12,18 @@ class NonFiniteLossError(FloatingPointError):
     """Too many steps in a row had a loss that is NaN or infinite."""
 
 
+class JournalError(ValueError):
+    """A journal that cannot be written, read or trusted; names the file and, where there is one, the line."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be saved, found or trusted; raised before anything in memory is changed."""
+
+
+class ReplayError(ValueError):
+    """A base model and a journal from which no model can be rebuilt."""
+
+
 def unknown_keys_message(where: str, unknown: Iterable[str], known: Iterable[str]) -> str:
     """One sentence for keys that nobody reads, each with the nearest known one."""
     known = sorted(known)

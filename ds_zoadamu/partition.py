@@ -36,6 +36,11 @@ class Partition:
         return self.stop - self.start
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole parameter."""
+        return tuple(self.param.ds_shape)
+
+    @property
     def weight(self) -> torch.Tensor:
         """The stored values of [start, stop), without padding: a 1-D view, on the CPU where the parameter is offloaded."""
         return self.param.ds_tensor.detach().narrow(0, 0, self.length)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .. import kernels
+from .._crash_points import reach
 from ..config import ZOAdaMUConfig
 from ..errors import ConfigError, unknown_keys_message
 from ..kernels.types import Direction, Rounding, fp32
@@ -79,7 +80,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._keys = parameter_keys(self.config.seed, [partition.name for partition, _ in bound])
         self._partitions = tuple(bound)
         for partition, _ in bound:
-            dtype = self._momentum_dtype(partition.weight.dtype)
+            dtype = self.momentum_dtype(partition.weight.dtype)
             if dtype is not None:
                 self.state[partition.param]["momentum"] = torch.zeros(
                     partition.length, dtype=dtype, device=partition.weight.device
@@ -118,6 +119,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         direction = self._next_direction()
         for partition, group in self._bound():
             self._update(partition, group, direction, projected_grad)
+            reach("mid_update", self.next_step)
         self.step_count += 1
 
     def _update(self, partition: Partition, group: dict, direction: Direction, projected_grad: float) -> None:
@@ -125,24 +127,59 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         device = partition.compute_device
         on_device = weight if weight.device == device else weight.to(device)
         momentum_on_device = None if momentum is None else momentum.to(device)
-        lr = float(group["lr"])
-        kernels.update_(
+        self.update_range_(
             on_device,
             momentum_on_device,
             direction,
             key=self._keys[partition.name],
             start=partition.start,
-            lr_grad=0.0 if self.overflow else fp32(lr * projected_grad),
-            lr_decay=fp32(lr * float(group["weight_decay"])),
-            sigma=fp32(self.config.sigma),
-            normalize=self.normalize,
-            write_weight=not self.overflow,
-            rounding=Rounding[self.config.update_rounding.upper()],
+            lr=float(group["lr"]),
+            weight_decay=float(group["weight_decay"]),
+            projected_grad=None if self.overflow else projected_grad,
         )
         if on_device is not weight:
             weight.copy_(on_device)
             if momentum is not None:
                 momentum.copy_(momentum_on_device)
+
+    def update_range_(
+        self,
+        weight: torch.Tensor,
+        momentum: torch.Tensor | None,
+        direction: Direction,
+        *,
+        key: tuple[int, int],
+        start: int,
+        lr: float,
+        weight_decay: float,
+        projected_grad: float | None,
+    ) -> None:
+        """One step on the flat elements from ``start`` of the parameter with this noise key, in place; None skips the weights.
+
+        All that a step does to an element, without partitions or ranks: a replay needs no more. Tensors as for ``kernels.update_``.
+        """
+        kernels.update_(
+            weight,
+            momentum,
+            direction,
+            key=key,
+            start=start,
+            lr_grad=0.0 if projected_grad is None else fp32(lr * projected_grad),
+            lr_decay=fp32(lr * weight_decay),
+            sigma=fp32(self.config.sigma),
+            normalize=self.normalize,
+            write_weight=projected_grad is not None,
+            rounding=Rounding[self.config.update_rounding.upper()],
+        )
+
+    def momentum_dtype(self, weight_dtype: torch.dtype) -> torch.dtype | None:
+        """Of the stored momentum; None where none is stored."""
+        return _TORCH_DTYPES.get(self.config.momentum.dtype)
+
+    def stored(self, partition: Partition) -> dict[str, torch.Tensor]:
+        """What lasts between steps, as 1-D views without padding: {"weight": ...} and, where it is stored, {"momentum": ...}."""
+        momentum = self._momentum(partition)
+        return {"weight": partition.weight} | ({} if momentum is None else {"momentum": momentum})
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes that persist on this rank: {"weights", "momentum"}, padding included for the weights."""
@@ -182,6 +219,3 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def _momentum(self, partition: Partition) -> torch.Tensor | None:
         momentum = self.state.get(partition.param, {}).get("momentum")
         return None if momentum is None else momentum[: partition.length]
-
-    def _momentum_dtype(self, weight_dtype: torch.dtype) -> torch.dtype | None:
-        return _TORCH_DTYPES.get(self.config.momentum.dtype)

@@ -80,6 +80,20 @@ def finetune_parser() -> argparse.ArgumentParser:
     group.add_argument("--output_dir", required=True, help="where metrics, results, curves and the model go")
     group.add_argument("--overwrite_output_dir", action="store_true", help="replace the results of an earlier run")
     group.add_argument("--max_shard_size", default="5GB", help="largest file of the saved model (default: %(default)s)")
+    group = parser.add_argument_group("durability, with a zeroth-order optimizer")
+    group.add_argument(
+        "--resume", action="store_true", help="go on with the run of --output_dir, also on another number of ranks; starts it if there is none"
+    )
+    group.add_argument(
+        "--save_steps",
+        type=int,
+        default=500,
+        help="steps between checkpoints; 0: none, a resume then replays the whole journal (default: %(default)s)",
+    )
+    group.add_argument("--save_total_limit", type=int, default=2, help="checkpoints that are kept, the newest (default: %(default)s)")
+    group.add_argument(
+        "--journal_fsync_every", type=int, default=1, help="steps after which the journal is made durable (default: %(default)s, every one)"
+    )
     group = parser.add_argument_group("search for lr and zo_eps")
     group.add_argument(
         "--find_lr",
@@ -116,12 +130,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         "gradient_accumulation_steps",
         "eval_steps",
         "per_device_eval_batch_size",
+        "save_total_limit",
+        "journal_fsync_every",
     )
     for name in positive:
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise InputError(f"--{name} must be at least 1, got {value}")
-    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "save_steps"):
         value = getattr(args, name, None)
         if value is not None and not 0 <= value < float("inf"):
             raise InputError(f"--{name} must be a finite number of at least 0, got {value}")

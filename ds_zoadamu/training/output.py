@@ -11,7 +11,8 @@ from pathlib import Path
 from ds_zoadamu.tasks import InputError
 
 METRICS, RESULTS, CURVES, SEARCH, BEST, MODEL = "metrics.jsonl", "results.json", "curves.png", "find_lr.json", "best", "model"
-_OURS = (METRICS, RESULTS, CURVES, SEARCH, BEST, MODEL)
+JOURNAL, CHECKPOINTS = "journal.jsonl", "checkpoints"
+_OURS = (METRICS, RESULTS, CURVES, SEARCH, BEST, MODEL, JOURNAL, CHECKPOINTS)
 _PACKAGES = ("ds_zoadamu", "deepspeed", "torch", "transformers", "datasets", "numpy")
 
 
@@ -24,18 +25,23 @@ class OutputDirectory:
         path: the folder.
         writes: whether this rank writes.
         overwrite: whether results that are there may be replaced.
+        resume: whether the run that is there goes on.
 
     Raises:
         InputError: it is a file, cannot be written, or holds results and `overwrite` is not set.
     """
 
-    def __init__(self, path: str, *, writes: bool, overwrite: bool):
+    def __init__(self, path: str, *, writes: bool, overwrite: bool, resume: bool = False):
         self.path = Path(path)
         self._writes = writes
         present = [name for name in _OURS if (self.path / name).exists()]
-        if present and not overwrite:
+        if overwrite and resume:
+            raise InputError("--resume goes on with a run and --overwrite_output_dir replaces it; give one of the two")
+        if resume and present and JOURNAL not in present:
+            raise InputError(f"--resume: --output_dir {path} holds {present[0]} but no {JOURNAL}, so there is no run to go on with")
+        if present and not overwrite and not resume:
             raise InputError(
-                f"--output_dir {path} holds the {present[0]} of an earlier run; give another folder or --overwrite_output_dir"
+                f"--output_dir {path} holds the {present[0]} of an earlier run; give another folder, --resume or --overwrite_output_dir"
             )
         existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not existing.is_dir():
@@ -62,8 +68,17 @@ class OutputDirectory:
                 file.write(json.dumps(_finite(record)) + "\n")
 
     def records(self) -> list[dict]:
-        """The lines of metrics.jsonl."""
-        return [json.loads(line) for line in (self.path / METRICS).read_text(encoding="utf-8").splitlines()]
+        """The lines of metrics.jsonl; without one that a kill left unfinished at the end."""
+        path = self.path / METRICS
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def replace_records(self, records: list[dict]) -> None:
+        """Rewrites metrics.jsonl in one go."""
+        if self._writes:
+            temporary = self.path / f".{METRICS}.writing"
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+            os.replace(temporary, self.path / METRICS)
 
     def write_json(self, name: str, content: dict) -> None:
         """Writes a JSON file in one go (beside its place, then renamed)."""
@@ -72,9 +87,15 @@ class OutputDirectory:
             temporary.write_text(json.dumps(_finite(content), indent=2) + "\n", encoding="utf-8")
             os.replace(temporary, self.path / name)
 
+    @property
+    def best(self) -> Path:
+        """The best model so far; in its final place, if the run was stopped after `promote_best`."""
+        return self.path / (BEST if (self.path / BEST).exists() else MODEL)
+
     def promote_best(self) -> None:
         """The best model so far becomes the run's model."""
-        if self._writes:
+        if self._writes and (self.path / BEST).exists():
+            shutil.rmtree(self.path / MODEL, ignore_errors=True)
             os.rename(self.path / BEST, self.path / MODEL)
 
 

@@ -11,12 +11,14 @@ from deepspeed import comm as dist
 from deepspeed.utils import logger
 from tqdm import tqdm
 
+from ds_zoadamu.digest import weights_digest
 from ds_zoadamu.hf import load_weights, save_pretrained
 from ds_zoadamu.tasks import Evaluation, evaluate
 from ds_zoadamu.training.curves import draw_curves
 from ds_zoadamu.training.memory import PeakMemory
-from ds_zoadamu.training.output import BEST, CURVES, RESULTS, OutputDirectory, environment
+from ds_zoadamu.training.output import BEST, CHECKPOINTS, CURVES, RESULTS, OutputDirectory, environment
 from ds_zoadamu.training.plan import Plan, make_plan, rank
+from ds_zoadamu.training.progress import Progress, begin_or_resume, better
 from ds_zoadamu.training.steps import Stepper, make_stepper
 from ds_zoadamu.training.summary import summary
 
@@ -27,15 +29,17 @@ def finetune(args: Namespace) -> dict:
     Raises:
         InputError, ConfigError: before a model is loaded or a file written.
     """
-    output = OutputDirectory(args.output_dir, writes=rank() == 0, overwrite=args.overwrite_output_dir)
+    output = OutputDirectory(args.output_dir, writes=rank() == 0, overwrite=args.overwrite_output_dir, resume=args.resume)
     plan = make_plan(args)
     memory = PeakMemory()
     stepper = make_stepper(args.model_name_or_path, plan.config, plan.train, plan.model_input.collate, args.seed)
-    output.begin()
-    before = {split: _evaluate(plan, stepper, output, split, step=0) for split in ("dev", "test")}
-    seconds, best_step, best = _train(plan, stepper, output)
+    progress = begin_or_resume(args, output, stepper)
+    before = {
+        split: progress.evaluations.get((split, 0)) or _evaluate(plan, stepper, output, split, step=0) for split in ("dev", "test")
+    }
+    seconds, best_step, best = _train(plan, stepper, output, progress)
     if best_step != args.max_steps:
-        load_weights(stepper.engine, output.path / BEST)
+        load_weights(stepper.engine, output.best)
     after = _evaluate(plan, stepper, output, "test", step=best_step)
     dist.barrier()  # rank 0 may have been the one to read the best model: all have it before it is renamed
     output.promote_best()
@@ -51,29 +55,31 @@ def finetune(args: Namespace) -> dict:
     return results
 
 
-def _train(plan: Plan, stepper: Stepper, output: OutputDirectory) -> tuple[list[float], int, Evaluation]:
+def _train(plan: Plan, stepper: Stepper, output: OutputDirectory, progress: Progress) -> tuple[list[float], int, Evaluation]:
     """Trains and keeps the best model of the evaluated steps; returns the seconds of each step, the best step and its score."""
-    total = plan.args.max_steps
-    every = plan.args.eval_steps or max(1, total // 10)
-    seconds, best_step, best = [], 0, None
-    with tqdm(total=total, desc="fine-tuning", unit="step", disable=rank() != 0, mininterval=1.0) as bar:
-        for step in range(1, total + 1):
-            start = time.perf_counter()
-            record = stepper.step()
-            seconds.append(time.perf_counter() - start)
-            output.log({"kind": "step", **record, "seconds": seconds[-1]})
-            shown = {
-                key: f"{record[key]:.4g}" for key in ("loss", "projected_grad", "grad_norm") if record.get(key) is not None
-            }
-            bar.set_postfix(shown, refresh=False)
-            bar.update()
+    args, total, first = plan.args, plan.args.max_steps, progress.step
+    every = args.eval_steps or max(1, total // 10)
+    seconds, (best_step, best) = list(progress.seconds), progress.best()
+    with tqdm(total=total, initial=first, desc="fine-tuning", unit="step", disable=rank() != 0, mininterval=1.0) as bar:
+        # A resumed run may have been stopped after its last step and before what follows a step.
+        for step in range(first if first else 1, total + 1):
+            if step > first:
+                start = time.perf_counter()
+                record = stepper.step()
+                seconds.append(time.perf_counter() - start)
+                output.log({"kind": "step", **record, "seconds": seconds[-1]})
+                keys = ("loss", "projected_grad", "grad_norm")
+                bar.set_postfix({key: f"{record[key]:.4g}" for key in keys if record.get(key) is not None}, refresh=False)
+                bar.update()
             if step % every == 0 or step == total:
-                now = _evaluate(plan, stepper, output, "dev", step)
-                if best is None or (now.accuracy, -now.loss) > (best.accuracy, -best.loss):
+                now = progress.evaluations.get(("dev", step)) or _evaluate(plan, stepper, output, "dev", step)
+                if best_step == step or better(now, best):
                     best_step, best = step, now
                     save_pretrained(
-                        stepper.engine, output.path / BEST, plan.model_input.tokenizer, plan.args.max_shard_size, overwrite=True
+                        stepper.engine, output.path / BEST, plan.model_input.tokenizer, args.max_shard_size, overwrite=True
                     )
+            if step > first and stepper.journaled and args.save_steps and step % args.save_steps == 0:
+                stepper.engine.save_checkpoint(output.path / CHECKPOINTS, save_total_limit=args.save_total_limit)
     return seconds, best_step, best
 
 
@@ -116,6 +122,7 @@ def _results(plan, stepper, before, best_step, best, after, seconds, memory) -> 
         "num_examples": {"train": len(plan.train), "dev": len(plan.dev), "test": len(plan.test)},
         "seconds_a_step": {name: times.quantile(q).item() for name, q in (("median", 0.5), ("p10", 0.1), ("p90", 0.9))},
         "skipped_steps": stepper.engine.skipped_steps,
+        "weights_sha256": weights_digest(stepper.engine) if stepper.journaled else None,
         "ranks": _of_all_ranks({**memory.report(), **_stored_bytes(stepper.engine)}),
         **environment(),
         "command": shlex.join(sys.argv),

@@ -19,6 +19,8 @@ class Stepper(Protocol):
     """An engine and how it makes a step."""
 
     engine: "ds_zoadamu.ZeroOrderEngine"
+    journaled: bool
+    """Whether its steps can be written to a journal."""
 
     def step(self) -> dict:
         """Makes one step; returns its record for metrics.jsonl, with at least `loss`, `lr` and a gradient figure."""
@@ -50,6 +52,8 @@ def make_stepper(model_path: str, config: dict, examples: Sequence[EncodedExampl
 
 
 class _ForwardOnly:
+    journaled = True
+
     def __init__(self, engine, dataloader):
         self.engine = engine
         self._batches = repeat(dataloader)
@@ -61,6 +65,8 @@ class _ForwardOnly:
 
 class _WithBackward:
     """DeepSpeed's own optimizers, for comparison and pre-training; sees the same micro-batches in the same order."""
+
+    journaled = False
 
     def __init__(self, engine, dataloader):
         self.engine = engine

@@ -7,7 +7,8 @@ import socket
 import traceback
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["deepspeed", "transformers", "ds_zoadamu.engine"])
+# torch._dynamo: the first torch optimizer of a process imports it, in some 3 seconds.
+_CONTEXT.set_forkserver_preload(["deepspeed", "transformers", "torch._dynamo", "ds_zoadamu.engine"])
 
 
 def free_port() -> int:

@@ -1,0 +1,154 @@
+"""Which model a run started from: a folder or hub name, its revision, and SHA-256 over its safetensors files."""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from .collective import describe
+from .errors import ReplayError
+from .safetensors_io import write_durably
+
+INDEX_NAMES = ("model.safetensors.index.json", "adapter_model.safetensors.index.json")
+SINGLE_NAMES = ("model.safetensors", "adapter_model.safetensors")
+_BLOCK = 1 << 24
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model or adapter folder, the index first where there is one.
+
+    Raises ReplayError where there are none, or where one that the index names is missing.
+    """
+    for index_name in INDEX_NAMES:
+        index = folder / index_name
+        if index.exists():
+            try:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError) as e:
+                raise ReplayError(f"{str(index)!r} is not an index of safetensors files: {e!r}") from e
+            files = [folder / name for name in names]
+            if any(Path(name).name != name for name in names):
+                raise ReplayError(f"{str(index)!r} names a file outside its folder")
+            if missing := [f.name for f in files if not f.exists()]:
+                raise ReplayError(f"{str(folder)!r} lacks {missing[0]!r}, which {index_name} names ({len(missing)} missing)")
+            return [index, *files]
+    for name in SINGLE_NAMES:
+        if (folder / name).exists():
+            return [folder / name]
+    raise ReplayError(
+        f"{str(folder)!r} has no safetensors weights ({', '.join(SINGLE_NAMES)} or an index); save the model there with "
+        "save_pretrained. Weights in pickle files are not read"
+    )
+
+
+def find_folder(name: str, revision: str | None = None, *, download: bool) -> Path | None:
+    """The local folder of a model: ``name`` itself, or the hub's snapshot of it (fetched only with ``download``); None if there
+    is none."""
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=not download))
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError):
+        return None
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def combined_sha256(files: dict[str, str]) -> str:
+    """One SHA-256 for all files: over the lines "SHA256  NAME\\n" that sha256sum prints for them, sorted by name."""
+    return hashlib.sha256("".join(f"{sha}  {name}\n" for name, sha in sorted(files.items())).encode()).hexdigest()
+
+
+def hash_files(paths: list[Path], *, use_cache: bool) -> dict[str, str]:
+    """SHA-256 of every file by its name. With ``use_cache`` one that was hashed before, at the same path, size and time, is not
+    read again."""
+    cache = _HashCache() if use_cache else None
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib lets other threads run
+        hashes = pool.map(lambda path: (cache.known(path) if cache else None) or file_sha256(path), paths)
+        result = dict(zip((path.name for path in paths), hashes, strict=True))
+    if cache:
+        cache.remember({path: result[path.name] for path in paths})
+    return result
+
+
+class _HashCache:
+    """SHA-256 by (real path, size, modification time), in the user's cache folder. A cache that cannot be used is no error."""
+
+    def __init__(self) -> None:
+        root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        self._path = Path(root) / "ds_zoadamu" / "file_hashes.json"
+        try:
+            self._entries = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            self._entries = {}
+        if not isinstance(self._entries, dict):
+            self._entries = {}
+
+    @staticmethod
+    def _state(path: Path) -> list[int]:
+        status = path.stat()
+        return [status.st_size, status.st_mtime_ns]
+
+    def known(self, path: Path) -> str | None:
+        entry = self._entries.get(str(path.resolve()))
+        return entry[2] if isinstance(entry, list) and len(entry) == 3 and entry[:2] == self._state(path) else None
+
+    def remember(self, hashes: dict[Path, str]) -> None:
+        new = {str(path.resolve()): [*self._state(path), sha] for path, sha in hashes.items()}
+        if new.items() <= self._entries.items():
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(self._path, json.dumps({**self._entries, **new}).encode())
+        except OSError:
+            pass
+
+
+def base_identity(module: Any, base: str | Path | None) -> dict:
+    """What a journal's header says of the base model: {"name", "revision", "sha256", "files"}; sha256 and files None, with a
+    "note", where the weights did not come from safetensors files. A local folder is named without the path to it: journals are
+    published.
+
+    Args: ``module``: the model; ``base``: folder or hub name, or None: what the model itself says it was loaded from.
+    Raises ReplayError where ``base`` was given and has no safetensors weights.
+    """
+    config = getattr(module, "config", None)
+    adapters = hasattr(module, "peft_config")
+    name = str(base) if base is not None else ("" if adapters else getattr(config, "_name_or_path", None) or "")
+    revision = getattr(config, "_commit_hash", None)
+    folder = find_folder(name, revision, download=False) if name else None
+    unknown = {
+        "name": Path(name).name if os.path.isabs(name) else name or None,
+        "revision": revision,
+        "sha256": None,
+        "files": None,
+    }
+    if folder is None:
+        if base is not None:
+            raise ReplayError(f"base {name!r} is neither a folder nor a model in the hub's local cache")
+        what = "adapters were not loaded from a folder: pass base=" if adapters else "the model was not loaded from files"
+        return {**unknown, "note": what}
+    try:
+        files = hash_files(weight_files(folder), use_cache=True)
+    except ReplayError as e:
+        if base is not None:
+            raise
+        return {**unknown, "note": str(e).replace(str(folder), folder.name)}
+    except OSError as e:
+        raise ReplayError(f"base model {describe(e)}") from e
+    short = folder.resolve().name if Path(name).is_dir() else name
+    return {"name": short, "revision": revision, "sha256": combined_sha256(files), "files": files}

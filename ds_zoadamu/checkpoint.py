@@ -1,0 +1,341 @@
+"""Checkpoints of an engine: every rank writes and reads its own ranges, so they fit any number of ranks.
+
+A rank's file holds, for each of its partitions, "weight/NAME" and "momentum/NAME": the elements [start, stop) of the flattened
+parameter, with the ranges in the manifest. Loading on another number of ranks intersects ranges; no rank ever holds a whole
+parameter. Frozen parameters and buffers are not stored: training does not change them.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils import logger
+
+from . import checkpoint_store as store
+from . import collective
+from ._crash_points import reach
+from .digest import weights_digest
+from .errors import CheckpointError
+from .identity import BATCH, differences, own_sampler, phrase, run_identity
+from .safetensors_io import FlatReader, FlatWriter, raw_bytes, sync_directory
+
+__all__ = ["load", "save", "weights_digest"]
+
+_SLICE = 1 << 24  # elements copied at a time
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+_NOTE = "Trained parameters only; frozen parameters and buffers are those of the base model."
+
+
+# --- saving -------------------------------------------------------------------------------------------------------------------
+
+
+def save(
+    engine: Any,
+    directory: str | Path,
+    tag: str | None,
+    client_state: dict,
+    *,
+    save_latest: bool = True,
+    save_total_limit: int | None = None,
+    journal_checksum: str | None = None,
+) -> Path:
+    """Save an engine's training state as ``directory/tag``, whole or not at all. Call it on all ranks; returns the folder.
+
+    Raises CheckpointError on all ranks: nothing that was there before is changed then.
+    """
+    directory, step = Path(directory), engine.optimizer.step_count
+    with collective.on_all_ranks(CheckpointError):
+        tag = store.check_tag(f"global_step{engine.global_steps}" if tag is None else tag)
+        if save_total_limit is not None and (isinstance(save_total_limit, bool) or not save_total_limit >= 1):
+            raise CheckpointError(f"save_total_limit is {save_total_limit!r}; it must be an integer >= 1, or None to keep all")
+        manifest = _manifest(engine, client_state, journal_checksum)
+        folder = store.begin(directory, tag) if collective.rank() == 0 else directory / f".writing-{tag}"
+    if len(set(tags := collective.gather_json(tag))) > 1:
+        raise CheckpointError(f"the ranks disagree about the tag of a checkpoint: {tags}")
+    reach("save_begun", step)
+    data_states = collective.gather_json(_data_state(engine))
+    try:
+        with collective.on_all_ranks(CheckpointError):
+            entry = _write_file(engine, folder)
+        reach("save_files", step)
+        entries = collective.gather_json(entry)
+        with collective.on_all_ranks(CheckpointError):
+            if collective.rank() == 0:
+                _check_visible(folder, entries)
+                manifest |= {"files": entries, "data_state": data_states if any(data_states) else None}
+                store.publish(folder, tag, manifest, save_latest=save_latest)
+                if save_total_limit is not None:
+                    store.prune(directory, save_total_limit, keep=tag)
+    except CheckpointError:
+        if collective.rank() == 0:
+            store.discard(folder)
+        raise
+    reach("save_pruned", step)
+    return directory / tag
+
+
+def _manifest(engine: Any, client_state: dict, journal_checksum: str | None) -> dict:
+    scheduler = engine.lr_scheduler
+    sampler = own_sampler(engine)
+    manifest = {
+        "note": _NOTE,
+        "step": engine.optimizer.step_count,
+        "identity": run_identity(engine),
+        "world_size": collective.world_size(),
+        "counters": {name: getattr(engine, name) for name in _COUNTERS},
+        "skipped_in_a_row": engine._skipped_in_a_row,
+        "lrs": [float(group["lr"]) for group in engine.optimizer.param_groups],
+        "lr_scheduler": None if scheduler is None else {"type": type(scheduler).__name__, "state": scheduler.state_dict()},
+        "data_position": None if sampler is None else sampler.position,
+        "client_state": client_state,
+        "journal_checksum": journal_checksum,
+    }
+    for key, value in client_state.items():
+        _check_json(f"client_state[{key!r}]", {key: value})
+    _check_json("the state_dict of the lr scheduler", manifest["lr_scheduler"])
+    return manifest
+
+
+def _check_json(what: str, value: Any) -> None:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as e:
+        raise CheckpointError(
+            f"{what} cannot be saved: {e}; a checkpoint holds what JSON can: numbers, strings, lists and dicts"
+        ) from e
+
+
+def _data_state(engine: Any) -> Any:
+    source = engine.data_source
+    if source is None:
+        return None
+    state = source.state_dict()
+    try:
+        json.dumps(state)
+    except (TypeError, ValueError):
+        logger.warning(
+            "the data iterator's state_dict is not JSON and is not saved; a resume will draw its batches again from the start"
+        )
+        return None
+    return state
+
+
+def _write_file(engine: Any, folder: Path) -> dict:
+    """Write this rank's file; returns its entry in the manifest. Raises OSError."""
+    tensors: dict[str, torch.Tensor] = {}
+    ranges = {}
+    for partition in engine.optimizer.partitions:
+        if partition.length:
+            ranges[partition.name] = [partition.start, partition.stop]
+            tensors |= {f"{kind}/{partition.name}": tensor for kind, tensor in engine.optimizer.stored(partition).items()}
+    name = f"rank-{collective.rank():05d}-of-{collective.world_size():05d}.safetensors"
+    writer = FlatWriter(folder / name, {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()})
+    try:
+        digest = hashlib.sha256(writer.header)
+        for number, (key, tensor) in enumerate(tensors.items()):
+            for start in range(0, tensor.numel(), _SLICE):
+                data = raw_bytes(tensor[start : start + _SLICE])
+                digest.update(data)
+                writer.write(key, start, data)
+            if number == len(tensors) // 2:
+                reach("save_in_file", engine.optimizer.step_count)
+        writer.close()
+    finally:
+        writer.abandon()
+    sync_directory(folder)
+    return {"file": name, "size": writer.size, "sha256": digest.hexdigest(), "ranges": ranges}
+
+
+def _check_visible(folder: Path, entries: list[dict]) -> None:
+    for number, entry in enumerate(entries):
+        path = folder / entry["file"]
+        if not path.exists() or path.stat().st_size != entry["size"]:
+            raise CheckpointError(
+                f"{str(path)!r}, written by rank {number}, cannot be seen from rank 0; save to a folder that all nodes share"
+            )
+
+
+# --- loading ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Piece:
+    """Elements [start, stop) of a stored tensor that belong at ``offset`` of one of this rank's tensors."""
+
+    reader: FlatReader
+    key: str
+    start: int
+    stop: int
+    target: torch.Tensor
+    offset: int
+
+
+def load(
+    engine: Any,
+    found: store.Found,
+    *,
+    weights_only: bool = False,
+    with_lr_scheduler: bool = True,
+) -> None:
+    """Put a checkpoint into an engine. Call it on all ranks with the same ``found``.
+
+    Everything is checked before anything is changed: manifest, sizes and SHA-256 of all files, parameters, dtypes, options.
+    ``weights_only``: leave momentum, step, counters, scheduler and data position as they are. Raises CheckpointError on all
+    ranks.
+    """
+    manifest = found.manifest
+    readers: dict[str, FlatReader] = {}
+    try:
+        with collective.on_all_ranks(CheckpointError):
+            check_matches(engine, found, weights_only, with_lr_scheduler)
+            for entry in manifest["files"][collective.rank() :: collective.world_size()]:  # the ranks share the work
+                store.check_file(found.path, entry)
+        with collective.on_all_ranks(CheckpointError):
+            pieces = list(_pieces(engine, found, readers, weights_only))
+        with collective.on_all_ranks(CheckpointError), engine._gathers.writing():
+            for piece in pieces:
+                for start in range(piece.start, piece.stop, _SLICE):
+                    stop = min(start + _SLICE, piece.stop)
+                    offset = piece.offset + start - piece.start
+                    piece.target[offset : offset + stop - start].copy_(piece.reader.read(piece.key, start, stop))
+    finally:
+        for reader in readers.values():
+            reader.close()
+    if not weights_only:
+        _restore_state(engine, manifest, with_lr_scheduler)
+
+
+def check_matches(engine: Any, found: store.Found, weights_only: bool = False, with_lr_scheduler: bool = True) -> None:
+    """Raises CheckpointError where a checkpoint is of another model or was trained with other settings."""
+    ours, theirs = run_identity(engine), found.manifest["identity"]
+    if weights_only:
+        ours, theirs = ({"parameters": [{**p, "group": 0} for p in identity["parameters"]]} for identity in (ours, theirs))
+    if differing := differences(ours, theirs, ignore=BATCH):
+        raise CheckpointError(
+            f"checkpoint {str(found.path)!r} does not fit this run: {phrase(differing)}. Use the settings it was saved with, "
+            "or start a new run from its weights with load_module_only=True"
+        )
+    scheduler, saved = engine.lr_scheduler, found.manifest["lr_scheduler"]
+    names = (None if scheduler is None else type(scheduler).__name__, None if saved is None else saved["type"])
+    if with_lr_scheduler and not weights_only and names[0] != names[1]:
+        raise CheckpointError(
+            f"checkpoint {str(found.path)!r} was saved with the lr scheduler {names[1]}, this run has {names[0]}; use the "
+            "same, or load_lr_scheduler_states=False"
+        )
+
+
+def _pieces(engine: Any, found: store.Found, readers: dict[str, FlatReader], weights_only: bool) -> Iterator[_Piece]:
+    for partition in engine.optimizer.partitions:
+        stored = engine.optimizer.stored(partition)
+        if weights_only:
+            stored = {"weight": stored["weight"]}
+        covered = 0
+        for entry in found.manifest["files"]:
+            low, high = entry["ranges"].get(partition.name, (0, 0))
+            start, stop = max(low, partition.start), min(high, partition.stop)
+            if start >= stop:
+                continue
+            covered += stop - start
+            for kind, target in stored.items():
+                reader = readers.get(entry["file"])
+                if reader is None:
+                    try:
+                        reader = readers[entry["file"]] = FlatReader(found.path / entry["file"])
+                    except ValueError as e:
+                        raise CheckpointError(str(e)) from e
+                key = f"{kind}/{partition.name}"
+                info = reader.tensors.get(key)
+                if info is None or info.dtype != target.dtype or info.numel != high - low:
+                    raise CheckpointError(
+                        f"checkpoint file {str(reader.path)!r} has no {key!r} of {high - low} x {target.dtype}"
+                    )
+                yield _Piece(reader, key, start - low, stop - low, target, start - partition.start)
+        if covered != partition.length:
+            raise CheckpointError(
+                f"checkpoint {str(found.path)!r} holds {covered} of the {partition.length} elements of {partition.name!r} that "
+                "this rank needs"
+            )
+
+
+def _restore_state(engine: Any, manifest: dict, with_lr_scheduler: bool) -> None:
+    engine.optimizer.step_count = manifest["step"]
+    for name, value in manifest["counters"].items():
+        setattr(engine, name, value)
+    # DeepSpeed's micro_steps counts a rank's own micro-batches, so it is another number on another number of ranks.
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+    engine._skipped_in_a_row = manifest["skipped_in_a_row"]
+    if with_lr_scheduler:
+        for group, lr in zip(engine.optimizer.param_groups, manifest["lrs"], strict=True):
+            group["lr"] = lr
+        if manifest["lr_scheduler"] is not None:
+            engine.lr_scheduler.load_state_dict(manifest["lr_scheduler"]["state"])
+    sampler = own_sampler(engine)
+    if sampler is not None and manifest["data_position"] is not None:
+        sampler.restore(_position_here(engine, manifest))
+
+
+def _position_here(engine: Any, manifest: dict) -> tuple[int, int]:
+    """The data position for this engine's batches, which may be others than those of the run that was saved."""
+    identity, (epoch, consumed) = manifest["identity"], manifest["data_position"]
+    a_step, size = engine.gradient_accumulation_steps() * collective.world_size(), engine.train_micro_batch_size_per_gpu()
+    if (size, a_step) == tuple(identity[key] for key in BATCH):
+        return epoch, consumed
+    examples = consumed * identity["micro_batch_size"]
+    log_on_rank_0(
+        logging.WARNING,
+        f"a step takes {a_step} micro-batches of {size} here, {identity['micro_batches_a_step']} of "
+        f"{identity['micro_batch_size']} where the checkpoint was saved: the run goes on with other batches, behind example "
+        f"{examples} of epoch {epoch}",
+    )
+    steps = -(-examples // (a_step * size))  # a step is never a part of one: ranks would run out of batches at different times
+    return epoch, steps * a_step
+
+
+def data_state_of(manifest: dict) -> Any:
+    """What this rank's data iterator saved, or None. On another number of ranks only where all ranks saved the same.
+
+    Raises CheckpointError otherwise.
+    """
+    states = manifest["data_state"]
+    if states is None:
+        return None
+    if len(states) == collective.world_size():
+        return states[collective.rank()]
+    if any(state != states[0] for state in states):
+        raise CheckpointError(
+            f"the data iterators of the {len(states)} ranks that saved the checkpoint were in different states, which cannot "
+            f"be dealt out to {collective.world_size()} ranks; resume on {len(states)}, or let state_dict() return a position "
+            "that does not depend on the rank"
+        )
+    return states[0]
+
+
+def log_on_rank_0(level: int, message: str) -> None:
+    if collective.rank() == 0:
+        logger.log(level, message)
+
+
+def find_latest(directory: str | Path, tag: str | None) -> store.Found | None:
+    """The checkpoint of ``tag``, or the one that ``latest`` names; None without ``latest``. Same answer on all ranks: rank 0
+    looks.
+
+    Raises CheckpointError on all ranks.
+    """
+    answer = {}
+    with collective.on_all_ranks(CheckpointError):
+        if collective.rank() == 0:
+            chosen = store.latest_tag(Path(directory)) if tag is None else store.check_tag(tag)
+            found = None if chosen is None else store.find(Path(directory), chosen)
+            answer = {} if found is None else {"tag": found.tag, "path": str(found.path), "manifest": found.manifest}
+    answer = json.loads(collective.broadcast_bytes(json.dumps(answer).encode()))
+    if not answer:
+        log_on_rank_0(
+            logging.WARNING, f"no checkpoint in {str(directory)!r}: there is no file 'latest'; pass a tag to load another one"
+        )
+        return None
+    return store.Found(answer["tag"], Path(answer["path"]), answer["manifest"])

@@ -1,0 +1,48 @@
+"""The console command ``ds_zoadamu``. A subcommand is a module with ``add_arguments(parser)`` and ``run(args) -> exit status``.
+
+Also under the launcher: ``deepspeed --num_gpus 4 --module ds_zoadamu.cli replay ...``
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from .errors import CheckpointError, ConfigError, JournalError, ReplayError
+
+# name -> (module, one line of help); imported when it is called, for some of them import DeepSpeed
+SUBCOMMANDS = {
+    "journal": ("journal_report", "print a summary of a journal, and draw it"),
+    "replay": ("replay", "rebuild a tuned model from its base and its journal"),
+    "digest": ("digest_command", "print the SHA-256 of a model's trained weights"),
+}
+_USER_ERRORS = (CheckpointError, ConfigError, JournalError, ReplayError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; what the user can put right is one line on stderr and exit status 1."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="ds_zoadamu", description="Journals of zeroth-order fine-tuning runs.")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    wanted = next((word for word in argv if word in SUBCOMMANDS), None)
+    modules = {}
+    for name, (module, text) in SUBCOMMANDS.items():
+        subparser = subparsers.add_parser(name, help=text, description=text)
+        if name == wanted:
+            modules[name] = importlib.import_module(f".{module}", __package__)
+            modules[name].add_arguments(subparser)
+    args = parser.parse_args(argv)
+    try:
+        return modules[args.command].run(args)
+    except _USER_ERRORS as e:
+        print(f"ds_zoadamu: {e}", file=sys.stderr)
+    except OSError as e:
+        from .collective import describe
+
+        print(f"ds_zoadamu: {describe(e)}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""SHA-256 over a model's weights, the same however they are partitioned or spread over files.
+
+digest of a tensor   SHA-256 over its elements as they lie in a safetensors file
+digest of weights    SHA-256 over one line for each tensor, sorted by name:  "NAME DTYPE SHAPE SHA256\\n",
+                     for example "model.norm.weight bfloat16 24 9f86…" and "x float32 3x4 60303a…"
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import deepspeed
+import torch
+
+from . import collective
+from .safetensors_io import dtype_name, raw_bytes
+
+_SLICE = 1 << 24  # elements hashed at a time: bounds the copy of a tensor that lies on a GPU
+
+
+def tensor_sha256(tensor: torch.Tensor) -> str:
+    """SHA-256 in hex over a tensor's elements."""
+    digest, flat = hashlib.sha256(), tensor.detach().reshape(-1)
+    for start in range(0, flat.numel(), _SLICE):
+        digest.update(raw_bytes(flat[start : start + _SLICE]))
+    return digest.hexdigest()
+
+
+def combine(entries: Iterable[tuple[str, str, Sequence[int], str]]) -> str:
+    """SHA-256 in hex over (name, dtype name, shape, SHA-256) of every tensor."""
+    lines = sorted(f"{name} {dtype} {'x'.join(map(str, shape))} {sha}\n" for name, dtype, shape, sha in entries)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def partition_digests(partitions: Sequence[Any]) -> list[str]:
+    """SHA-256 of every whole parameter of an engine's partitions, on every rank. Parameters are gathered one by one; ranks take
+    turns."""
+    mine = {}
+    for index, partition in enumerate(partitions):
+        with deepspeed.zero.GatheredParameters([partition.param]):
+            if index % collective.world_size() == collective.rank():
+                mine[index] = tensor_sha256(partition.param)
+    everyone = {int(index): sha for part in collective.gather_json(mine) for index, sha in part.items()}
+    return [everyone[index] for index in range(len(partitions))]
+
+
+def weights_digest(engine: Any) -> str:
+    """SHA-256 in hex over the trained weights of an engine: equal for equal weights on any number of ranks. Call it on all
+    ranks.
+
+    ``ds_zoadamu replay`` prints the same figure for the model that it rebuilds.
+    """
+    partitions = engine.optimizer.partitions
+    digests = partition_digests(partitions)
+    return combine((p.name, dtype_name(p.weight.dtype), p.shape, sha) for p, sha in zip(partitions, digests, strict=True))

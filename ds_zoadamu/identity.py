@@ -1,0 +1,125 @@
+"""What makes a run this run: every setting its updates and its data order depend on, independent of ranks and partitions.
+
+The header of a journal and the manifest of a checkpoint both carry it; a resume and a load compare it with the engine's own.
+"""
+
+import dataclasses
+from typing import Any
+
+from . import collective
+from .data import MicroBatchSampler
+from .kernels import NOISE_VERSION
+from .partition import canonical_name
+from .safetensors_io import dtype_name
+
+# They bound or end a run, or are defaults of others, but no update depends on them: a resume may change them.
+FREE_OPTIONS = ("total_steps", "max_skipped_steps", "momentum.max_window")
+
+
+def own_sampler(engine: Any) -> MicroBatchSampler | None:
+    """The sampler of the engine's own training data loader, or None where the user deals out the data."""
+    sampler = getattr(engine.training_dataloader, "batch_sampler", None)
+    return sampler if isinstance(sampler, MicroBatchSampler) else None
+
+
+def run_identity(engine: Any) -> dict:
+    """The identity of an engine's run as JSON holds it. The same on all ranks and for any number of ranks."""
+    optimizer = engine.optimizer
+    group_of = {id(param): index for index, group in enumerate(optimizer.param_groups) for param in group["params"]}
+    parameters = [
+        {"name": p.name, "shape": list(p.shape), "dtype": dtype_name(p.weight.dtype), "group": group_of[id(p.param)]}
+        for p in optimizer.partitions
+    ]
+    sampler = own_sampler(engine)
+    return {
+        "noise_version": NOISE_VERSION,
+        "optimizer": type(optimizer).__name__,
+        "options": dataclasses.asdict(optimizer.config),
+        "groups": [{"weight_decay": float(group["weight_decay"])} for group in optimizer.param_groups],
+        "micro_batch_size": engine.train_micro_batch_size_per_gpu(),
+        "micro_batches_a_step": engine.gradient_accumulation_steps() * collective.world_size(),
+        "data": None if sampler is None else {"num_examples": sampler.num_examples, "seed": sampler.seed},
+        "parameters": parameters,
+    }
+
+
+def surroundings(engine: Any) -> dict:
+    """What a rebuilt model needs beside the trained parameters: {"tied": {name: other names}, "untrained": [[name, dtype],
+    ...]}."""
+    module = engine.module
+    names: dict[int, list[str]] = {}
+    for name, param in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(param), []).append(canonical_name(name))
+    trained = {id(p.param) for p in engine.optimizer.partitions}
+    untrained = [
+        [canonical_name(n), dtype_name(p.dtype)]
+        for n, p in module.named_parameters(remove_duplicate=False)
+        if id(p) not in trained
+    ]
+    persistent = module.state_dict().keys()
+    untrained += [[canonical_name(n), dtype_name(b.dtype)] for n, b in module.named_buffers() if n in persistent]
+    tied = {names[id(p.param)][0]: names[id(p.param)][1:] for p in engine.optimizer.partitions if len(names[id(p.param)]) > 1}
+    return {"tied": tied, "untrained": untrained}
+
+
+def _flat(identity: dict) -> dict[str, Any]:
+    """Everything but the parameters under dotted names."""
+    result: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            result[prefix] = value
+
+    walk(
+        "",
+        {
+            key: identity.get(key)
+            for key in ("noise_version", "optimizer", "micro_batch_size", "micro_batches_a_step", "groups", "data")
+        },
+    )
+    walk("", identity.get("options", {}))
+    return result
+
+
+BATCH = ("micro_batch_size", "micro_batches_a_step")
+
+
+def differences(ours: dict, theirs: dict, *, ignore: tuple[str, ...] = ()) -> list[str]:
+    """One phrase for each thing that differs between this engine's identity and that of a file; empty where the run is the
+    same."""
+    mine, other = _flat(ours), _flat(theirs)
+    found = [
+        f"{key} is {mine.get(key)!r} here and {other.get(key)!r} there" + _hint(key)
+        for key in sorted(mine.keys() | other.keys())
+        if key not in (*FREE_OPTIONS, *ignore) and mine.get(key) != other.get(key)
+    ]
+    by_name = {p["name"]: p for p in theirs.get("parameters", [])}
+    for parameter in ours["parameters"]:
+        match = by_name.pop(parameter["name"], None)
+        if match is None:
+            found.append(f"parameter {parameter['name']!r} is trained here and not there")
+            continue
+        found += [
+            f"{key} of {parameter['name']!r} is {parameter[key]!r} here and {match[key]!r} there"
+            for key in ("shape", "dtype", "group")
+            if parameter[key] != match[key]
+        ]
+    found += [f"parameter {name!r} is trained there and not here" for name in by_name]
+    return found
+
+
+def _hint(key: str) -> str:
+    if key == "micro_batches_a_step":
+        return " (ranks x gradient_accumulation_steps: keep it constant when the number of ranks changes)"
+    if key == "momentum.dtype":
+        return " (a stored momentum cannot change its mode within a run)"
+    return ""
+
+
+def phrase(found: list[str], limit: int = 4) -> str:
+    """The first few differences as one line."""
+    more = f"; and {len(found) - limit} more" if len(found) > limit else ""
+    return "; ".join(found[:limit]) + more

@@ -1,0 +1,396 @@
+"""The journal: one line a step, durable before the step changes a weight, from which the whole run can be made again.
+
+A text file of JSON lines. Line 1 is the header, an object; line t + 1 is the record of step t, an array of HEADER["fields"]:
+
+    [step, loss_plus, loss_minus, projected_grad, lr, skipped, [epoch, micro_batches], checksum]
+
+Floats are written with the fewest digits that give back the same fp64 number; NaN and the infinities as "nan", "inf", "-inf".
+lr is a list where parameter groups differ, projected_grad where a step has several directions. The data position (null for a
+user's own iterator) is what the step had consumed when it ended: the epoch, and the micro-batches of all ranks within it. Every
+line ends with a checksum: the first 8 bytes, in hex, of SHA-256 over the previous line's checksum (none for the header) and the
+line up to the comma before its own. So the last checksum stands for the whole file, and a line that is damaged, missing,
+repeated or out of order does not fit.
+
+A line without its newline is torn: the process or the machine died while it was written, before the step changed anything. It
+is cut off. Anything else that does not fit is damage, an error that names the line.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ._crash_points import reach
+from .collective import describe
+from .errors import JournalError
+from .safetensors_io import sync_directory
+
+FORMAT = "ds_zoadamu-journal"
+FORMAT_VERSION = 1
+FIELDS = ("step", "loss_plus", "loss_minus", "projected_grad", "lr", "skipped", "data_position", "checksum")
+
+_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_HEADER_LINE = re.compile(rb'(\{.*),"checksum":"([0-9a-f]{16})"\}')
+_RECORD_LINE = re.compile(rb'(\[.*),"([0-9a-f]{16})"\]')
+
+Scalars = float | tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One step. ``lr``: one float, or one a parameter group. ``data_position``: (epoch, micro-batches of all ranks within it)
+    or None."""
+
+    step: int
+    loss_plus: float
+    loss_minus: float
+    projected_grad: Scalars
+    lr: Scalars
+    skipped: bool
+    data_position: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a journal holds. ``checksums[t]`` is that of step t, ``checksums[0]`` the header's; ``end``: bytes of the whole
+    lines; ``torn``: bytes of an unfinished last line behind them; ``damage``: why reading ended early, or None."""
+
+    header: dict
+    records: list[Record]
+    checksums: list[str]
+    end: int
+    torn: int
+    damage: JournalError | None = None
+
+
+# --- lines --------------------------------------------------------------------------------------------------------------------
+
+
+def _encode_scalar(value: float) -> float | str:
+    value = float(value)
+    if math.isfinite(value):
+        return value
+    return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+
+
+def _encode(value: Scalars) -> Any:
+    return [_encode_scalar(v) for v in value] if isinstance(value, (tuple, list)) else _encode_scalar(value)
+
+
+def _decode(value: Any) -> Scalars:
+    if isinstance(value, list) and value:
+        return tuple(_decode(v) for v in value)
+    if isinstance(value, float):
+        return value
+    return _NOT_FINITE[value]
+
+
+def _checksum(previous: str, body: bytes) -> str:
+    return hashlib.sha256(previous.encode() + body).hexdigest()[:16]
+
+
+def header_line(header: dict) -> tuple[bytes, str]:
+    """The first line of a journal with this header, and its checksum."""
+    content = {"format": FORMAT, "version": FORMAT_VERSION, "fields": FIELDS, **header}
+    body = json.dumps(content, separators=(",", ":"))[:-1].encode()
+    checksum = _checksum("", body)
+    return body + b',"checksum":"' + checksum.encode() + b'"}\n', checksum
+
+
+def record_line(record: Record, previous: str) -> tuple[bytes, str]:
+    """The line of a record that follows a line with the checksum ``previous``, and its own checksum."""
+    values = (
+        record.step,
+        _encode(record.loss_plus),
+        _encode(record.loss_minus),
+        _encode(record.projected_grad),
+        _encode(record.lr),
+        int(record.skipped),
+        record.data_position,
+    )
+    body = json.dumps(values, separators=(",", ":"))[:-1].encode()
+    checksum = _checksum(previous, body)
+    return body + b',"' + checksum.encode() + b'"]\n', checksum
+
+
+def _parse_header(line: bytes, where: str) -> tuple[dict, str]:
+    match = _HEADER_LINE.fullmatch(line)
+    if match is None:
+        raise JournalError(f"{where}, line 1: not the header of a journal; the file is damaged or something else")
+    body, checksum = match[1], match[2].decode()
+    if _checksum("", body) != checksum:
+        raise JournalError(f"{where}, line 1: the header's checksum does not fit, so it is damaged; take an undamaged copy")
+    header = json.loads(body + b"}")
+    if header.get("format") != FORMAT or header.get("version") != FORMAT_VERSION:
+        raise JournalError(
+            f"{where}, line 1: format {header.get('format')!r} version {header.get('version')!r}; this release reads "
+            f"{FORMAT!r} version {FORMAT_VERSION}: use the release of ds_zoadamu that wrote it"
+        )
+    return header, checksum
+
+
+def _parse_record(line: bytes, previous: str, step: int) -> tuple[Record, str]:
+    """Raises ValueError, KeyError or TypeError for a line that is not the record of ``step`` after ``previous``."""
+    match = _RECORD_LINE.fullmatch(line)
+    if match is None:
+        raise ValueError("it is not a record")
+    body, checksum = match[1], match[2].decode()
+    number, plus, minus, grad, lr, skipped, position = json.loads(body + b"]")
+    if number != step:
+        raise ValueError(f"it is of step {number!r}, step {step} is due: records are missing, repeated or out of order")
+    if _checksum(previous, body) != checksum:
+        raise ValueError("its checksum does not fit")
+    if skipped not in (0, 1):
+        raise ValueError(f"skipped is {skipped!r}")
+    if position is not None:
+        position = (int(position[0]), int(position[1]))
+    return Record(step, _decode(plus), _decode(minus), _decode(grad), _decode(lr), bool(skipped), position), checksum
+
+
+def parse_journal(data: bytes, where: str, until: int | None = None) -> Contents:
+    """The contents of a journal from its bytes; ``where`` names it in messages, ``until`` is the last step that matters.
+
+    Damage behind the header ends the reading and is handed back in ``Contents.damage``. Raises JournalError where there is no
+    whole header.
+    """
+    if not data:
+        raise JournalError(f"{where} is empty, not even the header is there; take a copy, or remove it to start a new run")
+    if b"\n" not in data:
+        raise JournalError(f"{where}, line 1: the header is not whole; take a copy, or remove the file to start a new run")
+    lines = data.split(b"\n")
+    tail = lines.pop()
+    header, checksum = _parse_header(lines[0], where)
+    records: list[Record] = []
+    checksums = [checksum]
+    end = len(lines[0]) + 1
+    for step, line in enumerate(lines[1:], 1):
+        if until is not None and step > until:
+            return Contents(header, records, checksums, end, 0)
+        try:
+            record, checksum = _parse_record(line, checksum, step)
+        except (ValueError, KeyError, TypeError, IndexError) as e:
+            reason = str(e) if type(e) is ValueError else "it is not a record"
+            damage = JournalError(
+                f"{where}, line {step + 1}: {reason}. The records before it, to step {step - 1}, are whole: take an undamaged "
+                f"copy, or rebuild the model up to there with ds_zoadamu replay --until {step - 1}"
+            )
+            return Contents(header, records, checksums, end, 0, damage)
+        records.append(record)
+        checksums.append(checksum)
+        end += len(line) + 1
+    return Contents(header, records, checksums, end, len(tail))
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """A journal's bytes. Raises JournalError naming the file and the reason where it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as e:
+        raise JournalError(f"journal {describe(e)}") from e
+
+
+def read_journal(path: str | Path, until: int | None = None) -> Contents:
+    """Read and verify a journal up to step ``until`` (its end where None).
+
+    A torn last line is left out and counted in ``Contents.torn``. Raises JournalError for damage, naming the line, and for a
+    file that cannot be read.
+    """
+    contents = parse_journal(read_bytes(path), f"journal {str(path)!r}", until)
+    if contents.damage is not None:
+        raise contents.damage
+    return contents
+
+
+# --- the writer ---------------------------------------------------------------------------------------------------------------
+
+_OPEN: "weakref.WeakSet[Journal]" = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    # A forked data loader worker would keep the lock of a killed trainer alive.
+    for journal in list(_OPEN):
+        journal._forget()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+class Journal:
+    """The one writer of a journal; it holds an exclusive lock on the file until it is closed or its process ends.
+
+    Made by ``create`` or ``open``. ``append`` returns once the record is durable (every record with ``fsync_every`` 1).
+    """
+
+    def __init__(self, path: Path, fd: int, checksum: str, last_step: int, size: int, fsync_every: int):
+        self.path = path
+        self.checksum = checksum
+        self.last_step = last_step
+        self.fsync_every = fsync_every
+        self._fd = fd
+        self._size = size
+        self._unsynced = 0
+        _OPEN.add(self)
+
+    @classmethod
+    def create(cls, path: str | Path, header: dict, fsync_every: int = 1) -> "Journal":
+        """A new journal with this header; appears whole or not at all. Raises JournalError where the file exists or cannot be
+        made."""
+        path = Path(path)
+        _check_fsync_every(fsync_every)
+        line, checksum = header_line(header)
+        temporary = path.with_name(f".{path.name}.creating")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd = _open_locked(temporary, os.O_CREAT)
+            try:
+                os.ftruncate(fd, 0)  # what a kill in the middle of this function left
+                _write_all(fd, line)
+                os.fsync(fd)
+                _publish(temporary, path)
+                sync_directory(path.parent)
+            except BaseException:
+                os.close(fd)
+                temporary.unlink(missing_ok=True)
+                raise
+        except FileExistsError as e:
+            raise JournalError(
+                f"journal {str(path)!r} exists: another run has written it. Resume that run, or give this one another place"
+            ) from e
+        except OSError as e:
+            raise JournalError(f"journal {describe(e)}") from e
+        return cls(path, fd, checksum, 0, len(line), fsync_every)
+
+    @classmethod
+    def open(cls, path: str | Path, fsync_every: int = 1) -> tuple["Journal", Contents]:
+        """An existing journal, to go on behind its last whole record; a torn last line is still there: see ``cut_torn_line``.
+
+        Raises JournalError for damage, for a file that another run writes, and for one that cannot be opened.
+        """
+        path = Path(path)
+        _check_fsync_every(fsync_every)
+        try:
+            fd = _open_locked(path, 0)
+        except OSError as e:
+            raise JournalError(f"journal {describe(e)}") from e
+        try:
+            contents = read_journal(path)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(path, fd, contents.checksums[-1], len(contents.records), contents.end, fsync_every), contents
+
+    def cut_torn_line(self) -> None:
+        """Cut off what lies behind the last whole record. Raises JournalError."""
+        try:
+            os.ftruncate(self._fd, self._size)
+            os.fsync(self._fd)
+        except OSError as e:
+            raise JournalError(f"journal {str(self.path)!r}: the torn last line cannot be cut off: {e.strerror}") from e
+
+    def append(self, record: Record) -> None:
+        """Add the record of the next step, durably. Raises JournalError where that fails; the journal then ends before it."""
+        if self._fd < 0:
+            raise JournalError(f"journal {str(self.path)!r} is closed")
+        if record.step != self.last_step + 1:
+            raise JournalError(
+                f"journal {str(self.path)!r} ends at step {self.last_step}; the record of step {record.step} cannot follow"
+            )
+        line, checksum = record_line(record, self.checksum)
+        reach("before_append", record.step)
+        try:
+            _write_all(self._fd, line)
+            reach("after_append", record.step)
+            self._unsynced += 1
+            if self._unsynced >= self.fsync_every:
+                self.sync()
+        except OSError as e:
+            self._withdraw()
+            raise JournalError(
+                f"journal {str(self.path)!r}: the record of step {record.step} cannot be written: {e.strerror}. The step was "
+                "not taken; every step before it is in the journal: make room and resume"
+            ) from e
+        reach("after_fsync", record.step)
+        self.checksum, self.last_step = checksum, record.step
+        self._size += len(line)
+
+    def sync(self) -> None:
+        """Make every record durable now. Raises OSError."""
+        if self._fd >= 0 and self._unsynced:
+            os.fdatasync(self._fd)  # the new length of the file is part of it
+            self._unsynced = 0
+
+    def close(self) -> None:
+        """Make every record durable, and give up the lock."""
+        try:
+            self.sync()
+        finally:
+            self._release()
+
+    def _withdraw(self) -> None:
+        # The record stands for a step that will not be taken. Should this fail too, no harm is done: a whole record left behind
+        # is the right one for the step, and a part of one is a torn line.
+        try:
+            os.ftruncate(self._fd, self._size)
+            os.fdatasync(self._fd)
+        except OSError:
+            pass
+        self._release()
+
+    def _release(self) -> None:
+        if self._fd >= 0:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)  # a child that is just being forked may still hold the file open
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+
+def _check_fsync_every(value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise JournalError(
+            f"journal_fsync_every is {value!r}; it must be an integer >= 1: the journal is made durable every so many steps"
+        )
+
+
+def _open_locked(path: Path, flags: int) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | flags, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        os.close(fd)
+        raise JournalError(
+            f"journal {str(path)!r} is being written by another run; wait until that has ended, or stop it"
+        ) from e
+    except OSError as e:
+        os.close(fd)
+        raise OSError(e.errno, f"cannot be locked: {e.strerror}; put it on a file system that knows flock", str(path)) from e
+    return fd
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view: Iterable[int] = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Give the finished file its name without ever replacing one. Raises FileExistsError."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if path.exists():
+            raise FileExistsError(str(path)) from None
+        os.rename(temporary, path)
+        return
+    os.unlink(temporary)

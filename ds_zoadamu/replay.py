@@ -1,0 +1,420 @@
+"""Rebuild a tuned model from its base and its journal: file by file, range by range, without a forward pass and without an
+engine.
+
+Ranks, where there are several, share the elements; nothing has to be exchanged but "done" and digests.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from . import collective
+from .base_model import combined_sha256, find_folder, hash_files, weight_files
+from .digest import combine
+from .errors import ReplayError
+from .journal import Contents, read_journal
+from .kernels import NOISE_VERSION
+from .noise import parameter_keys
+from .optimizers import OPTIMIZERS
+from .safetensors_io import FlatReader, FlatWriter, dtype_from_name, dtype_name, raw_bytes, sync_directory, write_durably
+from .stepping import RecordedStep, apply_steps, recorded_steps
+
+_SLICE = 1 << 22  # elements read, stepped and written at a time
+_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".index.json")
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A rebuilt model: its folder, the steps applied, and ``weights_digest`` over its trained weights."""
+
+    output: Path
+    steps: int
+    sha256: str
+
+
+@dataclass
+class _Tensor:
+    """A tensor of the base under its ``key`` in ``file``; ``trained``: its entry in the journal's header, or None."""
+
+    file: str
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trained: dict | None = None
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+@dataclass
+class _Base:
+    """A base folder, opened: readers by file name, and every tensor that the rebuilt model has."""
+
+    folder: Path
+    readers: dict[str, FlatReader] = field(default_factory=dict)
+    tensors: list[_Tensor] = field(default_factory=list)
+
+    def slices(self, tensor: _Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """(start, elements from there on, in the run's dtype) over a whole tensor."""
+        for start in range(0, tensor.numel, _SLICE):
+            yield start, self.read(tensor, start, min(start + _SLICE, tensor.numel))
+
+    def read(self, tensor: _Tensor, start: int, stop: int) -> torch.Tensor:
+        # As Transformers casts on loading; the digests in the header tell whether it did.
+        return self.readers[tensor.file].read(tensor.key, start, stop).to(tensor.dtype)
+
+
+def replay(
+    base: str | Path,
+    journal: str | Path,
+    output: str | Path,
+    *,
+    until: int | None = None,
+    revision: str | None = None,
+    expect: str | None = None,
+    device: torch.device | str = "cpu",
+    show_progress: bool = True,
+) -> Replayed:
+    """Rebuild the model after step ``until`` (the journal's last where None) in the new folder ``output``, for
+    ``from_pretrained``.
+
+    Args: ``base``: the folder or hub name of the model the run started from, or the folder of its PEFT adapters as they were
+    before training; ``revision``: of a hub model (default: the one in the journal); ``expect``: the digest that the trained
+    weights must have; ``device``: where to compute. On all ranks, where there are several: they must see the same files.
+
+    Raises ReplayError, JournalError or OSError on all ranks: for a damaged journal, other base files or weights than the run's,
+    another digest than ``expect``, a folder that is not empty. There is no ``output`` then.
+    """
+    output = Path(output)
+    with collective.on_all_ranks(ReplayError):
+        contents = _read(journal, until)
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise ReplayError(f"--output {str(output)!r} exists and is not empty; name a new folder")
+        folder = _resolve(base, revision, contents.header)
+        optimizer = _rule(contents.header)
+        opened = _open(folder, contents.header)
+    try:
+        _verify_base(opened, contents.header)
+        temporary = output.absolute().with_name(f".{output.absolute().name}.replaying")
+        try:
+            sha256 = _rebuild(opened, optimizer, contents, temporary, torch.device(device), show_progress)
+            with collective.on_all_ranks(ReplayError):
+                if expect is not None and sha256 != expect.lower():
+                    raise ReplayError(
+                        f"the rebuilt weights have SHA-256 {sha256}, expected was {expect}; nothing was written to "
+                        f"{str(output)!r}"
+                    )
+                if collective.rank() == 0:
+                    _finish(opened, contents.header, temporary, output)
+        except BaseException:
+            if collective.rank() == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    finally:
+        for reader in opened.readers.values():
+            reader.close()
+    return Replayed(output, len(contents.records), sha256)
+
+
+# --- what the journal and the base say ----------------------------------------------------------------------------------------
+
+
+def _read(journal: str | Path, until: int | None) -> Contents:
+    if until is not None and until < 0:
+        raise ReplayError(f"--until is {until}; it must be a step >= 0")
+    contents = read_journal(journal, until)
+    if until is not None and until > len(contents.records):
+        raise ReplayError(f"--until is {until}, but journal {str(journal)!r} ends at step {len(contents.records)}")
+    version = contents.header["noise_version"]
+    if version != NOISE_VERSION:
+        raise ReplayError(
+            f"journal {str(journal)!r} was written with noise version {version}, this release makes version {NOISE_VERSION}; "
+            "use the release of ds_zoadamu that wrote it"
+        )
+    if contents.torn and collective.rank() == 0:
+        tqdm.write(
+            f"journal {str(journal)!r}: the last line is torn ({contents.torn} bytes) and left out; its step was never taken"
+        )
+    return contents
+
+
+def _resolve(base: str | Path, revision: str | None, header: dict) -> Path:
+    folder = find_folder(str(base), revision or (header["base"] or {}).get("revision"), download=True)
+    if folder is None:
+        raise ReplayError(
+            f"--base {str(base)!r} is neither a folder nor a model that the hub hands out; the journal's base is "
+            f"{header['base']['name']!r}"
+        )
+    return folder
+
+
+def _rule(header: dict) -> Any:
+    """The optimizer of the run, over no parameters: its rule alone is needed."""
+    if header["optimizer"] not in OPTIMIZERS:
+        raise ReplayError(f"the journal is of optimizer {header['optimizer']!r}; this release knows {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS[header["optimizer"]]([torch.nn.Parameter(torch.empty(1))], **header["options"])
+
+
+def _names_in_files(name: str, keys: dict[str, str]) -> Iterator[str]:
+    """The keys under which a parameter may be stored: its own; PEFT's, without the adapter's name; with or without the model's
+    prefix."""
+    peft = re.sub(r"\.modules_to_save\.[^.]+\.", ".", re.sub(r"\.(lora_[A-Za-z_]+)\.[^.]+", r".\1", name))
+    for candidate in dict.fromkeys((name, peft)):
+        yield candidate
+        yield candidate.partition(".")[2]
+        yield from (f"{prefix}.{candidate}" for prefix in sorted({key.partition(".")[0] for key in keys}))
+
+
+def _open(folder: Path, header: dict) -> _Base:
+    """Open the base's files and find the run's parameters in them. Raises ReplayError for one that is missing or has another
+    shape."""
+    base = _Base(folder)
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            try:
+                base.readers[path.name] = FlatReader(path)
+            except ValueError as e:
+                raise ReplayError(str(e)) from e
+    file_of = {key: file for file, reader in base.readers.items() for key in reader.tensors}
+    dtypes, trained, dropped = {}, {}, set()
+    for parameter in header["parameters"]:
+        keys = [
+            key
+            for name in (parameter["name"], *header["tied"].get(parameter["name"], ()))
+            if (key := next((k for k in _names_in_files(name, file_of) if k in file_of), None))
+        ]
+        if not keys:
+            raise ReplayError(
+                f"{str(folder)!r} has no tensor {parameter['name']!r}, which the journal's run has trained; give the base "
+                "model of the run, or the adapters as they were saved before training"
+            )
+        trained[keys[0]] = parameter
+        dropped |= set(keys[1:]) - {keys[0]}  # copies under tied names: the tuned model stores the weight once
+        info = base.readers[file_of[keys[0]]].tensors[keys[0]]
+        if list(info.shape) != parameter["shape"]:
+            raise ReplayError(
+                f"{parameter['name']!r} has shape {list(info.shape)} in {str(folder)!r} and {parameter['shape']} in the journal"
+            )
+        dtypes[keys[0]] = dtype_from_name(parameter["dtype"])
+    for name, dtype in header["untrained"]:
+        key = next((k for k in _names_in_files(name, file_of) if k in file_of and k not in trained), None)
+        if key is not None:
+            dtypes[key] = dtype_from_name(dtype)
+    for key, file in file_of.items():
+        if key not in dropped:
+            info = base.readers[file].tensors[key]
+            base.tensors.append(_Tensor(file, key, info.shape, dtypes.get(key, info.dtype), trained.get(key)))
+    return base
+
+
+def _verify_base(base: _Base, header: dict) -> None:
+    """The files of the base, then the weights the run started with, against the header. Raises ReplayError on all ranks."""
+    world, rank = collective.world_size(), collective.rank()
+    expected = header["base"]
+    if expected["sha256"] is None and rank == 0:
+        tqdm.write(
+            f"the journal does not know its base's files ({expected['note']}); the weights that were trained are verified"
+        )
+    with collective.on_all_ranks(ReplayError):
+        files = hash_files(weight_files(base.folder)[rank::world], use_cache=False)
+    files = {name: sha for part in collective.gather_json(files) for name, sha in part.items()}
+    if expected["sha256"] is not None and combined_sha256(files) != expected["sha256"]:
+        differing = sorted(n for n in files.keys() | expected["files"].keys() if files.get(n) != expected["files"].get(n))
+        raise ReplayError(
+            f"{str(base.folder)!r} is not the base of this journal: SHA-256 differs for {', '.join(differing[:3])}. The run "
+            "began with "
+            f"{expected['name']!r}" + (f", revision {expected['revision']}" if expected["revision"] else "")
+        )
+    trained = [t for t in base.tensors if t.trained]
+    with collective.on_all_ranks(ReplayError):
+        for tensor in trained[rank::world]:
+            if _sha256(part for _, part in base.slices(tensor)) != tensor.trained["sha256"]:
+                raise ReplayError(
+                    f"{tensor.trained['name']!r} in {str(base.folder)!r} is not what the run started with: another base, or "
+                    "the model was changed between loading and open_journal (resized embeddings, fresh adapters); save that "
+                    "model and give it as the base"
+                )
+
+
+def _sha256(parts: Iterator[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(raw_bytes(part))
+    return digest.hexdigest()
+
+
+# --- rebuilding ---------------------------------------------------------------------------------------------------------------
+
+
+def _rebuild(
+    base: _Base, optimizer: Any, contents: Contents, temporary: Path, device: torch.device, show_progress: bool
+) -> str:
+    """Write every weight file into ``temporary``, the ranks sharing the elements; returns the digest of the trained weights."""
+    header, world, rank = contents.header, collective.world_size(), collective.rank()
+    steps = recorded_steps(optimizer, contents.records, len(header["groups"]))
+    specs = {file: {t.key: (t.dtype, t.shape) for t in base.tensors if t.file == file} for file in base.readers}
+    writers: dict[str, FlatWriter] = {}
+    try:
+        with collective.on_all_ranks(ReplayError):
+            if rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                writers = {file: FlatWriter(temporary / file, spec) for file, spec in specs.items()}
+        with collective.on_all_ranks(ReplayError):
+            if rank != 0:
+                writers = {file: FlatWriter(temporary / file, spec, create=False) for file, spec in specs.items()}
+        with collective.on_all_ranks(ReplayError):
+            _write_share(base, optimizer, steps, header, writers, device, show_progress)
+            for writer in writers.values():
+                writer.close()
+    finally:
+        for writer in writers.values():
+            writer.abandon()
+    trained = [t for t in base.tensors if t.trained]
+    with collective.on_all_ranks(ReplayError):
+        entries = []
+        for tensor in trained[rank::world]:
+            entries.append((tensor.trained["name"], tensor.trained["dtype"], tensor.shape, _file_sha256(temporary, tensor)))
+    return combine(entry for part in collective.gather_json(entries) for entry in part)
+
+
+def _write_share(
+    base: _Base,
+    optimizer: Any,
+    steps: list[RecordedStep],
+    header: dict,
+    writers: dict[str, FlatWriter],
+    device: torch.device,
+    show_progress: bool,
+) -> None:
+    """This rank's share of the slices: trained ones through all steps, the others as they are."""
+    keys = parameter_keys(optimizer.config.seed, [p["name"] for p in header["parameters"]])
+    shares = [
+        (tensor, start, min(start + _SLICE, tensor.numel))
+        for trained in (True, False)
+        for tensor, start in _every_nth([t for t in base.tensors if bool(t.trained) == trained])
+    ]
+    total = sum(stop - start for tensor, start, stop in shares if tensor.trained) * len(steps)
+    shown = show_progress and collective.rank() == 0
+    with tqdm(total=total, desc="replay", unit=" element steps", unit_scale=True, disable=not shown, dynamic_ncols=True) as bar:
+        for tensor, start, stop in shares:
+            weight = base.read(tensor, start, stop)
+            if tensor.trained and steps:
+                momentum_dtype = optimizer.momentum_dtype(weight.dtype)
+                weight = weight.to(device)
+                group = tensor.trained["group"]
+                apply_steps(
+                    optimizer,
+                    steps,
+                    weight,
+                    None if momentum_dtype is None else torch.zeros(weight.numel(), dtype=momentum_dtype, device=device),
+                    key=keys[tensor.trained["name"]],
+                    start=start,
+                    group=group,
+                    weight_decay=header["groups"][group]["weight_decay"],
+                    device=device,
+                    progress=bar.update,
+                )
+            writers[tensor.file].write(tensor.key, start, raw_bytes(weight))
+
+
+def _every_nth(tensors: list[_Tensor]) -> list[tuple[_Tensor, int]]:
+    """This rank's slices of tensors: every world_size-th, so that the ranks have equal shares also of a single large one."""
+    slices = [(tensor, start) for tensor in tensors for start in range(0, tensor.numel, _SLICE)]
+    return slices[collective.rank() :: collective.world_size()]
+
+
+def _file_sha256(folder: Path, tensor: _Tensor) -> str:
+    reader = FlatReader(folder / tensor.file)
+    try:
+        return _sha256(reader.read(tensor.key, s, min(s + _SLICE, tensor.numel)) for s in range(0, tensor.numel, _SLICE))
+    finally:
+        reader.close()
+
+
+def _finish(base: _Base, header: dict, temporary: Path, output: Path) -> None:
+    """Add configuration, tokenizer and index, and give the folder its name."""
+    for path in sorted(base.folder.iterdir()):
+        if path.is_file() and not path.name.endswith(_NOT_COPIED) and not path.name.startswith("."):
+            shutil.copyfile(path, temporary / path.name)
+    dtypes = {p["dtype"] for p in header["parameters"]}
+    config = temporary / "config.json"
+    if config.exists() and len(dtypes) == 1:
+        values = json.loads(config.read_text())
+        values["torch_dtype" if "torch_dtype" in values else "dtype"] = dtypes.pop()
+        write_durably(config, (json.dumps(values, indent=2) + "\n").encode())
+    for path in weight_files(base.folder):
+        if path.suffix == ".json":
+            total = sum(t.numel * t.dtype.itemsize for t in base.tensors)
+            index = {
+                "metadata": {"total_size": total},
+                "weight_map": {t.key: t.file for t in sorted(base.tensors, key=lambda t: t.key)},
+            }
+            write_durably(temporary / path.name, (json.dumps(index, indent=2) + "\n").encode())
+    sync_directory(temporary)
+    if output.exists():
+        output.rmdir()  # it is empty
+    os.rename(temporary, output)
+    sync_directory(output.absolute().parent)
+
+
+def folder_digest(folder: str | Path, journal: str | Path) -> str:
+    """``weights_digest`` of a model in safetensors files, over the parameters that a journal's run has trained, in the dtypes
+    of the files.
+
+    Raises ReplayError or JournalError.
+    """
+    header = read_journal(journal, until=0).header
+    base = _open(Path(folder), header)
+    try:
+        for tensor in base.tensors:
+            tensor.dtype = base.readers[tensor.file].tensors[tensor.key].dtype
+        return combine(
+            (t.trained["name"], dtype_name(t.dtype), t.shape, _sha256(part for _, part in base.slices(t)))
+            for t in base.tensors
+            if t.trained
+        )
+    finally:
+        for reader in base.readers.values():
+            reader.close()
+
+
+# --- the command --------------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: Any) -> None:
+    parser.add_argument(
+        "--base", required=True, help="folder or hub name of the model the run started from, or its adapters before training"
+    )
+    parser.add_argument("--journal", required=True, help="the run's journal.jsonl")
+    parser.add_argument("--output", required=True, help="new folder for the model, as from_pretrained reads it")
+    parser.add_argument("--until", type=int, metavar="STEP", help="stop after this step (default: the journal's last)")
+    parser.add_argument("--revision", help="of a base on the hub (default: the one in the journal)")
+    parser.add_argument(
+        "--expect", metavar="SHA256", help="digest that the trained weights must have; anything else is an error"
+    )
+    parser.add_argument("--device", help='"cpu" or "cuda" (default: cuda where there is one)')
+
+
+def run(args: Any) -> int:
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    if device == "cuda":
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % max(1, torch.cuda.device_count())}"
+    result = replay(
+        args.base, args.journal, args.output, until=args.until, revision=args.revision, expect=args.expect, device=device
+    )
+    if collective.rank() == 0:
+        print(f"{result.output}: the model after step {result.steps}\nSHA-256 of the trained weights: {result.sha256}")
+    return 0

@@ -1,0 +1,190 @@
+"""safetensors files by flat ranges: any elements [start, stop) of any tensor, read or written without the rest in memory.
+
+The format is 8 bytes (little endian) with the length of a JSON header, the header, and the tensors' bytes. Nothing in it can
+run code.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_MAX_HEADER = 100_000_000  # the format's own bound
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_from_name(name: str) -> torch.dtype:
+    """torch.bfloat16 for "bfloat16". Raises ValueError for a name that is no dtype of tensors in files."""
+    for dtype in DTYPES.values():
+        if dtype_name(dtype) == name:
+            return dtype
+    raise ValueError(f"{name!r} is not the name of a dtype")
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a flat tensor as they lie in a file (copied to the CPU first, where it is elsewhere)."""
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    return memoryview(tensor.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy())
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies in its file: ``offset`` in bytes from the file's beginning."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+class FlatReader:
+    """Reads flat ranges of the tensors of one file. Raises OSError, or ValueError for a file that is not whole or not of this
+    format."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self.tensors = self._parse_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def _parse_header(self) -> dict[str, TensorInfo]:
+        size = os.fstat(self._fd).st_size
+        try:
+            length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
+            if size < 8 or not 0 < length <= min(_MAX_HEADER, size - 8):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(os.pread(self._fd, length, 8))
+            tensors = {}
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                begin, end = entry["data_offsets"]
+                info = TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin)
+                if not 0 <= begin <= end or 8 + length + end > size or end - begin != info.numel * info.dtype.itemsize:
+                    raise ValueError(f"tensor {name!r} does not fit")
+                tensors[name] = info
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{str(self.path)!r} is not a whole safetensors file: {e}") from e
+        return tensors
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements start <= i < stop of the flattened tensor: a 1-D CPU tensor of its own memory."""
+        info = self.tensors[name]
+        if not 0 <= start <= stop <= info.numel:
+            raise ValueError(f"{str(self.path)!r}: {name!r} has {info.numel} elements, asked for {start} to {stop}")
+        if start == stop:
+            return torch.empty(0, dtype=info.dtype)
+        buffer = numpy.empty((stop - start) * info.dtype.itemsize, dtype=numpy.uint8)
+        view, offset = memoryview(buffer), info.offset + start * info.dtype.itemsize
+        while view:
+            count = os.preadv(self._fd, [view], offset)
+            if count == 0:
+                raise ValueError(f"{str(self.path)!r} ended early: it was shortened while it was read")
+            view, offset = view[count:], offset + count
+        return torch.from_numpy(buffer).view(info.dtype)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+
+class FlatWriter:
+    """Writes flat ranges of tensors of known dtypes and shapes into one file, in any order, also from several processes.
+
+    ``create``: make the file with its header and full length; without it the file must already be so (another rank made it).
+    """
+
+    def __init__(self, path: str | Path, specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], *, create: bool = True):
+        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for name, (dtype, shape) in specs.items():
+            end = position + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+            position = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the format aligns the data
+        self.header = len(text).to_bytes(8, "little") + text
+        self.size = len(self.header) + position
+        self._offsets = {name: len(self.header) + header[name]["data_offsets"][0] for name in specs}
+        self._itemsizes = {name: dtype.itemsize for name, (dtype, _) in specs.items()}
+        self._fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0), 0o666)
+        if create:
+            self._write_at(0, memoryview(self.header))
+            os.ftruncate(self._fd, self.size)
+
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        """Put the raw bytes of the elements from ``start`` on in their place."""
+        self._write_at(self._offsets[name] + start * self._itemsizes[name], data)
+
+    def _write_at(self, offset: int, data: memoryview) -> None:
+        while data:
+            count = os.pwrite(self._fd, data, offset)
+            data, offset = data[count:], offset + count
+
+    def close(self) -> None:
+        """Make what was written durable, and close."""
+        if self._fd >= 0:
+            try:
+                os.fsync(self._fd)
+            finally:
+                self.abandon()
+
+    def abandon(self) -> None:
+        """Close without waiting for the disk."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+
+def sync_directory(path: str | Path) -> None:
+    """Make creations, renames and removals in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_durably(path: str | Path, data: bytes) -> None:
+    """Write a small file under a temporary name, fsync it, and rename it over ``path``: the old content or the new, never a
+    part."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.writing")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)

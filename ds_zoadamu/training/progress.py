@@ -1,0 +1,103 @@
+"""How far a run has come: a new one with a journal, or one that goes on where its journal ends."""
+
+import json
+from argparse import Namespace
+from dataclasses import dataclass, field, fields
+
+from ds_zoadamu import collective
+from ds_zoadamu.journal import read_journal
+from ds_zoadamu.tasks import Evaluation, InputError
+from ds_zoadamu.training.output import CHECKPOINTS, JOURNAL, OutputDirectory
+from ds_zoadamu.training.steps import Stepper
+
+
+@dataclass
+class Progress:
+    """What earlier processes of this run have done; the same on all ranks.
+
+    Attributes:
+        step: steps taken.
+        evaluations: by split and step.
+        seconds: of the steps whose time is known.
+    """
+
+    step: int = 0
+    evaluations: dict[tuple[str, int], Evaluation] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+
+    def best(self) -> tuple[int, Evaluation | None]:
+        """The evaluated step that is best on the development set, the first of equals; (0, None) before there is one."""
+        best_step, best = 0, None
+        for (split, step), now in sorted(self.evaluations.items()):
+            if split == "dev" and step and better(now, best):
+                best_step, best = step, now
+        return best_step, best
+
+
+def better(now: Evaluation, best: Evaluation | None) -> bool:
+    """Whether an evaluation beats the best one so far."""
+    return best is None or (now.accuracy, -now.loss) > (best.accuracy, -best.loss)
+
+
+def begin_or_resume(args: Namespace, output: OutputDirectory, stepper: Stepper) -> Progress:
+    """Opens the journal of a new run, or resumes the run of the output directory with --resume. All ranks call it.
+
+    Raises:
+        InputError: --resume with an optimizer that needs backward passes.
+        JournalError, CheckpointError: what is wrong with the run's files.
+    """
+    engine = stepper.engine
+    if not stepper.journaled:
+        if args.resume:
+            raise InputError("--resume needs a zeroth-order optimizer: only its steps are in a journal")
+        output.begin()
+        return Progress()
+    journal = output.path / JOURNAL
+    if not (args.resume and collective.broadcast_bytes(b"1" if journal.exists() else b"")):
+        output.begin()
+        engine.open_journal(journal, fsync_every=args.journal_fsync_every)
+        return Progress()
+    resumed = engine.resume(journal, output.path / CHECKPOINTS, fsync_every=args.journal_fsync_every)
+    lines = []
+    with collective.on_all_ranks(InputError):
+        if collective.rank() == 0:
+            lines = _repaired(output, resumed.step)
+            output.replace_records(lines)
+    return _progress(resumed.step, json.loads(collective.broadcast_bytes(json.dumps(lines).encode())))
+
+
+def _repaired(output: OutputDirectory, step: int) -> list[dict]:
+    """The lines of metrics.jsonl up to ``step``; a step that the journal has and metrics.jsonl lost is added."""
+    lines = [line for line in output.records() if line["step"] <= step]
+    known = {line["step"] for line in lines if line["kind"] == "step"}
+    for record in read_journal(output.path / JOURNAL, until=step).records:
+        if record.step not in known:
+            lr = record.lr[0] if isinstance(record.lr, tuple) else record.lr
+            lines.append(
+                {
+                    "kind": "step",
+                    "step": record.step,
+                    "loss": (record.loss_plus + record.loss_minus) / 2.0,
+                    "loss_plus": record.loss_plus,
+                    "loss_minus": record.loss_minus,
+                    "projected_grad": record.projected_grad,
+                    "lr": lr,
+                    "skipped": record.skipped,
+                }
+            )
+    return lines
+
+
+def _progress(step: int, lines: list[dict]) -> Progress:
+    progress, names = Progress(step), [f.name for f in fields(Evaluation)]
+    for line in lines:
+        if line["kind"] == "eval":
+            progress.evaluations[line["split"], line["step"]] = Evaluation(**{name: line[name] for name in names})
+        elif "seconds" in line:
+            progress.seconds.append(line["seconds"])
+    if step and not {("dev", 0), ("test", 0)} <= progress.evaluations.keys():
+        raise InputError(
+            f"--resume: metrics.jsonl has lost the accuracies before training, and the model is at step {step}; rebuild the model with "
+            "ds_zoadamu replay and measure it with launch/evaluate.py"
+        )
+    return progress
