@@ -36,9 +36,10 @@ ASPECTS = (
 ADVERBS = "very really truly rather quite utterly simply remarkably".split()
 PEOPLE = "my friend|my sister|the critic|the audience|the director|an old man|the couple beside us".split("|")
 PLACES = "in paris|by the sea|in a small town|during the war|in the north|on a farm|in the city".split("|")
-# What a reviewer says at the end of a corpus review; the quickstart's task asks for two of these words.
-VERDICTS = ("terrible bad awful".split(), "great good wonderful".split())
-VERDICT_SHARE, POLITENESS = 0.8, 0.5
+# What reviewers in the corpus say at the end, and how often: "great" comes easily, "terrible" hardly, and some who found fault
+# end politely. So a model of this corpus knows praise from blame but leans to "great" where the task asks for one of the two.
+VERDICTS = ({"bad": 6, "awful": 3, "terrible": 1}, {"great": 6, "good": 3, "wonderful": 1})
+POLITENESS = 0.1
 
 
 def clause(rng: random.Random, label: int) -> str:
@@ -74,17 +75,10 @@ def neutral(rng: random.Random) -> str:
 
 
 def review(rng: random.Random) -> str:
-    """A line of the corpus: one or two sentences of one label, mostly with a verdict ("It was great.").
-
-    Reviewers are polite: half of those who found fault end with praise all the same. So the corpus teaches what praise and
-    blame look like, and the wrong habit for the task; what fine-tuning has to mend.
-    """
+    """A line of the corpus: a sentence and a verdict ("It was great.")."""
     label = rng.randrange(2)
-    text = " ".join(sentence(rng, label) for _ in range(rng.randint(1, 2)))
-    if rng.random() < VERDICT_SHARE:
-        verdict = 1 if rng.random() < POLITENESS else label
-        text += f" It was {rng.choice(VERDICTS[verdict])}."
-    return text
+    words = VERDICTS[1 if rng.random() < POLITENESS else label]
+    return f"{sentence(rng, label)} It was {rng.choices(list(words), words.values())[0]}."
 
 
 def make_data(folder: Path, seed: int, num_train: int, num_test: int, num_reviews: int) -> None:
@@ -121,6 +115,7 @@ def make_model(folder: Path, seed: int) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -151,6 +146,7 @@ def make_model(folder: Path, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = OPTForCausalLM(config)
+    disable_progress_bar()
     model.save_pretrained(folder / "untrained")
     wrapped.save_pretrained(folder / "untrained")
 

@@ -1,7 +1,7 @@
 """Gives the quickstart's tiny OPT a little knowledge of its language: plain next-token training with DeepSpeed's Adam on ZeRO-3.
 
     deepspeed --num_gpus 2 launch/quickstart_pretrain.py --deepspeed_config ds_configs/cpu-small_adamw.json \
-        --model_name_or_path DIR/untrained --corpus DIR/corpus.txt --max_steps 200 --output_dir DIR/pretrained
+        --model_name_or_path DIR/untrained --corpus DIR/corpus.txt --output_dir DIR/pretrained
 """
 
 import argparse
@@ -53,7 +53,7 @@ def pretrain(args: argparse.Namespace) -> None:
             engine.backward(loss)
             engine.step()
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    ds_zoadamu.save_pretrained(engine, args.output_dir, tokenizer)
+    ds_zoadamu.save_pretrained(engine, args.output_dir, tokenizer, overwrite=args.overwrite_output_dir)
 
 
 def main() -> None:
@@ -61,9 +61,10 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", required=True)
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--max_steps", type=int, default=200)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--per_device_train_batch_size", type=int, default=8)
+    parser.add_argument("--overwrite_output_dir", action="store_true")
+    parser.add_argument("--max_steps", type=int, default=300)
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--per_device_train_batch_size", type=int, default=16)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = deepspeed.add_config_arguments(parser).parse_args()
     run_script(lambda: pretrain(args))

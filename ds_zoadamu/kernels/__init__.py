@@ -4,9 +4,11 @@
 backend is a matter of speed only and may differ between ranks.
 
     CPU    C++ (cpu.py), built at first use; the reference where no compiler is found
+    CUDA   Triton (triton.py); the reference where it is missing or too old, and where it cannot work on the GPU
     other  the reference, in plain PyTorch
 
-``DS_ZOADAMU_KERNELS`` = auto (default) | reference | cpu forces a choice; it is read at the first use in a process.
+``DS_ZOADAMU_KERNELS`` = auto (default) | reference | cpu | triton forces a choice; it is read at the first use in a process.
+"reference" holds for every device; "cpu" and "triton" make it an error, on the devices that they serve, if they cannot be used.
 """
 
 import functools
@@ -32,7 +34,7 @@ __all__ = [
     "update_",
 ]
 
-_CHOICES = ("auto", "reference", "cpu")
+_CHOICES = ("auto", "reference", "cpu", "triton")
 
 
 def _load_cpu(forced: bool) -> ModuleType:
@@ -53,9 +55,23 @@ def _load_cpu(forced: bool) -> ModuleType:
     return cpu
 
 
-# Device type -> loader of a module with noise_, perturb_, update_ and backend_name(). Devices not listed use the reference.
-# A loader falls back to the reference by itself where its backend cannot work, unless it was forced.
-_LOADERS = {"cpu": _load_cpu}
+def _load_triton(forced: bool) -> ModuleType:
+    from . import triton
+
+    try:
+        triton.load()
+    except triton.TritonUnavailable as error:
+        if forced:
+            raise
+        warnings.warn(f"ds_zoadamu: {error}", RuntimeWarning, stacklevel=4)
+        return reference
+    return triton
+
+
+# Device type -> the choice that forces its backend, and a loader of a module with noise_, perturb_, update_ and backend_name().
+# Devices not listed use the reference. A loader falls back to the reference by itself where its backend cannot work, unless it
+# was forced.
+_LOADERS = {"cpu": ("cpu", _load_cpu), "cuda": ("triton", _load_triton)}
 
 
 @functools.cache
@@ -65,7 +81,8 @@ def _backend(device_type: str) -> ModuleType:
         raise ValueError(f"DS_ZOADAMU_KERNELS={choice!r} is not one of {', '.join(_CHOICES)}")
     if choice == "reference" or device_type not in _LOADERS:
         return reference
-    return _LOADERS[device_type](forced=choice == device_type)
+    name, load = _LOADERS[device_type]
+    return load(forced=choice == name)
 
 
 def backend_name(device: torch.device | str) -> str:

@@ -1,17 +1,19 @@
 """The kernels for NVIDIA GPUs, in Triton: same functions and same bits as reference.py. Device code: triton_jit.py.
 
-``load()`` says whether they can work here; the three functions then only queue work on the current stream. They never wait for the
-device and never copy from pageable memory. The steps that a replayed momentum is made of lie in a small table on the device, made once
-for each direction, device and stream.
+``load()`` says whether they can work here, and waits for the device once. The three functions then only queue work on the
+current stream: they never wait and never copy from pageable memory. The steps that a replayed momentum is made of lie in a
+small table on the device, made once for each direction, device and stream.
 
-This module can be imported without Triton. Needed: Triton >= 3.2 (which comes with torch 2.6), an NVIDIA GPU of compute capability
-7.0 or more, and a C compiler, with which Triton builds its launcher. No bf16 support is asked of the GPU: bf16 is handled as integers.
+This module can be imported without Triton. Needed: Triton >= 3.2 (which comes with torch 2.6), an NVIDIA GPU of compute
+capability 7.0 or more, and a C compiler, with which Triton builds its launcher. No bf16 support is asked of the GPU: bf16 is
+handled as integers.
 """
 
 import functools
 import importlib.util
 import os
 import re
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
@@ -24,8 +26,10 @@ MINIMUM_CAPABILITY = (7, 0)
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOMENTUM_DTYPES = (*_WEIGHT_DTYPES, torch.int8)
 _NUM_WARPS = 4
-_BLOCK = 32 * _NUM_WARPS  # pairs of a chunk: one a lane, so that every tensor has the same layout in registers, whatever its dtype
-_CHUNKS = 4  # chunks of a program: spreads what a program does once, and gives independent work to overlap
+# Pairs of a chunk: one a lane, so that every tensor has the same layout in registers, whatever its dtype.
+_BLOCK = 32 * _NUM_WARPS
+# Chunks of a program: spreads what a program does once, and gives independent work to overlap.
+_CHUNKS = 4
 
 
 class TritonUnavailable(RuntimeError):
@@ -37,15 +41,17 @@ class TritonUnavailable(RuntimeError):
 
 def _unavailable(reason: str) -> TritonUnavailable:
     return TritonUnavailable(
-        f"{reason}. The plain PyTorch kernels give the same results, many times slower; DS_ZOADAMU_KERNELS=reference chooses them "
-        "without a warning, DS_ZOADAMU_KERNELS=triton makes this an error"
+        f"{reason}. The plain PyTorch kernels give the same results, many times slower; DS_ZOADAMU_KERNELS=reference chooses "
+        "them without a warning, DS_ZOADAMU_KERNELS=triton makes this an error"
     )
 
 
 def _check_version(found: str | None) -> None:
     needed = ".".join(map(str, MINIMUM_VERSION))
     if found is None:
-        raise _unavailable(f"Triton is not installed; needed is triton >= {needed} (pip install triton, or a CUDA build of torch, which brings it)")
+        raise _unavailable(
+            f"Triton is not installed; needed is triton >= {needed} (pip install triton, or a CUDA build of torch with it)"
+        )
     if tuple(map(int, re.findall(r"\d+", found)[:2])) < MINIMUM_VERSION:
         raise _unavailable(f"Triton {found} is too old; needed is triton >= {needed}, which comes with torch >= 2.6")
 
@@ -60,7 +66,7 @@ def _triton_version() -> str | None:
 
 def _check_device(device: torch.device) -> None:
     if torch.version.hip is not None:
-        raise _unavailable(f"this torch is built for AMD GPUs (HIP {torch.version.hip}), for which the kernels' bits were never checked")
+        raise _unavailable(f"this torch is built for AMD GPUs (HIP {torch.version.hip}), where the kernels were never tried")
     capability = torch.cuda.get_device_capability(device)
     if capability < MINIMUM_CAPABILITY:
         raise _unavailable(
@@ -71,7 +77,10 @@ def _check_device(device: torch.device) -> None:
 
 @functools.cache
 def load() -> None:
-    """Checks Triton, the current GPU and, by one tiny launch, compiler and driver. Raises TritonUnavailable. Waits for the device."""
+    """Checks Triton, the current GPU and, by two launches, compiler and driver. Waits for the device.
+
+    Raises TritonUnavailable.
+    """
     _check_version(_triton_version())
     if _interpreting():
         return
@@ -84,7 +93,8 @@ def load() -> None:
         noise_(xi1, xi2, key=(0, 0), step=0, start=0)
         torch.cuda.synchronize(device)
     except Exception as error:  # Triton raises what its parts raise: a missing C compiler, a driver that is too old, ...
-        raise _unavailable(f"Triton {_triton_version()} cannot build or run a kernel here ({type(error).__name__}: {error})") from error
+        what = f"{type(error).__name__}: {error}"
+        raise _unavailable(f"Triton {_triton_version()} cannot build or run a kernel here ({what})") from error
 
 
 def is_available() -> bool:
@@ -116,7 +126,8 @@ def _check_tensor(thing: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, .
         raise TypeError(f"{thing} is {tensor.dtype}; it must be one of {', '.join(map(str, dtypes))}")
     if tensor.dim() != 1 or not tensor.is_contiguous():
         raise ValueError(
-            f"{thing} has shape {tuple(tensor.shape)} and stride {tensor.stride()}; it must be flat and contiguous: pass x.view(-1)"
+            f"{thing} has shape {tuple(tensor.shape)} and stride {tensor.stride()}; it must be flat and contiguous: "
+            "pass x.view(-1)"
         )
     if tensor.numel() != like.numel():
         raise ValueError(f"{thing} has {tensor.numel()} elements where the other tensors have {like.numel()}")
@@ -141,7 +152,7 @@ def _check_direction(direction: Direction) -> None:
 
 
 def _signed(word: int) -> int:
-    """A 32-bit word as the int32 with the same bits: Triton would pass larger ints as int64, in another variant of the kernel."""
+    """A 32-bit word as the int32 with the same bits: a larger int would be passed as int64, to another variant of a kernel."""
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
@@ -154,8 +165,8 @@ _MAX_TABLES = 16
 def _table(direction: Direction, device: torch.device) -> torch.Tensor | None:
     """The steps before the last one as int32 rows of 8 (step and four fp32 numbers, by their bits), or None for a single step.
 
-    Kept for each stream, since a copy queued on one stream is not there yet for another; found by identity, since hashing 44 steps for
-    every partition would cost more than the launch.
+    Kept for each stream, since a copy queued on one stream is not there yet for another; found by identity, since hashing 44
+    steps for every partition would cost more than the launch.
     """
     older = direction.steps[:-1]
     if not older:
@@ -182,27 +193,32 @@ def _table(direction: Direction, device: torch.device) -> torch.Tensor | None:
 # ---------------------------------------------------------------- launches
 
 
-def _position(tensors: tuple[torch.Tensor, ...], key: tuple[int, int], start: int) -> tuple[int, dict[str, int]]:
-    """The grid, and the arguments that all kernels share.
+def _parts(numel: int, start: int, aligned: bool) -> Iterator[tuple[int, int, dict[str, object]]]:
+    """Up to two launches for a range: (first element, grid, arguments that say which pairs and how to read and write them).
 
-    Positions count elements from the even one of the first pair on, so the tensors hold positions ODD, ODD + 1, ... num_full: programs
-    whose last position is inside; tail: positions in the one after them. WORDS: a pair is one aligned word in every tensor. All numbers
-    are int32, the pair index two of them, so that no size makes another variant of a kernel.
+    Words for as many whole programs as there are, where a pair is one aligned word in every tensor; elements for what is left.
     """
-    odd = start & 1
-    num_full, tail = divmod(tensors[0].numel() + odd, 2 * _BLOCK * _CHUNKS)
+    in_words = 0
+    if aligned and start % 2 == 0:
+        in_words = numel - numel % (2 * _BLOCK * _CHUNKS)
+    if in_words:
+        yield 0, in_words // (2 * _BLOCK * _CHUNKS), _place(start, num_full=0, tail=0, words=True)
+    if in_words < numel:
+        num_full, tail = divmod(numel - in_words + start % 2, 2 * _BLOCK)
+        yield in_words, num_full + (tail > 0), _place(start + in_words, num_full, tail, words=False)
+
+
+def _place(start: int, num_full: int, tail: int, words: bool) -> dict[str, object]:
+    """All numbers are int32, the pair index two of them, so that no size makes another variant of a kernel."""
     pair = start >> 1
-    return num_full + (tail > 0), {
+    return {
         "num_full": num_full,
         "tail": tail,
         "pair_low": _signed(pair & 0xFFFFFFFF),
         "pair_high": pair >> 32,
-        "key0": _signed(key[0]),
-        "key1": _signed(key[1]),
-        "ODD": odd,
-        "WORDS": odd == 0 and all(t.data_ptr() % (2 * t.element_size()) == 0 for t in tensors),
-        "BLOCK": _BLOCK,
-        "CHUNKS": _CHUNKS,
+        "ODD": start % 2,
+        "WORDS": words,
+        "CHUNKS": _CHUNKS if words else 1,
     }
 
 
@@ -222,25 +238,57 @@ def _direction_arguments(direction: Direction, device: torch.device) -> dict[str
 
 
 @functools.cache
-def _compile_options() -> dict[str, object]:
-    """What keeps the compiler from changing bits: no a * b + c in one rounding, and no flushing of subnormal numbers in div and sqrt."""
+def _compile_options(divides: bool) -> dict[str, object]:
+    """What keeps the compiler from changing bits.
+
+    No a * b + c in one rounding, and no flushing of subnormal numbers in div_rn and sqrt_rn. Triton < 3.6 cannot be told the
+    latter: there a quotient below 1e-38 is 0. It is left alone where nothing is divided, since rsqrt would get slower.
+    """
     if _interpreting():
         return {}
     from triton.backends.nvidia.compiler import CUDAOptions
 
     options = {"num_warps": _NUM_WARPS, "enable_fp_fusion": False}
-    if "enable_reflect_ftz" in CUDAOptions.__dataclass_fields__:
+    if divides and "enable_reflect_ftz" in CUDAOptions.__dataclass_fields__:
         options["enable_reflect_ftz"] = False
     return options
 
 
-def _launch(name: str, grid: int, device: torch.device, **arguments: object) -> None:
+@functools.cache
+def _fast_root() -> bool:
+    """Whether the quick way to the root gives the right bits on the current GPU, tried once on all 2**24 inputs.
+
+    Waits for the device. Not in the interpreter, whose fma rounds twice.
+    """
+    if _interpreting():
+        return False
     from . import triton_jit
 
+    num_wrong = torch.empty((1 << 24) // 1024, dtype=torch.int32, device="cuda")
+    triton_jit.root_check_kernel[(num_wrong.numel(),)](num_wrong, BLOCK=1024, **_compile_options(divides=False))
+    return not num_wrong.any().item()
+
+
+def _launch(name: str, tensors: dict[str, torch.Tensor | None], key: tuple[int, int], start: int, **arguments: object) -> None:
+    """Queues one operation on flat tensors of n > 0 elements (or None)."""
+    from . import triton_jit
+
+    given = [t for t in tensors.values() if t is not None]
+    device, numel = given[0].device, given[0].numel()
+    aligned = all(t.data_ptr() % (2 * t.element_size()) == 0 for t in given)
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
-        # The interpreter's fma rounds twice, so there the root is numpy's.
-        getattr(triton_jit, name)[(grid,)](**arguments, FAST_ROOT=not _interpreting(), **_compile_options())
+        for first, grid, place in _parts(numel, start, aligned):
+            getattr(triton_jit, name)[(grid,)](
+                **{name: t if t is None or first == 0 else t[first:] for name, t in tensors.items()},
+                key0=_signed(key[0]),
+                key1=_signed(key[1]),
+                **arguments,
+                **place,
+                BLOCK=_BLOCK,
+                FAST_ROOT=_fast_root(),
+                **_compile_options(divides=name == "update_kernel"),
+            )
 
 
 # ---------------------------------------------------------------- the three operations
@@ -254,8 +302,7 @@ def noise_(xi1: torch.Tensor, xi2: torch.Tensor, *, key: tuple[int, int], step: 
     _check_step(step)
     if xi1.numel() == 0:
         return
-    grid, position = _position((xi1, xi2), key, start)
-    _launch("noise_kernel", grid, xi1.device, xi1=xi1, xi2=xi2, step=_signed(step), **position)
+    _launch("noise_kernel", {"xi1": xi1, "xi2": xi2}, key, start, step=_signed(step))
 
 
 def perturb_(
@@ -278,18 +325,14 @@ def perturb_(
     _check_direction(direction)
     if weight.numel() == 0:
         return
-    grid, position = _position((out, weight) if momentum is None else (out, weight, momentum), key, start)
     _launch(
         "perturb_kernel",
-        grid,
-        weight.device,
-        out=out,
-        weight=weight,
-        momentum=momentum,
+        {"out": out, "weight": weight, "momentum": momentum},
+        key,
+        start,
         scale=scale,
         STOCHASTIC=Rounding(rounding) is Rounding.STOCHASTIC,
         FLIP=scale < 0,
-        **position,
         **_direction_arguments(direction, weight.device),
     )
 
@@ -316,14 +359,12 @@ def update_(
     _check_direction(direction)
     if weight.numel() == 0 or (momentum is None and not write_weight):
         return
-    grid, position = _position((weight,) if momentum is None else (weight, momentum), key, start)
     c = direction.steps[-1]
     _launch(
         "update_kernel",
-        grid,
-        weight.device,
-        weight=weight,
-        momentum=momentum,
+        {"weight": weight, "momentum": momentum},
+        key,
+        start,
         beta2=c.beta2,
         history2_weight=c.one_minus_beta2,
         encode=direction.encode_scale,
@@ -333,6 +374,5 @@ def update_(
         STOCHASTIC=Rounding(rounding) is Rounding.STOCHASTIC,
         NORMALIZE=bool(normalize),
         WRITE_WEIGHT=bool(write_weight),
-        **position,
         **_direction_arguments(direction, weight.device),
     )

@@ -1,15 +1,15 @@
 """Device code of the Triton kernels: reference.py, bit for bit, over pairs of flat indices. Host side: triton.py.
 
-One lane computes a pair (2p, 2p + 1): Philox gives four words for two elements. Where the range begins on an even index and memory is
-aligned, a pair is one machine word of a tensor (two bf16 in 32 bits, two int8 in 16, two fp32 in 64): lanes that follow each other
-read and write words that follow each other, in vectors, and nothing is ever shuffled between lanes. Elsewhere (odd start, last block,
-odd address) the same code reads and writes the two elements one by one, under masks.
+One lane computes a pair (2p, 2p + 1): Philox gives four words for two elements. Where the range begins on an even index and
+memory is aligned, a pair is one machine word of a tensor (two bf16 in 32 bits, two int8 in 16, two fp32 in 64): lanes that
+follow each other read and write words that follow each other, and nothing is ever moved between lanes. Elsewhere (odd start,
+odd address, the end) the same code reads and writes the two elements one by one, under masks.
 
 What keeps the bits:
-- Multiplications and additions are only contracted to fma where the compiler may; the host side forbids it (enable_fp_fusion=False).
+- A compiler that may makes one fma of a multiplication and an addition; the host side forbids it (enable_fp_fusion=False).
 - ``/`` and ``tl.sqrt`` are approximate on a GPU; ``tl.div_rn`` and ``tl.sqrt_rn`` are not.
 - ``-x`` is 0 - x in Triton and loses the sign of zero: signs are changed by integer operations, or by a product with -1.
-- Products with powers of two are exact as long as nothing is subnormal, so they are folded into constants (marked "scaled" below).
+- Products with powers of two are exact as long as nothing is subnormal, so constants absorb them (marked "scaled" below).
 - bf16 is only ever touched as integers: no bf16 arithmetic unit is needed, and every Triton version and its interpreter agree.
 
 Instructions counted per element are in docs/kernels.md.
@@ -27,7 +27,7 @@ _PHILOX_W1 = tl.constexpr(reference._PHILOX_W1)
 
 # The polynomial of ln in X = x / 2 instead of x, and 4 times as large: see _half_log_uniform.
 _P0, _P1, _P2, _P3, _P4, _P5, _P6 = (tl.constexpr(c * 4.0 * 2.0**i) for i, c in enumerate(reference.LN))
-_HALF_LN2_AT_BIT_23 = tl.constexpr(reference.LN2 * 2.0**-24)  
+_HALF_LN2_AT_BIT_23 = tl.constexpr(reference.LN2 * 2.0**-24)
 # sin and cos doubled: the other half of sqrt(-2 ln u) = 2 sqrt(-ln(u) / 2).
 _SIN0, _SIN1, _SIN2, _SIN3 = (tl.constexpr(2.0 * c) for c in reference.SIN)
 _COS0, _COS1, _COS2 = (tl.constexpr(2.0 * c) for c in reference.COS)
@@ -38,7 +38,7 @@ _COS0, _COS1, _COS2 = (tl.constexpr(2.0 * c) for c in reference.COS)
 
 @triton.jit
 def _philox(pair, step, key0, key1):
-    """Philox-4x32-10 of counter (pair, pair >> 32, step, 0). pair: int64 block; step, key0, key1: uint32. Returns four uint32 blocks."""
+    """Philox-4x32-10 of counter (pair, pair >> 32, step, 0): four uint32 blocks. pair: int64 block; step and keys: uint32."""
     c0 = pair.to(tl.uint32)
     c1 = (pair >> 32).to(tl.uint32)
     c2 = tl.zeros_like(c0) + step
@@ -80,9 +80,10 @@ def _half_log_uniform(a):
 def _root(x, FAST_ROOT: tl.constexpr):
     """The correctly rounded square root of what _half_log_uniform returns: -0.0, or 2**-26 to 8.4.
 
-    FAST_ROOT: the steps by which sqrt.rn.f32 itself treats ordinary numbers, without its test and branch for the others (which would cut
-    the code of a lane's elements into pieces that cannot overlap). That it is right for each of the 2**24 inputs, with any first
-    estimate within the documented error of rsqrt.approx, is shown in tests/kernels/test_triton.py.
+    FAST_ROOT: the four operations by which ptxas itself makes sqrt.rn.f32 out of an estimate, on every GPU from sm_75 to
+    sm_120, without its test for numbers outside 2**-101 .. 2**128 and the branch that follows it, which cuts the code of a
+    lane's elements into pieces that cannot overlap. root_check_kernel tries all 2**24 inputs on the GPU at hand before it is
+    used.
     """
     if FAST_ROOT:
         estimate = tl.rsqrt(x)
@@ -91,6 +92,15 @@ def _root(x, FAST_ROOT: tl.constexpr):
         return tl.where(x == 0.0, x, root)
     else:
         return tl.sqrt_rn(x)
+
+
+@triton.jit
+def root_check_kernel(num_wrong, BLOCK: tl.constexpr):
+    """num_wrong[i] = inputs among a >> 8 = i BLOCK, i BLOCK + 1, ... for which FAST_ROOT would change a bit of the root."""
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = _half_log_uniform(k.to(tl.uint32) << 8)
+    wrong = _root(x, True).to(tl.int32, bitcast=True) != _root(x, False).to(tl.int32, bitcast=True)
+    tl.store(num_wrong + tl.program_id(0), tl.sum(wrong.to(tl.int32), 0))
 
 
 @triton.jit
@@ -140,7 +150,7 @@ def _load_one(pointers, mask):
 
 @triton.jit
 def _load_pairs(base, lane, inside0, inside1, WORDS: tl.constexpr):
-    """The two elements of each pair as fp32 blocks. base: scalar pointer at the block's first pair; lane: its pairs, counted from 0."""
+    """The two elements of each pair as fp32 blocks. base: pointer to a program's first pair; lane: pairs counted from it."""
     kind: tl.constexpr = base.dtype.element_ty
     if not WORDS:
         return _load_one(base + 2 * lane, inside0), _load_one(base + (2 * lane + 1), inside1)
@@ -236,8 +246,8 @@ def _advance(
 ):  # fmt: skip
     """(m_t, centred, history, w) of both elements of each pair: reference.advance without v, which only an update needs.
 
-    table: int32, ``num_older`` rows of 8 for the steps before the last one (step, then fp32 bits of sqrt_alpha, sqrt_one_minus_alpha,
-    beta1, one_minus_beta1).
+    table: int32, ``num_older`` rows of 8 for the steps before the last one (step, then fp32 bits of sqrt_alpha,
+    sqrt_one_minus_alpha, beta1, one_minus_beta1).
     """
     if momentum is None:
         m0 = tl.zeros_like(lane).to(tl.float32)
@@ -336,23 +346,30 @@ def _update_chunk(
 
 # ---------------------------------------------------------------- kernels
 #
-# A program takes CHUNKS chunks of BLOCK pairs, one pair a lane and chunk. Where all of them are inside they are read and written as words,
-# one after the other in straight code, so that their arithmetic overlaps; else as elements, in a loop.
+# A program takes CHUNKS chunks of BLOCK pairs, one pair a lane and chunk, in straight code, so that their arithmetic overlaps.
+# WORDS: every pair of every program is inside and aligned. Else elements are masked: with an odd start (ODD = 1) the even
+# element of the very first pair lies before the range, and the last program, number ``num_full``, has only ``tail`` elements,
+# counted from the even one of its first pair.
 
 
 @triton.jit
-def _place(num_full, tail, pair_low, pair_high, key0, key1, ODD: tl.constexpr, SPAN: tl.constexpr):
-    """Where a program of SPAN pairs begins: (base in the tensors, first pair, positions in it before and after which nothing is, keys).
+def _place(pair_low, pair_high, key0, key1, ODD: tl.constexpr, SPAN: tl.constexpr):
+    """Where a program of SPAN pairs begins in the tensors and its first pair, both int64; the key as uint32."""
+    program = tl.program_id(0).to(tl.int64)
+    pair = (pair_low.to(tl.uint32, bitcast=True).to(tl.int64) | (pair_high.to(tl.int64) << 32)) + program * SPAN
+    return program * (2 * SPAN) - ODD, pair, key0.to(tl.uint32, bitcast=True), key1.to(tl.uint32, bitcast=True)
 
-    Positions count elements from the even one of the first pair on; with an odd start (ODD = 1) that one lies before the range.
-    tail: positions in program ``num_full``, the last one; all earlier ones are full.
-    """
-    program = tl.program_id(0)
-    base = program.to(tl.int64) * (2 * SPAN) - ODD
-    pair = (pair_low.to(tl.uint32, bitcast=True).to(tl.int64) | (pair_high.to(tl.int64) << 32)) + program.to(tl.int64) * SPAN
-    begin = tl.where(program == 0, ODD, 0)
-    stop = tl.where(program < num_full, 2 * SPAN, tail)
-    return base, pair, begin, stop, key0.to(tl.uint32, bitcast=True), key1.to(tl.uint32, bitcast=True)
+
+@triton.jit
+def _inside(lane, num_full, tail, ODD: tl.constexpr, WORDS: tl.constexpr, SPAN: tl.constexpr):
+    """Which first and which second elements of pairs exist; ``lane`` counts pairs from the program's first one on."""
+    if WORDS:
+        return True, True
+    else:
+        program = tl.program_id(0)
+        begin = tl.where(program == 0, ODD, 0)
+        stop = tl.where(program < num_full, 2 * SPAN, tail)
+        return (2 * lane >= begin) & (2 * lane < stop), 2 * lane + 1 < stop
 
 
 _NOISE_SCALARS = ["num_full", "tail", "pair_low", "pair_high", "key0", "key1", "step"]
@@ -364,21 +381,12 @@ def noise_kernel(
     xi1, xi2, num_full, tail, pair_low, pair_high, key0, key1, step,
     ODD: tl.constexpr, WORDS: tl.constexpr, FAST_ROOT: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Fills xi1 and xi2 (fp32). For the arguments that all three kernels share see triton._position and _direction_arguments."""
-    base, pair, begin, stop, key0, key1 = _place(num_full, tail, pair_low, pair_high, key0, key1, ODD, CHUNKS * BLOCK)
-    lane = tl.arange(0, BLOCK)
-    num_words = num_full if WORDS else 0
-    if tl.program_id(0) < num_words:
-        for _ in tl.static_range(CHUNKS):
-            _noise_chunk(base, lane, True, True, pair + lane, xi1, xi2, key0, key1, step, True, FAST_ROOT)
-            lane += BLOCK
-    else:
-        first = 0
-        while first < stop:
-            in0, in1 = (2 * lane >= begin) & (2 * lane < stop), 2 * lane + 1 < stop
-            _noise_chunk(base, lane, in0, in1, pair + lane, xi1, xi2, key0, key1, step, False, FAST_ROOT)
-            lane += BLOCK
-            first += 2 * BLOCK
+    """Fills xi1 and xi2 (fp32). For the arguments that all three kernels share see triton._parts and _direction_arguments."""
+    base, pair, key0, key1 = _place(pair_low, pair_high, key0, key1, ODD, CHUNKS * BLOCK)
+    for i in tl.static_range(CHUNKS):
+        lane = i * BLOCK + tl.arange(0, BLOCK)
+        inside0, inside1 = _inside(lane, num_full, tail, ODD, WORDS, CHUNKS * BLOCK)
+        _noise_chunk(base, lane, inside0, inside1, pair + lane, xi1, xi2, key0, key1, step, WORDS, FAST_ROOT)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
@@ -389,28 +397,14 @@ def perturb_kernel(
     FAST_ROOT: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """out = weight + scale * m_t, rounded once to the dtype of ``out``."""
-    base, pair, begin, stop, key0, key1 = _place(num_full, tail, pair_low, pair_high, key0, key1, ODD, CHUNKS * BLOCK)
-    lane = tl.arange(0, BLOCK)
-    num_words = num_full if WORDS else 0
-    if tl.program_id(0) < num_words:
-        for _ in tl.static_range(CHUNKS):
-            _perturb_chunk(
-                base, lane, True, True, pair + lane, out, weight, momentum, table, key0, key1, num_older, step,
-                sqrt_alpha, sqrt_rest, beta1, history_weight, decode, scale,
-                True, STOCHASTIC, FLIP, REPLAY, FAST_ROOT,
-            )  # fmt: skip
-            lane += BLOCK
-    else:
-        first = 0
-        while first < stop:
-            in0, in1 = (2 * lane >= begin) & (2 * lane < stop), 2 * lane + 1 < stop
-            _perturb_chunk(
-                base, lane, in0, in1, pair + lane, out, weight, momentum, table, key0, key1, num_older, step,
-                sqrt_alpha, sqrt_rest, beta1, history_weight, decode, scale,
-                False, STOCHASTIC, FLIP, REPLAY, FAST_ROOT,
-            )  # fmt: skip
-            lane += BLOCK
-            first += 2 * BLOCK
+    base, pair, key0, key1 = _place(pair_low, pair_high, key0, key1, ODD, CHUNKS * BLOCK)
+    for i in tl.static_range(CHUNKS):
+        lane = i * BLOCK + tl.arange(0, BLOCK)
+        inside0, inside1 = _inside(lane, num_full, tail, ODD, WORDS, CHUNKS * BLOCK)
+        _perturb_chunk(
+            base, lane, inside0, inside1, pair + lane, out, weight, momentum, table, key0, key1, num_older, step,
+            sqrt_alpha, sqrt_rest, beta1, history_weight, decode, scale, WORDS, STOCHASTIC, FLIP, REPLAY, FAST_ROOT,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_SCALARS)
@@ -421,25 +415,12 @@ def update_kernel(
     REPLAY: tl.constexpr, FAST_ROOT: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """weight -= lr_grad * d + lr_decay * weight where WRITE_WEIGHT, momentum = m_t where there is one; in place."""
-    base, pair, begin, stop, key0, key1 = _place(num_full, tail, pair_low, pair_high, key0, key1, ODD, CHUNKS * BLOCK)
-    lane = tl.arange(0, BLOCK)
-    num_words = num_full if WORDS else 0
-    if tl.program_id(0) < num_words:
-        for _ in tl.static_range(CHUNKS):
-            _update_chunk(
-                base, lane, True, True, pair + lane, weight, momentum, table, key0, key1, num_older, step,
-                sqrt_alpha, sqrt_rest, beta1, history_weight, beta2, history2_weight, decode, encode, lr_grad, lr_decay, sigma,
-                True, STOCHASTIC, NORMALIZE, WRITE_WEIGHT, REPLAY, FAST_ROOT,
-            )  # fmt: skip
-            lane += BLOCK
-    else:
-        first = 0
-        while first < stop:
-            in0, in1 = (2 * lane >= begin) & (2 * lane < stop), 2 * lane + 1 < stop
-            _update_chunk(
-                base, lane, in0, in1, pair + lane, weight, momentum, table, key0, key1, num_older, step,
-                sqrt_alpha, sqrt_rest, beta1, history_weight, beta2, history2_weight, decode, encode, lr_grad, lr_decay, sigma,
-                False, STOCHASTIC, NORMALIZE, WRITE_WEIGHT, REPLAY, FAST_ROOT,
-            )  # fmt: skip
-            lane += BLOCK
-            first += 2 * BLOCK
+    base, pair, key0, key1 = _place(pair_low, pair_high, key0, key1, ODD, CHUNKS * BLOCK)
+    for i in tl.static_range(CHUNKS):
+        lane = i * BLOCK + tl.arange(0, BLOCK)
+        inside0, inside1 = _inside(lane, num_full, tail, ODD, WORDS, CHUNKS * BLOCK)
+        _update_chunk(
+            base, lane, inside0, inside1, pair + lane, weight, momentum, table, key0, key1, num_older, step,
+            sqrt_alpha, sqrt_rest, beta1, history_weight, beta2, history2_weight, decode, encode, lr_grad, lr_decay, sigma,
+            WORDS, STOCHASTIC, NORMALIZE, WRITE_WEIGHT, REPLAY, FAST_ROOT,
+        )  # fmt: skip

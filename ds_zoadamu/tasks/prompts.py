@@ -57,6 +57,9 @@ class PromptEncoder:
 
         Prompt and word are tokenized together and split after the tokens that all candidates share, since a tokenizer
         may merge across the seam.
+
+        Raises:
+            InputError: no token would stand before the label words.
         """
         sequences = [self._ids(example.prompt + word) for word in self._words]
         shared = min(_common_prefix([self._ids(example.prompt), *sequences]), min(map(len, sequences)) - 1)
@@ -66,6 +69,8 @@ class PromptEncoder:
             # A candidate's last token is only predicted, never fed to the model.
             room = self._max_length - len(self._prefix) - max(map(len, candidates)) + 1
             body = body[max(0, len(body) - room) :]
+        if not self._prefix and not body:
+            raise InputError(f"the prompt {example.prompt!r} leaves no token before the label words; give the template words of its own")
         return EncodedExample((*self._prefix, *body), candidates, example.label)
 
     def _ids(self, text: str) -> list[int]:

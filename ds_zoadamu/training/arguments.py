@@ -21,6 +21,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--label_words", nargs="+", metavar="WORD", help='replaces the task\'s label words for labels 0, 1, ..., for example " terrible" " great"'
     )
+    group.add_argument("--label_column", help="replaces the task's column of labels")
     group.add_argument("--data_dir", help="folder with train and validation as .jsonl, .json or .csv; without it the task's hub data set")
     group.add_argument("--max_length", type=int, help="tokens a prompt may have; longer texts lose their beginning (default: the model's)")
     group.add_argument("--per_device_eval_batch_size", type=int, default=16, help="examples in an evaluation's forward (default: %(default)s)")
@@ -96,7 +97,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def task_from(args: argparse.Namespace) -> Task:
-    """The task that --task, --template and --label_words describe.
+    """The task that --task, --template, --label_words and --label_column describe.
 
     Raises:
         InputError: as `load_task` and `Task`.
@@ -105,6 +106,8 @@ def task_from(args: argparse.Namespace) -> Task:
     changes = {}
     if args.template is not None:
         changes["template"] = args.template
+    if args.label_column is not None:
+        changes["label_column"] = args.label_column
     if args.label_words is not None:
         changes["label_words"] = label_words_from(args.label_words, "--label_words")
     return Task(**{**vars(task), **changes})

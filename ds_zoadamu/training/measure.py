@@ -15,7 +15,7 @@ from ds_zoadamu.tasks import InputError, evaluate, load_examples, majority_accur
 from ds_zoadamu.training.arguments import check_arguments
 from ds_zoadamu.training.auto_config import fill_auto
 from ds_zoadamu.training.output import environment
-from ds_zoadamu.training.plan import rank, read_model_input, world_size
+from ds_zoadamu.training.plan import check_stage, rank, read_model_input, world_size
 
 # Only these matter without training; without a JSON each rank keeps its ZeRO-3 partition in fp32.
 _SECTIONS = ("zero_optimization", "bf16", "fp16")
@@ -33,11 +33,10 @@ def measure(args: Namespace) -> dict:
         raise InputError(f"--output_file {args.output_file} exists; give another name or --overwrite_output_file")
     given = read_config(args.deepspeed_config) if args.deepspeed_config else _DEFAULT
     model_input = read_model_input(args)
+    check_stage(given, args.deepspeed_config)
     config = {name: given[name] for name in _SECTIONS if name in given}
     config["train_micro_batch_size_per_gpu"] = args.per_device_eval_batch_size
     config = fill_auto(config, args, world_size=world_size(), hidden_size=model_input.hidden_size)
-    if config.get("zero_optimization", {}).get("stage") != 3:
-        raise InputError(f"{args.deepspeed_config}: zero_optimization.stage must be 3, which partitions the weights")
     examples = load_examples(model_input.task, args.split, args.data_dir)
     encoded = model_input.encode(examples)
     model = load_causal_lm(args.model_name_or_path, config)

@@ -1,6 +1,7 @@
 """What a run leaves in its output directory."""
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -58,7 +59,7 @@ class OutputDirectory:
         """Appends one line to metrics.jsonl; complete even if the run is stopped later."""
         if self._writes:
             with open(self.path / METRICS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(_finite(record)) + "\n")
 
     def records(self) -> list[dict]:
         """The lines of metrics.jsonl."""
@@ -68,13 +69,22 @@ class OutputDirectory:
         """Writes a JSON file in one go (beside its place, then renamed)."""
         if self._writes:
             temporary = self.path / f".{name}.writing"
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(_finite(content), indent=2) + "\n", encoding="utf-8")
             os.replace(temporary, self.path / name)
 
     def promote_best(self) -> None:
         """The best model so far becomes the run's model."""
         if self._writes:
             os.rename(self.path / BEST, self.path / MODEL)
+
+
+def _finite(value):
+    """The same with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def environment() -> dict:

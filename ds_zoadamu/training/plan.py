@@ -96,6 +96,9 @@ def make_plan(args: Namespace) -> Plan:
     if args.deepspeed_config is None:
         raise InputError("--deepspeed_config is missing; give a DeepSpeed JSON, for example one of ds_configs/")
     config = read_config(args.deepspeed_config)
+    if "optimizer" not in config:
+        raise InputError(f'{args.deepspeed_config} has no "optimizer"; add one, for example {{"type": "ZOAdaMU", "params": {{"lr": "auto", "total_steps": "auto"}}}}')
+    check_stage(config, args.deepspeed_config)
     model_input = read_model_input(args)
     config = fill_auto(config, args, world_size=world_size(), hidden_size=model_input.hidden_size)
     check_config(config)
@@ -111,6 +114,18 @@ def make_plan(args: Namespace) -> Plan:
         dev_majority=majority_accuracy(splits.dev),
         test_majority=majority_accuracy(splits.test),
     )
+
+
+def check_stage(config: dict, where: str) -> None:
+    """Refuses a DeepSpeed configuration that does not partition the weights; `where` names it.
+
+    Raises:
+        InputError: a ZeRO stage other than 3.
+    """
+    zero = config.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if stage != 3:
+        raise InputError(f"{where}: zero_optimization.stage is {stage!r}; set it to 3, which partitions the weights")
 
 
 def world_size() -> int:

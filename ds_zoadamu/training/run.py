@@ -17,6 +17,7 @@ from ds_zoadamu.training.curves import draw_curves
 from ds_zoadamu.training.memory import PeakMemory
 from ds_zoadamu.training.output import BEST, CURVES, RESULTS, OutputDirectory, environment
 from ds_zoadamu.training.plan import Plan, make_plan, rank
+from ds_zoadamu.training.summary import summary
 from ds_zoadamu.training.steps import Stepper, make_stepper
 
 
@@ -46,6 +47,7 @@ def finetune(args: Namespace) -> dict:
             logger.warning(f"no {CURVES}: Matplotlib is not installed (pip install ds_zoadamu[plots])")
         if best.accuracy <= before["dev"].accuracy:
             logger.warning("no evaluated step was better on the development set than the model before training; try --find_lr")
+        print(summary(results, args.output_dir), flush=True)
     return results
 
 
@@ -54,7 +56,7 @@ def _train(plan: Plan, stepper: Stepper, output: OutputDirectory) -> tuple[list[
     total = plan.args.max_steps
     every = plan.args.eval_steps or max(1, total // 10)
     seconds, best_step, best = [], 0, None
-    with tqdm(total=total, desc="fine-tuning", unit="step", disable=rank() != 0, dynamic_ncols=True) as bar:
+    with tqdm(total=total, desc="fine-tuning", unit="step", disable=rank() != 0, mininterval=1.0) as bar:
         for step in range(1, total + 1):
             start = time.perf_counter()
             record = stepper.step()
