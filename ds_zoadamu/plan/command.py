@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 
 from ..config import read_config
 from ..errors import ConfigError
@@ -30,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host-memory", help="of the machine, decimal GB; given, weights and momentum in host memory are considered")
     parser.add_argument("--reserve", help="GB of each GPU for what cannot be counted (default: 5 %% of it)")
     parser.add_argument("--write", metavar="FILE", help="write the matching DeepSpeed JSON")
+    parser.add_argument("--rehearse", action="store_true", help="under the launcher: random weights at reduced depth, two steps, measured bytes")
+    parser.add_argument("--rehearse-layers", default="2", help="layers of that model (default: %(default)s)")
     parser.add_argument("--table", action="store_true", help="print the largest OPT for each method on 1 to 8 GPUs (the paper's Table 5)")
     parser.add_argument("--plot", metavar="FILE", help="draw bytes a GPU over model size for each method (the paper's Figure 3)")
     group = parser.add_argument_group("hardware figures, in place of the published ones")
@@ -57,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
             return 0
         raise ConfigError("--model is missing; give for example --model facebook/opt-13b, or --table")
     model, request, choice, hardware = make_plan(args)
+    if args.rehearse:
+        return _rehearse(args, request, choice)
     print(full_report(model, request, choice, _step_time(model, request, choice, hardware), hardware))
     if args.write:
         if not choice.fits:
@@ -65,6 +70,16 @@ def run(args: argparse.Namespace) -> int:
         write_config(args.write, matching_config(base, model, choice))
         print(f"written: {args.write}")
     return 0 if choice.fits else 2
+
+
+def _rehearse(args: argparse.Namespace, request: Request, choice: Choice) -> int:
+    """0: weights and momentum are as planned on this rank, to the byte; 3: they are not."""
+    from .rehearse import rehearse
+
+    result = rehearse(args, request, choice, integer("--rehearse-layers", args.rehearse_layers, 1, 10_000))
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(result.text(), flush=True)
+    return 0 if result.exact else 3
 
 
 def make_plan(args: argparse.Namespace) -> tuple[Model, Request, Choice, Hardware]:

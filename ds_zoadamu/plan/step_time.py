@@ -4,9 +4,11 @@ from dataclasses import dataclass, replace
 
 from .memory import MemoryPlan, Model
 
-INSTRUCTIONS_PER_PAIR = 160
-"""GPU instructions for one element's two normal numbers and its part of the update, counted from kernels/reference.py: half a Philox-4x32-10 (10 rounds of
-2 wide products, 4 xors, 2 key sums: 40 of 80), two polynomials, root and division (about 90), rounding, loads and store (about 30)."""
+NOISE_INSTRUCTIONS = 130
+"""GPU instructions for one element's two normal numbers, counted from kernels/reference.py: half a Philox-4x32-10 (10 rounds of 2 wide products, 4 xors,
+2 key sums: 40 of 80), and the polynomials of ln, sin and cos, the root and the recurrence (about 90)."""
+OTHER_INSTRUCTIONS = 30
+"""For one element beside its noise: loads, rounding, store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,7 @@ def estimate_step(
     flop = passes * tokens * (2 * model.numel + 4 * layers * hidden * plan.length)
     received = passes * plan.traffic_numel * model.itemsize * (plan.world_size - 1) / plan.world_size
     trained = sum(size.real_numel(0, plan.world_size) for size in model.sizes if size.trained)
-    pairs = (passes * plan.perturbed_numel + trained) * window
+    elements = passes * plan.perturbed_numel + trained
     from_host = 0.0
     if offload:  # each gather reads the partitions, the update reads and writes them
         per_element = plan.host / max(1, plan.world_size) / max(1, trained)
@@ -83,6 +85,6 @@ def estimate_step(
     return StepTime(
         forward=flop / (hardware.tflops * 1e12 * hardware.efficiency),
         gather=received / (hardware.link_gb * 1e9 * hardware.link_efficiency),
-        noise=pairs * INSTRUCTIONS_PER_PAIR / (hardware.instructions * 1e12 * hardware.efficiency),
+        noise=elements * (NOISE_INSTRUCTIONS * window + OTHER_INSTRUCTIONS) / (hardware.instructions * 1e12 * hardware.efficiency),
         host=from_host,
     )
