@@ -102,6 +102,7 @@ def _measure(model_config, config: dict, plan: MemoryPlan, dtype, steps: int) ->
         os.environ.setdefault(name, "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     init_distributed()
+    before = PeakMemory().report()["resident_baseline"]
     keep = HfDeepSpeedConfig(config)  # Transformers builds into partitions as long as this lives
     model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
     engine = initialize(model=model, config=config)[0]
@@ -114,10 +115,10 @@ def _measure(model_config, config: dict, plan: MemoryPlan, dtype, steps: int) ->
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids}
     held = engine.memory_bytes()
     accumulation = engine.gradient_accumulation_steps()
-    memory = PeakMemory()  # from here on: what the steps add to what is held
+    memory = PeakMemory()  # the peak counts from here on: random initialisation is no part of the real job
     losses = tuple(engine.train_batch(iter([batch] * accumulation)) for _ in range(steps))
     numbers = memory.report()
     if get_accelerator().device_name() == "cpu":
-        return {**held, "peak": sum(held.values()) + numbers["resident_growth"]}, "held + growth of resident memory on the CPU", losses
+        return {**held, "peak": numbers["resident_peak"] - before}, "resident memory on the CPU, of the model and its steps", losses
     return {**held, "peak": numbers["accelerator_peak"]}, "peak of the allocator", losses
 

@@ -1,6 +1,10 @@
 """The plan beside real runs: weights and momentum exactly, and gathered elements at every module as followed on paper."""
 
 import importlib.util
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +14,7 @@ from ds_zoadamu.plan.gathers import GatherSettings, gather_use
 from ds_zoadamu.plan.sizes import momentum_bytes, parameter_sizes, weight_bytes
 from ds_zoadamu.plan.trace import trace_forward
 
-from .harness import run_ranks
+from .harness import free_port, run_ranks
 from .jobs import config, engine_for
 from .models import OddModel, odd_batches, tiny_opt
 
@@ -114,3 +118,13 @@ def _cache(rank, world_size):
 
 def test_a_step_keeps_no_keys_and_values():
     assert run_ranks(1, _cache) == [([None, None], True)]
+
+
+def test_a_rehearsal_holds_what_was_planned():
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}  # so that freed memory goes back, see docs/plan.md
+    plan = ["-m", "ds_zoadamu.plan", "--model", "opt-125m", "--gpus", "2", "--batch", "4", "--seq", "256", "--dtype", "fp32"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    done = subprocess.run([*launcher, *plan, "--rehearse"], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr  # weights and momentum, to the byte, on both ranks
+    planned, measured = map(float, re.search(r"^peak +([\d.]+) +([\d.]+)", done.stdout, re.MULTILINE).groups())
+    assert 0.85 < measured / planned < 1.15
