@@ -8,7 +8,9 @@ from .command import add_arguments, run
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="ds_zoadamu plan", description="What fits, with which settings, and how long a step takes.")
+    parser = argparse.ArgumentParser(
+        prog="ds_zoadamu plan", description="What fits, with which settings, and how long a step takes."
+    )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     add_arguments(parser)
     try:

@@ -52,15 +52,18 @@ class Choice:
 def plan_for(model: Model, request: Request, momentum: str, micro_batch: int, offload: bool) -> MemoryPlan:
     """``plan_memory`` of one candidate."""
     return plan_memory(
-        model, world_size=request.world_size, capacity=request.capacity, momentum=momentum, micro_batch=micro_batch, length=request.length,
-        settings=request.settings, accumulation=request.accumulation, offload=offload, reserve=request.reserve,
+        model, world_size=request.world_size, capacity=request.capacity, momentum=momentum, micro_batch=micro_batch,
+        length=request.length, settings=request.settings, accumulation=request.accumulation,
+        offload=offload, reserve=request.reserve,
     )  # fmt: skip
 
 
 def choose(model: Model, request: Request) -> Choice:
-    """The first that fits: what was asked for, else int8, then replay, then both with weights on the host where its memory is given.
+    """The first that fits: what was asked for, else int8, then replay, then both with weights on the host where its memory is
+    given.
 
-    The micro-batch is the one asked for, else the largest power of two that fits. Where nothing fits: the plan that misses by the least.
+    The micro-batch is the one asked for, else the largest power of two that fits. Where nothing fits: the plan that misses by
+    the least.
     """
     modes = (request.momentum,) if request.momentum else _open_modes(request)
     places = (True,) if request.offload else (False, True) if request.host_memory is not None else (False,)
@@ -100,7 +103,9 @@ def _host_notes(plan: MemoryPlan, request: Request, offload: bool) -> tuple[str,
 
 
 def _notes(request: Request, choice: Choice, tried: list[Choice]) -> tuple[str, ...]:
-    notes = [f"{c.plan.momentum_mode} momentum would miss by {-c.plan.spare / 1e9:.1f} GB" for c in tried[:-1] if not c.plan.fits]
+    notes = [
+        f"{c.plan.momentum_mode} momentum would miss by {-c.plan.spare / 1e9:.1f} GB" for c in tried[:-1] if not c.plan.fits
+    ]
     if choice.plan.momentum_mode == "replay":
         notes.append(f"replay makes the noise of K = {request.window} earlier steps again at the schedule's plateau")
     return tuple(notes)
@@ -109,10 +114,15 @@ def _notes(request: Request, choice: Choice, tried: list[Choice]) -> tuple[str, 
 def _remedies(model: Model, request: Request, best: Choice) -> tuple[str, ...]:
     notes = []
     if request.momentum is None and request.window > request.momentum_config.max_window:
-        notes.append(f"replay is left out: it needs K = {request.window} steps of noise, max_window is {request.momentum_config.max_window}")
+        notes.append(
+            f"replay is left out: it needs K = {request.window} steps of noise, "
+            f"max_window is {request.momentum_config.max_window}"
+        )
     for world_size in (2**k for k in range(11)):
         if world_size > request.world_size:
-            if plan_for(model, replace(request, world_size=world_size), best.plan.momentum_mode, best.plan.micro_batch, best.offload).fits:
+            if plan_for(
+                model, replace(request, world_size=world_size), best.plan.momentum_mode, best.plan.micro_batch, best.offload
+            ).fits:
                 notes.append(f"it fits {world_size} such GPUs")
                 break
     if request.host_memory is None and not best.offload:
@@ -123,4 +133,7 @@ def _remedies(model: Model, request: Request, best: Choice) -> tuple[str, ...]:
 def check_mode(mode: str | None, window: int, momentum: MomentumConfig) -> None:
     """Raises ConfigError where replay is asked for and its window is too long."""
     if mode == "replay" and window > momentum.max_window:
-        raise ConfigError(f"momentum.dtype is 'replay', which needs K = {window} steps of noise; max_window is {momentum.max_window}: raise it or use int8")
+        raise ConfigError(
+            f"momentum.dtype is 'replay', which needs K = {window} steps of noise; "
+            f"max_window is {momentum.max_window}: raise it or use int8"
+        )

@@ -19,22 +19,42 @@ _MAX_MEMORY_GB = 4096  # the largest single GPU has a few hundred; more is anoth
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command. Numbers are read as text, so that their errors are ours."""
-    parser.add_argument("--model", help="facebook/opt-125m ... facebook/opt-175b (built in), a folder with config.json, or a hub name")
+    parser.add_argument(
+        "--model", help="facebook/opt-125m ... facebook/opt-175b (built in), a folder with config.json, or a hub name"
+    )
     parser.add_argument("--gpus", default="1", help="number of GPUs, of one machine (default: %(default)s)")
     parser.add_argument("--gpu-memory", help="of each GPU, decimal GB (default: that of --gpu)")
-    parser.add_argument("--gpu", default="a100-80gb", help=f"whose published figures to use: {', '.join(HARDWARE)} (default: %(default)s)")
+    parser.add_argument(
+        "--gpu", default="a100-80gb", help=f"whose published figures to use: {', '.join(HARDWARE)} (default: %(default)s)"
+    )
     parser.add_argument("--config", help="DeepSpeed JSON to plan for; without it the plan starts from its own")
-    parser.add_argument("--batch", help="sequences in a micro-batch of each GPU (default: the JSON's, else the largest power of two that fits)")
+    parser.add_argument(
+        "--batch", help="sequences in a micro-batch of each GPU (default: the JSON's, else the largest power of two that fits)"
+    )
     parser.add_argument("--seq", default="2048", help="tokens in a sequence (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the weights where the JSON leaves it open")
-    parser.add_argument("--steps", default="20000", help="total_steps where the JSON leaves it open: decides replay's window (default: %(default)s)")
-    parser.add_argument("--host-memory", help="of the machine, decimal GB; given, weights and momentum in host memory are considered")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the weights where the JSON leaves it open"
+    )
+    parser.add_argument(
+        "--steps",
+        default="20000",
+        help="total_steps where the JSON leaves it open: decides replay's window (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--host-memory", help="of the machine, decimal GB; given, weights and momentum in host memory are considered"
+    )
     parser.add_argument("--reserve", help="GB of each GPU for what cannot be counted (default: 5 %% of it)")
     parser.add_argument("--write", metavar="FILE", help="write the matching DeepSpeed JSON")
-    parser.add_argument("--rehearse", action="store_true", help="under the launcher: random weights at reduced depth, two steps, measured bytes")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="under the launcher: random weights at reduced depth, two steps, measured bytes"
+    )
     parser.add_argument("--rehearse-layers", default="2", help="layers of that model (default: %(default)s)")
-    parser.add_argument("--table", action="store_true", help="print the largest OPT for each method on 1 to 8 GPUs (the paper's Table 5)")
-    parser.add_argument("--plot", metavar="FILE", help="draw bytes a GPU over model size for each method (the paper's Figure 3)")
+    parser.add_argument(
+        "--table", action="store_true", help="print the largest OPT for each method on 1 to 8 GPUs (the paper's Table 5)"
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw bytes a GPU over model size for each method (the paper's Figure 3)"
+    )
     group = parser.add_argument_group("hardware figures, in place of the published ones")
     group.add_argument("--tflops", help="dense 16-bit matrix arithmetic, 1e12 a second")
     group.add_argument("--efficiency", help="share of the arithmetic that is reached (default: 0.5, an assumption)")
@@ -92,7 +112,12 @@ def make_plan(args: argparse.Namespace) -> tuple[Model, Request, Choice, Hardwar
     model_config = load_config(args.model)
     hidden = getattr(model_config.get_text_config(), "hidden_size", None)
     config = read_for_plan(
-        args.config, world_size=world_size, hidden=hidden, steps=integer("--steps", args.steps, 1, 2**32 - 1), dtype=args.dtype, micro_batch=batch
+        args.config,
+        world_size=world_size,
+        hidden=hidden,
+        steps=integer("--steps", args.steps, 1, 2**32 - 1),
+        dtype=args.dtype,
+        micro_batch=batch,
     )
     options = options_of(config)
     momentum = (given or {}).get("optimizer", {}).get("params", {}).get("momentum", {}).get("dtype")
@@ -121,15 +146,17 @@ def _step_time(model: Model, request: Request, choice: Choice, hardware: Hardwar
     text = model.module.config.get_text_config()
     window = 1 + request.window if choice.plan.momentum_mode == "replay" else 1
     return estimate_step(
-        model, choice.plan, hardware, accumulation=request.accumulation, window=window, layers=getattr(text, "num_hidden_layers", 0),
-        hidden=getattr(text, "hidden_size", 0), offload=choice.offload,
+        model, choice.plan, hardware, accumulation=request.accumulation, window=window,
+        layers=getattr(text, "num_hidden_layers", 0), hidden=getattr(text, "hidden_size", 0), offload=choice.offload,
     )  # fmt: skip
 
 
 def _hardware(args: argparse.Namespace) -> Hardware:
     key = str(args.gpu).lower()
     if key not in HARDWARE:
-        raise ConfigError(f"--gpu {args.gpu}: not known; known are {', '.join(HARDWARE)}; choose the nearest and override its figures")
+        raise ConfigError(
+            f"--gpu {args.gpu}: not known; known are {', '.join(HARDWARE)}; choose the nearest and override its figures"
+        )
     names = {"tflops": 1e5, "efficiency": 1.0, "link_gb": 1e5, "link_efficiency": 1.0, "instructions": 1e5}
     given = {name: getattr(args, name) for name in names}
     return HARDWARE[key].with_overrides(
@@ -148,9 +175,14 @@ def gigabytes(option: str, text: str, high: float) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise ConfigError(f"{option} {text}: give a plain number of decimal GB (10^9 bytes), for example {option} 80; 80 GiB are 85.9") from None
+        raise ConfigError(
+            f"{option} {text}: give a plain number of decimal GB (10^9 bytes), for example {option} 80; 80 GiB are 85.9"
+        ) from None
     if math.isfinite(value) and value > high:
-        raise ConfigError(f"{option} {text}: that is {value:g} GB, more than {high:g}; the unit is decimal GB (10^9 bytes), for example {option} 80")
+        raise ConfigError(
+            f"{option} {text}: that is {value:g} GB, more than {high:g}; the unit is decimal GB (10^9 bytes), "
+            f"for example {option} 80"
+        )
     return number(option, text, 0.0, high, above=True)
 
 
@@ -174,5 +206,3 @@ def integer(option: str, text: str, low: int, high: int) -> int:
     if not low <= value <= high:
         raise ConfigError(f"{option} {text}: must be >= {low} and <= {high}")
     return value
-
-

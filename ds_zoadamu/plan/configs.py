@@ -11,10 +11,14 @@ from .choose import Choice
 from .memory import Model
 
 
-def read_for_plan(path: str | None, *, world_size: int, hidden: int | None, steps: int, dtype: str, micro_batch: int | None) -> dict[str, Any]:
-    """A DeepSpeed configuration without "auto", as launch/finetune.py would fill it; from ``path``, or the plan's own where it is None.
+def read_for_plan(
+    path: str | None, *, world_size: int, hidden: int | None, steps: int, dtype: str, micro_batch: int | None
+) -> dict[str, Any]:
+    """A DeepSpeed configuration without "auto", as launch/finetune.py would fill it; from ``path``, or the plan's own where it
+    is None.
 
-    ``dtype`` and ``micro_batch`` stand where the JSON leaves them open. Raises ConfigError: another stage, another optimizer, a contradiction.
+    ``dtype`` and ``micro_batch`` stand where the JSON leaves them open. Raises ConfigError: another stage, another optimizer, a
+    contradiction.
     """
     config = template() if path is None else dict(read_config(path))
     if zeroth_order_type(config) is None:
@@ -69,7 +73,8 @@ def template(dtype: str = "bf16") -> dict[str, Any]:
 
 
 def matching_config(base: dict | None, model: Model, choice: Choice) -> dict[str, Any]:
-    """``base`` (the user's JSON as it was given, or the template) with what the plan decided: momentum, micro-batch, dtype, offload."""
+    """``base`` (the user's JSON as it was given, or the template) with what the plan decided: momentum, micro-batch, dtype,
+    offload."""
     config = json.loads(json.dumps(template() if base is None else base))
     config["train_micro_batch_size_per_gpu"] = choice.plan.micro_batch
     if base is not None and isinstance(config.get("train_batch_size"), int):

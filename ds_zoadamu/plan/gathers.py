@@ -1,12 +1,13 @@
 """ZeRO-3's gathers, followed on paper: which parameters, buffers and perturbed temporaries are live at once.
 
-The rules are those of DeepSpeed 0.19.8's ``PartitionedParameterCoordinator`` (fetch, prefetch, release) and of ds_zoadamu.partition (one temporary of
-a partition's size for each trained parameter in a gather). Three of them decide the peak:
+The rules are those of DeepSpeed 0.19.8's ``PartitionedParameterCoordinator`` (fetch, prefetch, release) and of
+ds_zoadamu.partition (one temporary of a partition's size for each trained parameter in a gather). Three of them decide the
+peak:
 
-- ``stage3_max_live_parameters`` and the prefetch bucket limit *prefetching* only; what a module needs is gathered in any case, and the last
-  parameter of a prefetch may overshoot the bucket, however large it is.
-- Several parameters in one gather arrive in one buffer and are then copied out, so for a moment, and for prefetched ones until the last of them is
-  used, they are there twice.
+- ``stage3_max_live_parameters`` and the prefetch bucket limit *prefetching* only; what a module needs is gathered in any case,
+  and the last parameter of a prefetch may overshoot the bucket, however large it is.
+- Several parameters in one gather arrive in one buffer and are then copied out, so for a moment, and for prefetched ones until
+  the last of them is used, they are there twice.
 - Temporaries live as long as the handle of their gather: until the last of its parameters is used.
 """
 
@@ -54,8 +55,9 @@ class GatherSettings:
 class GatherUse:
     """What gathers cost on a rank.
 
-    gathered, temporaries, activations: bytes at the moment when their sum is largest. live_numel: the most elements of gathered parameters at
-    once. traffic_numel: elements gathered in one forward of the steady state; perturbed_numel: of these, those perturbed on this rank.
+    gathered, temporaries, activations: bytes at the moment when their sum is largest. live_numel: the most elements of gathered
+    parameters at once. traffic_numel: elements gathered in one forward of the steady state; perturbed_numel: of these, those
+    perturbed on this rank.
     """
 
     gathered: int
@@ -98,8 +100,9 @@ class _Handle:
 class GatherSimulation:
     """A rank's coordinator and its memory over the forwards of a step.
 
-    Args: ``perturbed``: trained parameters are gathered through temporaries. ``offload``: partitions lie in host memory, so even a plain
-    gather first copies its partition to the device. ``momentum_itemsize``: of the momentum that an offloaded perturbation copies along.
+    Args: ``perturbed``: trained parameters are gathered through temporaries. ``offload``: partitions lie in host memory, so
+    even a plain gather first copies its partition to the device. ``momentum_itemsize``: of the momentum that an offloaded
+    perturbation copies along.
     """
 
     def __init__(
@@ -291,7 +294,8 @@ def gather_use(
 ) -> GatherUse:  # fmt: skip
     """What gathers cost in the first steps of a run with ``accumulation`` micro-batches; ``kind`` as for GatherSimulation."""
     simulation = GatherSimulation(trace, sizes, settings, world_size, itemsize, **kind)
-    # The first forward records the order. Under accumulation a second one of the same sign finds persistent parameters in place.
+    # The first forward records the order. Under accumulation a second one of the same sign finds persistent parameters in
+    # place.
     for sign in range(2):
         simulation.forward(complete=sign > 0)
         for _ in range(min(accumulation - 1, 1)):

@@ -4,12 +4,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .gathers import GatherSettings, gather_use
-from .sizes import ITEMSIZE, MOMENTUM_BYTES, ParameterSize, buffer_bytes, meta_model, momentum_bytes, parameter_sizes, weight_bytes
+from .sizes import (
+    ITEMSIZE,
+    MOMENTUM_BYTES,
+    ParameterSize,
+    buffer_bytes,
+    meta_model,
+    momentum_bytes,
+    parameter_sizes,
+    weight_bytes,
+)
 from .trace import ForwardTrace, trace_forward
 
 GB = 10**9
 RESERVE_SHARE = 0.05
-"""Share of a GPU left to what cannot be counted: CUDA context, NCCL and cuBLAS workspaces, fragmentation. A margin, not a measurement."""
+"""Share of a GPU left to what cannot be counted: CUDA context, NCCL and cuBLAS workspaces, fragmentation. A margin, not a
+measurement."""
 
 
 @dataclass
@@ -46,10 +56,12 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """What a rank needs. All in bytes on one GPU (rank 0's, which is the largest), except ``host``: on the machine, for all its ranks.
+    """What a rank needs. All in bytes on one GPU (rank 0's, which is the largest), except ``host``: on the machine, for all its
+    ranks.
 
-    weights: partitions with padding, and buffers. momentum: as stored. gathered: parameters and gather buffers, and temporaries: perturbed
-    partitions, and activations: with logits and loss, at the moment of their largest sum. reserve: what cannot be counted. capacity: of the GPU.
+    weights: partitions with padding, and buffers. momentum: as stored. gathered: parameters and gather buffers, and
+    temporaries: perturbed partitions, and activations: with logits and loss, at the moment of their largest sum. reserve: what
+    cannot be counted. capacity: of the GPU.
     """
 
     world_size: int
@@ -95,8 +107,8 @@ def plan_memory(
 ) -> MemoryPlan:  # fmt: skip
     """The plan of ZO-AdaMU on ``world_size`` GPUs of ``capacity`` bytes each.
 
-    Args: ``momentum``: fp32, bf16, fp16, int8 or replay. ``offload``: weights and momentum in host memory (offload_param, device cpu).
-    ``reserve``: bytes, by default RESERVE_SHARE of the capacity.
+    Args: ``momentum``: fp32, bf16, fp16, int8 or replay. ``offload``: weights and momentum in host memory (offload_param,
+    device cpu). ``reserve``: bytes, by default RESERVE_SHARE of the capacity.
     """
     sizes, itemsize = model.sizes, model.itemsize
     use = gather_use(
@@ -114,7 +126,8 @@ def plan_memory(
         weights=model.buffers + (0 if offload else weights),
         momentum=0 if offload else stored,
         gathered=use.gathered,
-        temporaries=use.temporaries + (_update_copy(sizes, world_size, itemsize + MOMENTUM_BYTES[momentum], use) if offload else 0),
+        temporaries=use.temporaries
+        + (_update_copy(sizes, world_size, itemsize + MOMENTUM_BYTES[momentum], use) if offload else 0),
         activations=use.activations,
         reserve=int(RESERVE_SHARE * capacity) if reserve is None else reserve,
         capacity=capacity,

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from ..errors import ConfigError
 
-# name -> (hidden size, layers, attention heads). Source: Zhang et al. 2022 (arXiv 2205.01068), Table 1, and the config.json files of facebook/opt-*.
+# name -> (hidden size, layers, attention heads). Source: Zhang et al. 2022 (arXiv 2205.01068), Table 1, and the config.json
+# files of facebook/opt-*.
 OPT_SHAPES = {
     "125m": (768, 12, 12),
     "350m": (1024, 24, 16),
@@ -20,7 +21,11 @@ OPT_SHAPES = {
 _PREFIX = "facebook/opt-"
 # Without these Transformers fills in the class's default and describes another model. Only the first four are in every family.
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-_REQUIRED_OF = {"opt": ("ffn_dim", "max_position_embeddings"), "llama": ("intermediate_size",), "mistral": ("intermediate_size",)}
+_REQUIRED_OF = {
+    "opt": ("ffn_dim", "max_position_embeddings"),
+    "llama": ("intermediate_size",),
+    "mistral": ("intermediate_size",),
+}
 
 
 def opt_config(size: str):
@@ -42,7 +47,8 @@ def opt_config(size: str):
 
 
 def load_config(name: str):
-    """The Transformers configuration of ``name``: a built-in OPT ("facebook/opt-30b" or "opt-30b"), a folder, or a name on the hub.
+    """The Transformers configuration of ``name``: a built-in OPT ("facebook/opt-30b" or "opt-30b"), a folder, or a name on the
+    hub.
 
     Raises ConfigError for a model that nobody knows, a config.json that cannot be read, or one that lacks a size.
     """
@@ -58,8 +64,8 @@ def load_config(name: str):
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"--model {name}: not built in ({', '.join(_PREFIX + s for s in OPT_SHAPES)}), not a folder, and not to be had from the hub "
-            f"({str(error).splitlines()[0]}); give one of these names or a folder with a config.json"
+            f"--model {name}: not built in ({', '.join(_PREFIX + s for s in OPT_SHAPES)}), not a folder, and not to be had "
+            f"from the hub ({str(error).splitlines()[0]}); give one of these names or a folder with a config.json"
         ) from error
 
 
@@ -77,11 +83,19 @@ def _from_json(path: Path):
     try:
         config = AutoConfig.from_pretrained(path.parent)
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"--model: {path} is not a configuration that Transformers reads: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"--model: {path} is not a configuration that Transformers reads: {str(error).splitlines()[0]}"
+        ) from error
     text = config.get_text_config()
-    inner = next((v for k, v in given.items() if isinstance(v, dict) and text is not config and v.get("model_type") == text.model_type), given)
+    inner = next(
+        (v for k, v in given.items() if isinstance(v, dict) and text is not config and v.get("model_type") == text.model_type),
+        given,
+    )
     for field in _REQUIRED + _REQUIRED_OF.get(text.model_type, ()):
         alias = text.attribute_map.get(field, field)
         if field not in inner and alias not in inner and hasattr(text, alias):
-            raise ConfigError(f'--model: {path} lacks "{alias}"; Transformers would assume {getattr(text, alias)!r}, a different model: add it')
+            raise ConfigError(
+                f'--model: {path} lacks "{alias}"; Transformers would assume {getattr(text, alias)!r}, '
+                "a different model: add it"
+            )
     return config

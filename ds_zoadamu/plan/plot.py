@@ -27,9 +27,15 @@ def draw(path: str, world_size: int, capacity: int, length: int) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for method, points in series(world_size, length).items():
-        axes.plot(*zip(*points), marker="o", markersize=3, label=method)
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=method)
     axes.axhline(capacity / GB, color="black", linestyle=":", label=f"{capacity / GB:g} GB")
-    axes.set(xscale="log", yscale="log", xlabel="parameters, 10^9", ylabel=f"GB a GPU on {world_size} GPUs", title="OPT, ZeRO-3, forward or step")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="parameters, 10^9",
+        ylabel=f"GB a GPU on {world_size} GPUs",
+        title="OPT, ZeRO-3, forward or step",
+    )
     axes.legend(fontsize=8)
     try:
         figure.savefig(path, dpi=150, bbox_inches="tight")

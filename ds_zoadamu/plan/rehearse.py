@@ -1,6 +1,7 @@
-"""A rehearsal on the real machine: the model at reduced depth with random weights, under the very JSON, two steps; measured beside planned bytes.
+"""A rehearsal on the real machine: the model at reduced depth with random weights, under the very JSON, two steps; measured
+beside planned bytes.
 
-    deepspeed --num_gpus 8 --module ds_zoadamu.plan --model facebook/opt-175b --gpus 8 --config ds.json --rehearse
+deepspeed --num_gpus 8 --module ds_zoadamu.plan --model facebook/opt-175b --gpus 8 --config ds.json --rehearse
 """
 
 import argparse
@@ -18,7 +19,8 @@ from .sizes import TORCH_DTYPES, momentum_bytes, weight_bytes
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Bytes on this rank: planned by item, and ``measured``: weights, momentum, and the peak of the allocator (GPU) or of resident memory (CPU)."""
+    """Bytes on this rank: planned by item, and ``measured``: weights, momentum, and the peak of the allocator (GPU) or of
+    resident memory (CPU)."""
 
     plan: MemoryPlan
     expected: dict[str, int]
@@ -38,16 +40,22 @@ class Rehearsal:
         for key in ("weights", "momentum"):
             lines.append(f"{key:10s} {self.expected[key] / GB:12.6f} {self.measured[key] / GB:12.6f}")
         planned, peak = self.plan.counted, self.measured["peak"]
-        lines.append(f"{'peak':10s} {planned / GB:12.6f} {peak / GB:12.6f}  {peak / planned - 1:+.1%} ({self.peak_kind}; the reserve is not in it)")
+        lines.append(
+            f"{'peak':10s} {planned / GB:12.6f} {peak / GB:12.6f}  {peak / planned - 1:+.1%} "
+            f"({self.peak_kind}; the reserve is not in it)"
+        )
         return "\n".join(lines)
 
 
 def reduced(config, layers: int):
-    """A copy of a model's configuration with at most ``layers`` layers. Raises ConfigError where the family names them otherwise."""
+    """A copy of a model's configuration with at most ``layers`` layers. Raises ConfigError where the family names them
+    otherwise."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     if not hasattr(text, "num_hidden_layers"):
-        raise ConfigError(f"--rehearse: {type(text).__name__} has no num_hidden_layers; rehearse another model of the same width")
+        raise ConfigError(
+            f"--rehearse: {type(text).__name__} has no num_hidden_layers; rehearse another model of the same width"
+        )
     text.num_hidden_layers = min(layers, text.num_hidden_layers)
     if isinstance(getattr(text, "layer_types", None), list):
         text.layer_types = text.layer_types[: text.num_hidden_layers]
@@ -79,8 +87,13 @@ def rehearse(args: argparse.Namespace, request: Request, choice: Choice, layers:
 def _config(args: argparse.Namespace, request: Request, choice: Choice, hidden: int | None) -> dict:
     """The JSON that is given, or the one that --write would write; filled as launch/finetune.py does."""
     steps, batch = int(args.steps), choice.plan.micro_batch
-    config = read_for_plan(args.config, world_size=request.world_size, hidden=hidden, steps=steps, dtype=args.dtype, micro_batch=batch)
-    config["optimizer"]["params"]["momentum"] = {**config["optimizer"]["params"].get("momentum", {}), "dtype": choice.plan.momentum_mode}
+    config = read_for_plan(
+        args.config, world_size=request.world_size, hidden=hidden, steps=steps, dtype=args.dtype, micro_batch=batch
+    )
+    config["optimizer"]["params"]["momentum"] = {
+        **config["optimizer"]["params"].get("momentum", {}),
+        "dtype": choice.plan.momentum_mode,
+    }
     if choice.offload:
         config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": True}
     return config
@@ -119,6 +132,9 @@ def _measure(model_config, config: dict, plan: MemoryPlan, dtype, steps: int) ->
     losses = tuple(engine.train_batch(iter([batch] * accumulation)) for _ in range(steps))
     numbers = memory.report()
     if get_accelerator().device_name() == "cpu":
-        return {**held, "peak": numbers["resident_peak"] - before}, "resident memory on the CPU, of the model and its steps", losses
+        return (
+            {**held, "peak": numbers["resident_peak"] - before},
+            "resident memory on the CPU, of the model and its steps",
+            losses,
+        )
     return {**held, "peak": numbers["accelerator_peak"]}, "peak of the allocator", losses
-

@@ -27,16 +27,19 @@ def memory_report(model: Model, plan: MemoryPlan, exact: bool) -> list[str]:
         lines.append(f"  {_LABELS[item]:34s} {gb(getattr(plan, item)):>8s}")
     lines.append(f"  {'total':34s} {gb(plan.total):>8s}  of {gb(plan.capacity)}")
     if not exact:
-        lines.append("  (this model does not run on the meta device: gathers follow the order of definition, activations are not counted)")
+        lines.append(
+            "  (this model does not run on the meta device: gathers follow the order of definition, "
+            "activations are not counted)"
+        )
     return lines
 
 
 def verdict(choice: Choice) -> str:
     """One line: fits, or by how much not."""
     plan = choice.plan
-    if choice.fits:
-        return f"fits, {gb(plan.spare)} GB to spare: momentum {plan.momentum_mode}, micro-batch {plan.micro_batch} x {plan.length} tokens"
     what = f"momentum {plan.momentum_mode}, micro-batch {plan.micro_batch} x {plan.length} tokens"
+    if choice.fits:
+        return f"fits, {gb(plan.spare)} GB to spare: {what}"
     if plan.fits:
         return f"does not fit the host, {what}"
     return f"DOES NOT FIT by {gb(-plan.spare)} GB a GPU, {what}"

@@ -40,7 +40,9 @@ def meta_model(config, dtype: str = "bf16") -> torch.nn.Module:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=TORCH_DTYPES[dtype]).eval()
     except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise ConfigError(f"the model cannot be built from its configuration ({type(config).__name__}): {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"the model cannot be built from its configuration ({type(config).__name__}): {str(error).splitlines()[0]}"
+        ) from error
 
 
 def parameter_sizes(module: torch.nn.Module) -> tuple[ParameterSize, ...]:

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from .memory import MemoryPlan, Model
 
 NOISE_INSTRUCTIONS = 130
-"""GPU instructions for one element's two normal numbers, counted from kernels/reference.py: half a Philox-4x32-10 (10 rounds of 2 wide products, 4 xors,
-2 key sums: 40 of 80), and the polynomials of ln, sin and cos, the root and the recurrence (about 90)."""
+"""GPU instructions for one element's two normal numbers, counted from kernels/reference.py: half a Philox-4x32-10 (10 rounds of
+2 wide products, 4 xors, 2 key sums: 40 of 80), and the polynomials of ln, sin and cos, the root and the recurrence (about
+90)."""
 OTHER_INSTRUCTIONS = 30
 """For one element beside its noise: loads, rounding, store."""
 
@@ -15,8 +16,8 @@ OTHER_INSTRUCTIONS = 30
 class Hardware:
     """A GPU's published figures and the shares of them that a run is assumed to reach.
 
-    memory_gb: decimal. tflops: dense 16-bit matrix arithmetic. link_gb: GB a second that a GPU receives from the others of its machine.
-    instructions: 1e12 32-bit instructions a second (cores x boost clock). host_gb: GB a second from host memory.
+    memory_gb: decimal. tflops: dense 16-bit matrix arithmetic. link_gb: GB a second that a GPU receives from the others of its
+    machine. instructions: 1e12 32-bit instructions a second (cores x boost clock). host_gb: GB a second from host memory.
     """
 
     name: str
@@ -47,7 +48,8 @@ HARDWARE = {
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step by cause. ``overlapped``: gathers hidden behind arithmetic as well as can be; ``total``: not hidden at all."""
+    """Seconds of one step by cause. ``overlapped``: gathers hidden behind arithmetic as well as can be; ``total``: not hidden
+    at all."""
 
     forward: float
     gather: float
@@ -64,12 +66,21 @@ class StepTime:
 
 
 def estimate_step(
-    model: Model, plan: MemoryPlan, hardware: Hardware, *, accumulation: int = 1, window: int = 1, layers: int = 0, hidden: int = 0, offload: bool = False
+    model: Model,
+    plan: MemoryPlan,
+    hardware: Hardware,
+    *,
+    accumulation: int = 1,
+    window: int = 1,
+    layers: int = 0,
+    hidden: int = 0,
+    offload: bool = False,
 ) -> StepTime:
-    """Seconds of a step: two forwards of each micro-batch, their gathers, and noise for each gathered element and for the update.
+    """Seconds of a step: two forwards of each micro-batch, their gathers, and noise for each gathered element and for the
+    update.
 
-    Args: ``window``: steps of noise that one direction takes (1, or 1 + K with replay at the plateau). ``layers``, ``hidden``: for the arithmetic of
-    attention; 0 leaves it out.
+    Args: ``window``: steps of noise that one direction takes (1, or 1 + K with replay at the plateau). ``layers``, ``hidden``:
+    for the arithmetic of attention; 0 leaves it out.
     """
     tokens = plan.micro_batch * plan.length
     passes = 2 * accumulation
@@ -81,10 +92,14 @@ def estimate_step(
     from_host = 0.0
     if offload:  # each gather reads the partitions, the update reads and writes them
         per_element = plan.host / max(1, plan.world_size) / max(1, trained)
-        from_host = (passes * plan.perturbed_numel + 2 * trained) * per_element / (hardware.host_gb * 1e9 * hardware.link_efficiency)
+        from_host = (
+            (passes * plan.perturbed_numel + 2 * trained) * per_element / (hardware.host_gb * 1e9 * hardware.link_efficiency)
+        )
     return StepTime(
         forward=flop / (hardware.tflops * 1e12 * hardware.efficiency),
         gather=received / (hardware.link_gb * 1e9 * hardware.link_efficiency),
-        noise=elements * (NOISE_INSTRUCTIONS * window + OTHER_INSTRUCTIONS) / (hardware.instructions * 1e12 * hardware.efficiency),
+        noise=elements
+        * (NOISE_INSTRUCTIONS * window + OTHER_INSTRUCTIONS)
+        / (hardware.instructions * 1e12 * hardware.efficiency),
         host=from_host,
     )

@@ -8,7 +8,8 @@ from .models import OPT_SHAPES, opt_config
 from .sizes import MOMENTUM_BYTES, momentum_bytes, weight_bytes
 
 ADAM_BYTES = 16
-"""Of states a parameter in mixed precision: 16-bit weight and gradient, fp32 master copy, m and v (Rajbhandari et al. 2020, section 3.1)."""
+"""Of states a parameter in mixed precision: 16-bit weight and gradient, fp32 master copy, m and v (Rajbhandari et al. 2020,
+section 3.1)."""
 METHODS = ("Adam", "MeZO", *(f"ZO-AdaMU {mode}" for mode in ("fp32", "bf16", "int8", "replay")))
 WORLD_SIZES = (1, 2, 4, 8)
 CARDS = (("A100-80GB", 80), ("V100-32GB", 32))
@@ -47,7 +48,9 @@ def need(model: Model, method: str, world_size: int, length: int, micro_batch: i
 def _settings(model: Model) -> GatherSettings:
     """What launch/finetune.py fills in for "auto"."""
     hidden = model.module.config.hidden_size
-    return GatherSettings(stage3_prefetch_bucket_size=int(0.9 * hidden * hidden), stage3_param_persistence_threshold=10 * hidden)
+    return GatherSettings(
+        stage3_prefetch_bucket_size=int(0.9 * hidden * hidden), stage3_param_persistence_threshold=10 * hidden
+    )
 
 
 def build_models(dtype: str = "bf16") -> dict[str, Model]:
@@ -68,7 +71,8 @@ def table(length: int = 2048) -> str:
     """The table as Markdown."""
     models = build_models()
     lines = [
-        f"Largest OPT that fits, and GB (10^9) a GPU: 16-bit weights, micro-batch 1 x {length} tokens, {RESERVE_SHARE:.0%} of each GPU in reserve.",
+        f"Largest OPT that fits, and GB (10^9) a GPU: 16-bit weights, micro-batch 1 x {length} tokens, "
+        f"{RESERVE_SHARE:.0%} of each GPU in reserve.",
         "",
         "| GPUs | " + " | ".join(METHODS) + " | paper's ZO-AdaMU |",
         "|---" * (len(METHODS) + 2) + "|",
@@ -79,11 +83,21 @@ def table(length: int = 2048) -> str:
             cells = ["-" if f is None else f"{f[0].upper()} ({f[1] / GB:.1f})" for f in found]
             claim = CLAIMS.get((card, world_size), "").upper()
             lines.append(f"| {world_size} x {card} | " + " | ".join(cells) + f" | {claim} |")
-    lines += ["", "The paper's claims, counted:", "", "| claim | " + " | ".join(METHODS[2:]) + " |", "|---" * (len(METHODS) - 1) + "|"]
+    lines += [
+        "",
+        "The paper's claims, counted:",
+        "",
+        "| claim | " + " | ".join(METHODS[2:]) + " |",
+        "|---" * (len(METHODS) - 1) + "|",
+    ]
     for (card, world_size), size in CLAIMS.items():
         capacity = dict(CARDS)[card] * GB
         totals = [need(models[size], method, world_size, length).total(capacity) for method in METHODS[2:]]
         cells = [f"{total / GB:.1f} {'fits' if total <= capacity else 'does not'}" for total in totals]
         lines.append(f"| {size.upper()} on {world_size} x {card} | " + " | ".join(cells) + " |")
-    lines += ["", "Adam (ZeRO-3, mixed precision) is a lower bound: activations kept for the backward pass are not counted. An empty cell: claim not known."]
+    lines += [
+        "",
+        "Adam (ZeRO-3, mixed precision) is a lower bound: activations kept for the backward pass are not counted. "
+        "An empty cell: claim not known.",
+    ]
     return "\n".join(lines)

@@ -14,7 +14,8 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True)
 class Event:
-    """A module begins (``enter``) or ends. ``live``: activation bytes at that moment; ``peak``: the most until the next event."""
+    """A module begins (``enter``) or ends. ``live``: activation bytes at that moment; ``peak``: the most until the next
+    event."""
 
     enter: bool
     module: int
@@ -26,8 +27,9 @@ class Event:
 class ForwardTrace:
     """A forward of one micro-batch with its loss, without gradients.
 
-    events: in order; their ``module`` indexes ``parameters``, which holds each module's own parameters as indices into named_parameters().
-    exact: False where the model does not run on the meta device; then the modules are in the order of their definition, and activations are 0.
+    events: in order; their ``module`` indexes ``parameters``, which holds each module's own parameters as indices into
+    named_parameters(). exact: False where the model does not run on the meta device; then the modules are in the order of their
+    definition, and activations are 0.
     """
 
     events: tuple[Event, ...]
@@ -78,7 +80,8 @@ class _LiveBytes(TorchDispatchMode):
 
 
 class _AsOnAGpu(TorchFunctionMode):
-    """What differs between the meta device and a GPU: fused attention keeps no scores, and a mask with padding cannot be skipped."""
+    """What differs between the meta device and a GPU: fused attention keeps no scores, and a mask with padding cannot be
+    skipped."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.nn.functional.scaled_dot_product_attention:
@@ -125,7 +128,7 @@ def trace_forward(module: torch.nn.Module, batch: int, length: int) -> ForwardTr
         return ForwardTrace(_by_definition(module, modules), parameters, batch, length, exact=False)
     last = counter.take_peak()
     peaks = [peak for *_, peak in marks[1:]] + [last]
-    return ForwardTrace(tuple(Event(*m[:3], peak) for m, peak in zip(marks, peaks)), parameters, batch, length)
+    return ForwardTrace(tuple(Event(*m[:3], peak) for m, peak in zip(marks, peaks, strict=True)), parameters, batch, length)
 
 
 def _by_definition(module: torch.nn.Module, modules: list[torch.nn.Module]) -> tuple[Event, ...]:

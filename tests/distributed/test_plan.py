@@ -26,13 +26,15 @@ ITEMSIZE = {"fp32": 4, "bf16": 2}
 def _lora(dtype):
     import peft
 
-    return peft.get_peft_model(tiny_opt(dtype), peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    return peft.get_peft_model(
+        tiny_opt(dtype), peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
 
 
 def _untied_llama(dtype):
     settings = transformers.LlamaConfig(
-        vocab_size=67, hidden_size=26, head_dim=14, intermediate_size=37, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=32, tie_word_embeddings=False,
+        vocab_size=67, hidden_size=26, head_dim=14, intermediate_size=37, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=32, tie_word_embeddings=False,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(settings).to(dtype)
 
@@ -40,13 +42,21 @@ def _untied_llama(dtype):
 MODELS = {"odd": OddModel, "opt": tiny_opt, "lora": _lora, "llama": _untied_llama}
 
 
-CASES = [("odd", "bf16", "int8"), ("odd", "fp32", "fp32"), ("opt", "bf16", "replay"), ("llama", "bf16", "int8"), ("lora", "bf16", "bf16")]
+CASES = [
+    ("odd", "bf16", "int8"),
+    ("odd", "fp32", "fp32"),
+    ("opt", "bf16", "replay"),
+    ("llama", "bf16", "int8"),
+    ("lora", "bf16", "bf16"),
+]
 
 
 def _held(rank, world_size, cases):
     held = []
     for kind, dtype, momentum in cases:
-        engine = engine_for(MODELS[kind](DTYPES[dtype]), config(world_size, params={"momentum": {"dtype": momentum}}, **PRECISIONS[dtype]))
+        engine = engine_for(
+            MODELS[kind](DTYPES[dtype]), config(world_size, params={"momentum": {"dtype": momentum}}, **PRECISIONS[dtype])
+        )
         engine.train_batch(odd_batches(1)[0])
         everything = sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in engine.module.parameters())
         held.append((engine.memory_bytes(), everything))
@@ -59,7 +69,7 @@ def test_weights_and_momentum_planned_are_those_held(world_size):
     cases = CASES if world_size == 2 else CASES[1:4]
     cases = cases if importlib.util.find_spec("peft") else [case for case in cases if case[0] != "lora"]
     for rank, results in enumerate(run_ranks(world_size, _held, cases)):
-        for (kind, dtype, momentum), (held, everything) in zip(cases, results):
+        for (kind, dtype, momentum), (held, everything) in zip(cases, results, strict=True):
             sizes = parameter_sizes(MODELS[kind](torch.float32))
             trained = [size for size in sizes if size.trained]
             assert everything == weight_bytes(sizes, world_size, ITEMSIZE[dtype])
@@ -73,8 +83,12 @@ def _live(rank, world_size, kind, accumulation):
     for zero in SETTINGS:
         engine = engine_for(MODELS[kind](torch.float32), config(world_size, accumulation, micro_batch=1, zero=zero))
         live = []
+
+        def count_live(*_, live=live, parameters=tuple(engine.module.parameters())):
+            live.append(sum(p.numel() for p in parameters))
+
         for module in engine.module.modules():
-            module.register_forward_pre_hook(lambda *_: live.append(sum(p.numel() for p in engine.module.parameters())))
+            module.register_forward_pre_hook(count_live)
         ids = torch.arange(8).reshape(1, 8) + 3
         for _ in range(3):
             engine.train_batch(iter([{"input_ids": ids, "labels": ids}] * accumulation))
@@ -101,7 +115,8 @@ def test_gathered_elements_are_those_followed_on_paper(world_size, kind, accumul
     trace = trace_forward(model, 1, 8)
     assert trace.exact
     planned = [
-        gather_use(trace, parameter_sizes(model), GatherSettings(**zero), world_size, 4, accumulation=accumulation).live_numel for zero in SETTINGS
+        gather_use(trace, parameter_sizes(model), GatherSettings(**zero), world_size, 4, accumulation=accumulation).live_numel
+        for zero in SETTINGS
     ]
     assert len(set(planned)) > 2  # the settings matter
     assert run_ranks(world_size, _live, kind, accumulation) == [planned] * world_size
@@ -121,7 +136,11 @@ def test_a_step_keeps_no_keys_and_values():
 
 
 def test_a_rehearsal_holds_what_was_planned():
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}  # so that freed memory goes back, see docs/plan.md
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "1000000",
+    }  # so that freed memory goes back, see docs/plan.md
     plan = ["-m", "ds_zoadamu.plan", "--model", "opt-125m", "--gpus", "2", "--batch", "4", "--seq", "256", "--dtype", "fp32"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
     done = subprocess.run([*launcher, *plan, "--rehearse"], env=environment, capture_output=True, text=True, timeout=240)

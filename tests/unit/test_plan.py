@@ -1,6 +1,7 @@
 """The plan: sums by hand, exact sizes, the JSON it writes, and a clear error for everything a user can get wrong."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +32,8 @@ def test_parameter_counts_are_those_of_the_formula(size):
     assert sum(s.numel for s in parameter_sizes(meta_model(opt_config(size)))) == expected
 
 
-# Summed by hand, 52322 h (embeddings) + layers (12 h^2 + 13 h) + 2 h; every parameter is a multiple of 8 elements, so there is no padding:
+# Summed by hand, 52322 h (embeddings) + layers (12 h^2 + 13 h) + 2 h; every parameter is a multiple of 8 elements, so there is
+# no padding:
 # 175B: 642,932,736 + 96 * 1,812,099,072 + 24,576 = 174,604,468,224
 #  66B: 482,199,552 + 64 * 1,019,335,680 + 18,432 =  65,719,701,504
 #  30B: 375,044,096 + 48 *   616,655,872 + 14,336 =  29,974,540,288
@@ -69,16 +71,30 @@ def test_padding_and_odd_sizes():
 
 
 def test_tied_weights_count_once_and_untied_ones_twice():
-    common = {"vocab_size": 67, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 40, "word_embed_proj_dim": 24}
+    common = {
+        "vocab_size": 67,
+        "hidden_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "ffn_dim": 40,
+        "word_embed_proj_dim": 24,
+    }
     tied, untied = (
-        sum(s.numel for s in parameter_sizes(meta_model(transformers.OPTConfig(**common, tie_word_embeddings=tie)))) for tie in (True, False)
+        sum(s.numel for s in parameter_sizes(meta_model(transformers.OPTConfig(**common, tie_word_embeddings=tie))))
+        for tie in (True, False)
     )
     assert untied - tied == 67 * 24
 
 
 def test_other_architectures_run_on_the_meta_device():
     llama = transformers.LlamaConfig(
-        vocab_size=99, hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=56,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
     )
     gpt2 = transformers.GPT2Config(vocab_size=99, n_embd=32, n_layer=3, n_head=4, n_positions=64)
     for config in (llama, gpt2):
@@ -87,22 +103,36 @@ def test_other_architectures_run_on_the_meta_device():
         assert trace.exact and trace.activation_peak > 0
 
 
-# --- activations and gathers --------------------------------------------------------------------------------------------------------
+# --- activations and gathers --------------------------------------------------------------------------------------------------
 
 
 def test_activations_of_a_forward_by_hand():
     batch, length, vocab = 2, 16, 5000
     config = transformers.OPTConfig(
-        vocab_size=vocab, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=64, max_position_embeddings=32
+        vocab_size=vocab,
+        hidden_size=64,
+        ffn_dim=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=64,
+        max_position_embeddings=32,
     )
     trace = trace_forward(meta_model(config), batch, length)
-    # While the loss is made: logits in 16 bits, in fp32, and their log-softmax in fp32; beside them only hidden states, masks and labels.
+    # While the loss is made: logits in 16 bits, in fp32, and their log-softmax in fp32; beside them only hidden states, masks
+    # and labels.
     logits = batch * length * vocab * (2 + 4 + 4)
     assert logits < trace.activation_peak < 1.05 * logits
 
 
 def test_eager_attention_keeps_scores_and_fused_does_not():
-    sizes = {"vocab_size": 50, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "word_embed_proj_dim": 32}
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 32,
+    }
     peaks = {}
     for kind in ("eager", "sdpa"):
         config = transformers.OPTConfig(**sizes, max_position_embeddings=256, attn_implementation=kind)
@@ -121,7 +151,10 @@ def test_at_one_rank_the_temporary_is_the_gathered_parameter():
 def test_prefetch_settings_bound_what_is_live():
     model = Model.build("x", opt_config("1.3b"), "bf16")
     tight = GatherSettings(
-        stage3_prefetch_bucket_size=0, stage3_param_persistence_threshold=0, stage3_max_live_parameters=0, stage3_max_reuse_distance=0
+        stage3_prefetch_bucket_size=0,
+        stage3_param_persistence_threshold=0,
+        stage3_max_live_parameters=0,
+        stage3_max_reuse_distance=0,
     )
     use = gather_use(model.trace(1, 8), model.sizes, tight, 4, 2)
     # Nothing ahead of time: the largest module alone, which is the tied embedding.
@@ -145,7 +178,9 @@ def test_step_time_by_hand():
     time = estimate_step(model, plan, hardware)
     assert time.forward == pytest.approx(2 * 2 * model.numel * 200 / 1e14)
     assert time.gather == 0.0  # one rank
-    eight = estimate_step(model, plan_memory(model, world_size=8, capacity=80 * 10**9, momentum="int8", micro_batch=2, length=100), hardware)
+    eight = estimate_step(
+        model, plan_memory(model, world_size=8, capacity=80 * 10**9, momentum="int8", micro_batch=2, length=100), hardware
+    )
     assert eight.gather > 0 and eight.noise < time.noise / 7
 
 
@@ -160,7 +195,7 @@ def test_table_says_which_claims_hold():
     assert largest(models, "Adam", 8, gb80, 512)[0] == "30b"
 
 
-# --- the command --------------------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------------------------
 
 
 def run(capsys, *words) -> tuple[int, str, str]:
@@ -173,7 +208,9 @@ def test_command_chooses_and_writes_a_json_that_is_accepted(capsys, tmp_path):
     path = tmp_path / "plan.json"
     words = ["--model", "facebook/opt-30b", "--gpus", "1", "--gpu-memory", "80", "--seq", "512", "--write", str(path)]
     status, out, _ = run(capsys, *words)
-    assert status == 0 and "fits" in out and "momentum replay" in out and "K = 44" in out and "int8 momentum would miss by" in out
+    assert (
+        status == 0 and "fits" in out and "momentum replay" in out and "K = 44" in out and "int8 momentum would miss by" in out
+    )
     written = json.loads(path.read_text())
     assert written["optimizer"]["params"]["momentum"] == {"dtype": "replay"}
     micro_batch = written["train_micro_batch_size_per_gpu"]
@@ -183,6 +220,13 @@ def test_command_chooses_and_writes_a_json_that_is_accepted(capsys, tmp_path):
     assert status == 0 and f"micro-batch {micro_batch} x 512" in again and "momentum replay" in again
     written["optimizer"]["params"] = {"lr": 1e-6, "total_steps": 20000, "momentum": {"dtype": "replay"}}
     assert check_config(written).momentum.dtype == "replay"
+
+
+@pytest.mark.parametrize("size", ["66b", "175b"])
+def test_the_configs_in_the_repository_fit_eight_cards(capsys, size):
+    path = Path(__file__).parents[2] / "ds_configs" / f"opt-{size}_zoadamu.json"
+    status, out, _ = run(capsys, "--model", f"facebook/opt-{size}", "--gpus", "8", "--gpu-memory", "80", "--config", str(path))
+    assert status == 0 and "momentum int8" in out
 
 
 def test_command_says_by_how_much_it_does_not_fit(capsys, tmp_path):
@@ -232,11 +276,17 @@ def test_command_refuses(capsys, words, message):
         ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage is 2"),
         ({"optimizer": {"type": "AdamW"}}, "optimizer.type is 'AdamW'"),
         ({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": -1}}, "stage3_max_live_parameters is -1"),
-        ({"optimizer": {"type": "ZOAdaMU", "params": {"lr": 1e-6, "total_steps": 9, "momentum": {"dtype": "int4"}}}}, "dtype is 'int4'"),
+        (
+            {"optimizer": {"type": "ZOAdaMU", "params": {"lr": 1e-6, "total_steps": 9, "momentum": {"dtype": "int4"}}}},
+            "dtype is 'int4'",
+        ),
     ],
 )
 def test_command_refuses_a_json(capsys, tmp_path, change, message):
-    config = {"optimizer": {"type": "ZOAdaMU", "params": {"lr": 1e-6, "total_steps": 600}}, "zero_optimization": {"stage": 3}} | change
+    config = {
+        "optimizer": {"type": "ZOAdaMU", "params": {"lr": 1e-6, "total_steps": 600}},
+        "zero_optimization": {"stage": 3},
+    } | change
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(config))
     status, _, err = run(capsys, "--model", "opt-125m", "--config", str(path))
@@ -275,7 +325,11 @@ def test_a_config_with_a_missing_size_is_refused(tmp_path, family):
     path = tmp_path / "config.json"
     whole = json.loads(path.read_text())
     assert load_config(str(tmp_path)).model_type == family
-    fields = {"opt": ["hidden_size", "ffn_dim", "max_position_embeddings"], "gpt2": ["n_embd", "n_layer"], "llama": ["intermediate_size"]}[family]
+    fields = {
+        "opt": ["hidden_size", "ffn_dim", "max_position_embeddings"],
+        "gpt2": ["n_embd", "n_layer"],
+        "llama": ["intermediate_size"],
+    }[family]
     for field in fields + ["vocab_size"]:
         path.write_text(json.dumps({k: v for k, v in whole.items() if k != field}))
         with pytest.raises(ConfigError, match=f'lacks "{field}"'):
