@@ -82,9 +82,9 @@ def _live(rank, world_size, kind, accumulation):
     peaks = []
     for zero in SETTINGS:
         engine = engine_for(MODELS[kind](torch.float32), config(world_size, accumulation, micro_batch=1, zero=zero))
-        live = []
+        live, everything = [], tuple(engine.module.parameters())
 
-        def count_live(*_, live=live, parameters=tuple(engine.module.parameters())):
+        def count_live(*_, live=live, parameters=everything):
             live.append(sum(p.numel() for p in parameters))
 
         for module in engine.module.modules():
