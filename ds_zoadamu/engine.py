@@ -157,7 +157,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         modes = [(module, module.training) for module in self.module.modules()]
         self.module.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _without_cache(self.module):
                 yield
         finally:
             for module, training in modes:  # one by one: a user may keep some of them in eval mode
@@ -311,6 +311,21 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         super().destroy()
         if offload := self.__dict__.pop("_offload", None):
             offload.destroy()
+
+
+@contextmanager
+def _without_cache(module: torch.nn.Module) -> Iterator[None]:
+    """Inside, a Transformers model keeps no keys and values of its layers: nothing is generated, and for OPT-175B they are 4.8 MB a token."""
+    config = getattr(module, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    if getattr(text, "use_cache", None) is not True:
+        yield
+        return
+    text.use_cache = False
+    try:
+        yield
+    finally:
+        text.use_cache = True
 
 
 def initialize(

@@ -1,0 +1,24 @@
+"""`python -m ds_zoadamu.plan`: the plan without the console command."""
+
+import argparse
+import sys
+
+from ..errors import ConfigError
+from .command import add_arguments, run
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ds_zoadamu plan", description="What fits, with which settings, and how long a step takes."
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(argv))
+    except ConfigError as error:
+        print(f"ds_zoadamu plan: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Bytes a GPU, item by item."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .gathers import GatherSettings, gather_use
+from .sizes import (
+    ITEMSIZE,
+    MOMENTUM_BYTES,
+    ParameterSize,
+    buffer_bytes,
+    meta_model,
+    momentum_bytes,
+    parameter_sizes,
+    weight_bytes,
+)
+from .trace import ForwardTrace, trace_forward
+
+GB = 10**9
+RESERVE_SHARE = 0.05
+"""Share of a GPU left to what cannot be counted: CUDA context, NCCL and cuBLAS workspaces, fragmentation. A margin, not a
+measurement."""
+
+
+@dataclass
+class Model:
+    """A model as the plan sees it: ``sizes`` of its parameters, bytes of its ``buffers``, and forwards on demand."""
+
+    name: str
+    module: object
+    sizes: tuple[ParameterSize, ...]
+    buffers: int
+    dtype: str
+    _traces: dict = field(default_factory=dict)
+
+    @classmethod
+    def build(cls, name: str, config, dtype: str) -> "Model":
+        """From a Transformers configuration, on the meta device. Raises ConfigError."""
+        module = meta_model(config, dtype)
+        return cls(name, module, parameter_sizes(module), buffer_bytes(module), dtype)
+
+    @property
+    def numel(self) -> int:
+        return sum(size.numel for size in self.sizes)
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+    def trace(self, batch: int, length: int) -> ForwardTrace:
+        """The forward of a micro-batch; made once for each shape."""
+        if (batch, length) not in self._traces:
+            self._traces[batch, length] = trace_forward(self.module, batch, length)
+        return self._traces[batch, length]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """What a rank needs. All in bytes on one GPU (rank 0's, which is the largest), except ``host``: on the machine, for all its
+    ranks.
+
+    weights: partitions with padding, and buffers. momentum: as stored. gathered: parameters and gather buffers, and
+    temporaries: perturbed partitions, and activations: with logits and loss, at the moment of their largest sum. reserve: what
+    cannot be counted. capacity: of the GPU.
+    """
+
+    world_size: int
+    momentum_mode: str
+    micro_batch: int
+    length: int
+    weights: int
+    momentum: int
+    gathered: int
+    temporaries: int
+    activations: int
+    reserve: int
+    capacity: int
+    host: int = 0
+    live_numel: int = 0
+    traffic_numel: int = 0
+    perturbed_numel: int = 0
+
+    ITEMS = ("weights", "momentum", "gathered", "temporaries", "activations", "reserve")
+
+    @property
+    def counted(self) -> int:
+        """All items but the reserve: what an allocator's peak is compared with."""
+        return self.total - self.reserve
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, item) for item in self.ITEMS)
+
+    @property
+    def spare(self) -> int:
+        """Bytes left; below 0 the run does not fit by as much."""
+        return self.capacity - self.total
+
+    @property
+    def fits(self) -> bool:
+        return self.spare >= 0
+
+
+def plan_memory(
+    model: Model, *, world_size: int, capacity: int, momentum: str, micro_batch: int, length: int,
+    settings: GatherSettings | None = None, accumulation: int = 1, offload: bool = False, reserve: int | None = None,
+) -> MemoryPlan:  # fmt: skip
+    """The plan of ZO-AdaMU on ``world_size`` GPUs of ``capacity`` bytes each.
+
+    Args: ``momentum``: fp32, bf16, fp16, int8 or replay. ``offload``: weights and momentum in host memory (offload_param,
+    device cpu). ``reserve``: bytes, by default RESERVE_SHARE of the capacity.
+    """
+    sizes, itemsize = model.sizes, model.itemsize
+    use = gather_use(
+        model.trace(micro_batch, length), sizes, settings or GatherSettings(), world_size, itemsize,
+        accumulation=accumulation, offload=offload, momentum_itemsize=MOMENTUM_BYTES[momentum],
+    )  # fmt: skip
+    weights = weight_bytes(sizes, world_size, itemsize)
+    stored = momentum_bytes(sizes, 0, world_size, momentum)
+    every_rank = sum(momentum_bytes(sizes, rank, world_size, momentum) for rank in range(world_size))
+    return MemoryPlan(
+        world_size=world_size,
+        momentum_mode=momentum,
+        micro_batch=micro_batch,
+        length=length,
+        weights=model.buffers + (0 if offload else weights),
+        momentum=0 if offload else stored,
+        gathered=use.gathered,
+        temporaries=use.temporaries
+        + (_update_copy(sizes, world_size, itemsize + MOMENTUM_BYTES[momentum], use) if offload else 0),
+        activations=use.activations,
+        reserve=int(RESERVE_SHARE * capacity) if reserve is None else reserve,
+        capacity=capacity,
+        host=world_size * weights + every_rank if offload else 0,
+        live_numel=use.live_numel,
+        traffic_numel=use.traffic_numel,
+        perturbed_numel=use.perturbed_numel,
+    )
+
+
+def _update_copy(sizes: Sequence[ParameterSize], world_size: int, element_bytes: int, use) -> int:
+    """Offloaded, the update copies one partition and its momentum to the device; by then the gathers' memory is free again."""
+    largest = max((size.partition_numel(world_size) for size in sizes if size.trained), default=0)
+    return max(0, largest * element_bytes - use.total)

@@ -1,0 +1,140 @@
+"""A rehearsal on the real machine: the model at reduced depth with random weights, under the very JSON, two steps; measured
+beside planned bytes.
+
+deepspeed --num_gpus 8 --module ds_zoadamu.plan --model facebook/opt-175b --gpus 8 --config ds.json --rehearse
+"""
+
+import argparse
+import copy
+import os
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+from .choose import Choice, Request, plan_for
+from .configs import dtype_of, read_for_plan
+from .memory import GB, MemoryPlan, Model
+from .models import load_config
+from .sizes import TORCH_DTYPES, momentum_bytes, weight_bytes
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Bytes on this rank: planned by item, and ``measured``: weights, momentum, and the peak of the allocator (GPU) or of
+    resident memory (CPU)."""
+
+    plan: MemoryPlan
+    expected: dict[str, int]
+    measured: dict[str, int]
+    peak_kind: str
+    losses: tuple[float, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Weights and momentum are what was planned, to the byte."""
+        return all(self.measured[key] == self.expected[key] for key in ("weights", "momentum"))
+
+    def text(self) -> str:
+        """The comparison, one line an item."""
+        losses = ", ".join(f"{loss:.4f}" for loss in self.losses)
+        lines = [f"rehearsal: {len(self.losses)} steps, losses {losses}", f"{'':10s} {'planned GB':>12s} {'measured GB':>12s}"]
+        for key in ("weights", "momentum"):
+            lines.append(f"{key:10s} {self.expected[key] / GB:12.6f} {self.measured[key] / GB:12.6f}")
+        planned, peak = self.plan.counted, self.measured["peak"]
+        lines.append(
+            f"{'peak':10s} {planned / GB:12.6f} {peak / GB:12.6f}  {peak / planned - 1:+.1%} "
+            f"({self.peak_kind}; the reserve is not in it)"
+        )
+        return "\n".join(lines)
+
+
+def reduced(config, layers: int):
+    """A copy of a model's configuration with at most ``layers`` layers. Raises ConfigError where the family names them
+    otherwise."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    if not hasattr(text, "num_hidden_layers"):
+        raise ConfigError(
+            f"--rehearse: {type(text).__name__} has no num_hidden_layers; rehearse another model of the same width"
+        )
+    text.num_hidden_layers = min(layers, text.num_hidden_layers)
+    if isinstance(getattr(text, "layer_types", None), list):
+        text.layer_types = text.layer_types[: text.num_hidden_layers]
+    return config
+
+
+def rehearse(args: argparse.Namespace, request: Request, choice: Choice, layers: int, steps: int = 2) -> Rehearsal:
+    """Build, step and measure; on all ranks of a launcher. Raises ConfigError where their number is not ``--gpus``."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != request.world_size:
+        raise ConfigError(
+            f"--rehearse: --gpus is {request.world_size} and {world_size} ranks were launched; start it with "
+            f"deepspeed --num_gpus {request.world_size} --module ds_zoadamu.plan ..."
+        )
+    model_config = reduced(load_config(args.model), layers)
+    config = _config(args, request, choice, getattr(model_config.get_text_config(), "hidden_size", None))
+    dtype = dtype_of(config)
+    small = Model.build(args.model, model_config, dtype)
+    plan = plan_for(small, request, choice.plan.momentum_mode, choice.plan.micro_batch, choice.offload)
+    rank = int(os.environ.get("RANK", "0"))
+    expected = {
+        "weights": weight_bytes([s for s in small.sizes if s.trained], world_size, small.itemsize),
+        "momentum": momentum_bytes(small.sizes, rank, world_size, plan.momentum_mode),
+    }
+    measured, kind, losses = _measure(model_config, config, plan, TORCH_DTYPES[dtype], steps)
+    return Rehearsal(plan, expected, measured, kind, losses)
+
+
+def _config(args: argparse.Namespace, request: Request, choice: Choice, hidden: int | None) -> dict:
+    """The JSON that is given, or the one that --write would write; filled as launch/finetune.py does."""
+    steps, batch = int(args.steps), choice.plan.micro_batch
+    config = read_for_plan(
+        args.config, world_size=request.world_size, hidden=hidden, steps=steps, dtype=args.dtype, micro_batch=batch
+    )
+    config["optimizer"]["params"]["momentum"] = {
+        **config["optimizer"]["params"].get("momentum", {}),
+        "dtype": choice.plan.momentum_mode,
+    }
+    if choice.offload:
+        config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": True}
+    return config
+
+
+def _measure(model_config, config: dict, plan: MemoryPlan, dtype, steps: int) -> tuple[dict[str, int], str, tuple[float, ...]]:
+    import torch
+    from deepspeed.accelerator import get_accelerator
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from ..distributed import init_distributed
+    from ..engine import initialize
+    from ..training.memory import PeakMemory
+
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29512")
+    for name in ("RANK", "LOCAL_RANK"):
+        os.environ.setdefault(name, "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    init_distributed()
+    before = PeakMemory().report()["resident_baseline"]
+    keep = HfDeepSpeedConfig(config)  # Transformers builds into partitions as long as this lives
+    model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    engine = initialize(model=model, config=config)[0]
+    del keep
+    generator = torch.Generator().manual_seed(0)
+    vocab = model_config.get_text_config().vocab_size
+    ids = torch.randint(0, vocab, (plan.micro_batch, plan.length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[:, 0] = 0  # with padding the mask cannot be skipped: the larger case, which is the one planned
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+    held = engine.memory_bytes()
+    accumulation = engine.gradient_accumulation_steps()
+    memory = PeakMemory()  # the peak counts from here on: random initialisation is no part of the real job
+    losses = tuple(engine.train_batch(iter([batch] * accumulation)) for _ in range(steps))
+    numbers = memory.report()
+    if get_accelerator().device_name() == "cpu":
+        return (
+            {**held, "peak": numbers["resident_peak"] - before},
+            "resident memory on the CPU, of the model and its steps",
+            losses,
+        )
+    return {**held, "peak": numbers["accelerator_peak"]}, "peak of the allocator", losses

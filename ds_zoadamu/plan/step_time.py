@@ -1,0 +1,105 @@
+"""Seconds a step, from stated hardware figures. An estimate before the first run, good to a factor and not to a digit."""
+
+from dataclasses import dataclass, replace
+
+from .memory import MemoryPlan, Model
+
+NOISE_INSTRUCTIONS = 130
+"""GPU instructions for one element's two normal numbers, counted from kernels/reference.py: half a Philox-4x32-10 (10 rounds of
+2 wide products, 4 xors, 2 key sums: 40 of 80), and the polynomials of ln, sin and cos, the root and the recurrence (about
+90)."""
+OTHER_INSTRUCTIONS = 30
+"""For one element beside its noise: loads, rounding, store."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """A GPU's published figures and the shares of them that a run is assumed to reach.
+
+    memory_gb: decimal. tflops: dense 16-bit matrix arithmetic. link_gb: GB a second that a GPU receives from the others of its
+    machine. instructions: 1e12 32-bit instructions a second (cores x boost clock). host_gb: GB a second from host memory.
+    """
+
+    name: str
+    memory_gb: float
+    tflops: float
+    link_gb: float
+    instructions: float
+    host_gb: float
+    # Assumptions, not figures of a vendor; --efficiency and --link-efficiency set them.
+    efficiency: float = 0.5
+    link_efficiency: float = 0.7
+
+    def with_overrides(self, **given: float | None) -> "Hardware":
+        """With the figures that are not None."""
+        return replace(self, **{key: value for key, value in given.items() if value is not None})
+
+
+HARDWARE = {
+    # NVIDIA A100 data sheet (SXM): 312 TFLOPS, NVLink 600 GB/s in both directions together, 6912 cores x 1.41 GHz, PCIe 4 x16.
+    "a100-80gb": Hardware(name="A100-80GB", memory_gb=80, tflops=312, link_gb=300, instructions=9.7, host_gb=32),
+    # NVIDIA V100 data sheet (SXM2): 125 TFLOPS in fp16 (no bf16), NVLink 300 GB/s together, 5120 cores x 1.53 GHz, PCIe 3 x16.
+    "v100-32gb": Hardware(name="V100-32GB", memory_gb=32, tflops=125, link_gb=150, instructions=7.8, host_gb=16),
+    # NVIDIA H100 and H200 data sheets (SXM): 989 TFLOPS dense, NVLink 900 GB/s together, 16896 cores x 1.98 GHz, PCIe 5 x16.
+    "h100-80gb": Hardware(name="H100-80GB", memory_gb=80, tflops=989, link_gb=450, instructions=33.4, host_gb=64),
+    "h200-141gb": Hardware(name="H200-141GB", memory_gb=141, tflops=989, link_gb=450, instructions=33.4, host_gb=64),
+}
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step by cause. ``overlapped``: gathers hidden behind arithmetic as well as can be; ``total``: not hidden
+    at all."""
+
+    forward: float
+    gather: float
+    noise: float
+    host: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.gather + self.noise + self.host
+
+    @property
+    def overlapped(self) -> float:
+        return max(self.forward, self.gather + self.host) + self.noise
+
+
+def estimate_step(
+    model: Model,
+    plan: MemoryPlan,
+    hardware: Hardware,
+    *,
+    accumulation: int = 1,
+    window: int = 1,
+    layers: int = 0,
+    hidden: int = 0,
+    offload: bool = False,
+) -> StepTime:
+    """Seconds of a step: two forwards of each micro-batch, their gathers, and noise for each gathered element and for the
+    update.
+
+    Args: ``window``: steps of noise that one direction takes (1, or 1 + K with replay at the plateau). ``layers``, ``hidden``:
+    for the arithmetic of attention; 0 leaves it out.
+    """
+    tokens = plan.micro_batch * plan.length
+    passes = 2 * accumulation
+    # 2 flop for each weight and token; scores and their sum over the values: 4 hidden length for each token and layer.
+    flop = passes * tokens * (2 * model.numel + 4 * layers * hidden * plan.length)
+    received = passes * plan.traffic_numel * model.itemsize * (plan.world_size - 1) / plan.world_size
+    trained = sum(size.real_numel(0, plan.world_size) for size in model.sizes if size.trained)
+    elements = passes * plan.perturbed_numel + trained
+    from_host = 0.0
+    if offload:  # each gather reads the partitions, the update reads and writes them
+        per_element = plan.host / max(1, plan.world_size) / max(1, trained)
+        from_host = (
+            (passes * plan.perturbed_numel + 2 * trained) * per_element / (hardware.host_gb * 1e9 * hardware.link_efficiency)
+        )
+    return StepTime(
+        forward=flop / (hardware.tflops * 1e12 * hardware.efficiency),
+        gather=received / (hardware.link_gb * 1e9 * hardware.link_efficiency),
+        noise=elements
+        * (NOISE_INSTRUCTIONS * window + OTHER_INSTRUCTIONS)
+        / (hardware.instructions * 1e12 * hardware.efficiency),
+        host=from_host,
+    )
