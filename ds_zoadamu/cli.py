@@ -14,6 +14,7 @@ from .errors import CheckpointError, ConfigError, JournalError, ReplayError
 SUBCOMMANDS = {
     "journal": ("journal_report", "print a summary of a journal, and draw it"),
     "replay": ("replay", "rebuild a tuned model from its base and its journal"),
+    "plan": ("plan.command", "what fits, with which settings, and how long a step takes"),
     "digest": ("digest_command", "print the SHA-256 of a model's trained weights"),
 }
 _USER_ERRORS = (CheckpointError, ConfigError, JournalError, ReplayError)
@@ -22,7 +23,7 @@ _USER_ERRORS = (CheckpointError, ConfigError, JournalError, ReplayError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; what the user can put right is one line on stderr and exit status 1."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="ds_zoadamu", description="Journals of zeroth-order fine-tuning runs.")
+    parser = argparse.ArgumentParser(prog="ds_zoadamu", description="Plans and journals of zeroth-order fine-tuning runs.")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     wanted = next((word for word in argv if word in SUBCOMMANDS), None)
