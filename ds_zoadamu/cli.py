@@ -23,7 +23,7 @@ _USER_ERRORS = (CheckpointError, ConfigError, JournalError, ReplayError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; what the user can put right is one line on stderr and exit status 1."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="ds_zoadamu", description="Plans and journals of zeroth-order fine-tuning runs.")
+    parser = argparse.ArgumentParser(prog="ds_zoadamu", description="Plan, record and rebuild zeroth-order fine-tuning runs.")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     wanted = next((word for word in argv if word in SUBCOMMANDS), None)
