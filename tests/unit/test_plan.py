@@ -229,6 +229,15 @@ def test_the_configs_in_the_repository_fit_eight_cards(capsys, size):
     assert status == 0 and "momentum int8" in out
 
 
+def test_it_is_a_subcommand_of_the_console_command(capsys):
+    from ds_zoadamu.cli import main as console
+
+    assert console(["plan", "--model", "opt-125m", "--batch", "1", "--seq", "64"]) == 0
+    assert "125,239,296 parameters" in capsys.readouterr().out
+    assert console(["plan", "--model", "opt-125m", "--gpus", "0"]) == 1
+    assert "--gpus 0" in capsys.readouterr().err
+
+
 def test_command_says_by_how_much_it_does_not_fit(capsys, tmp_path):
     path = tmp_path / "plan.json"
     status, out, _ = run(capsys, "--model", "opt-175b", "--gpus", "4", "--seq", "128")
