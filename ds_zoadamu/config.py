@@ -51,8 +51,9 @@ def _reject_unknown(where: str, given: dict, known: set[str]) -> None:
 class MomentumConfig:
     """How the momentum is stored between steps.
 
-    dtype: fp32, bf16, fp16, int8 (a fixed step known from the schedule, no scales stored) or replay (nothing stored: rebuilt from the
-    noise of the last K steps). window_tolerance, max_window: for replay, the weight below which older steps are dropped and the largest K.
+    dtype: fp32, bf16, fp16, int8 (a fixed step known from the schedule, no scales stored) or replay (nothing stored: rebuilt
+    from the noise of the last K steps). window_tolerance, max_window: for replay, the weight below which older steps are
+    dropped and the largest K.
     """
 
     dtype: str = "int8"
@@ -162,8 +163,9 @@ class ZOAdaMUConfig:
         if window > self.momentum.max_window:
             beta1 = self.schedule.beta1(self.t2)
             raise ConfigError(
-                f"{where}.momentum: replay needs the noise of the last {window} steps, max_window is {self.momentum.max_window}: beta1 falls to "
-                f"{beta1:.4g}, so a step keeps {1 - beta1:.4g} of its history and it takes {window} steps to fade below window_tolerance "
+                f"{where}.momentum: replay needs the noise of the last {window} steps, max_window is "
+                f"{self.momentum.max_window}: beta1 falls to {beta1:.4g}, so a step keeps {1 - beta1:.4g} of its history and "
+                f"it takes {window} steps to fade below window_tolerance "
                 f"{self.momentum.window_tolerance:g}. Raise max_window (every gather then costs {window} times the noise) or "
                 f'window_tolerance, choose t1, t2, t3 that end at a higher beta1, or use "dtype": "int8"'
             )
@@ -203,7 +205,8 @@ def zeroth_order_type(config: dict) -> str | None:
 def check_config(config: dict | str | Path) -> ZOAdaMUConfig | None:
     """Parse the optimizer section and refuse DeepSpeed settings that cannot work with it; touches nothing.
 
-    Returns None where the optimizer is not one of ours (its options come from an object, or it is DeepSpeed's own). Raises ConfigError.
+    Returns None where the optimizer is not one of ours (its options come from an object, or it is DeepSpeed's own). Raises
+    ConfigError.
     """
     config = read_config(config)
     name = zeroth_order_type(config)
@@ -222,29 +225,35 @@ def check_deepspeed_settings(config: dict) -> None:
     """Refuse every DeepSpeed setting under which a zeroth-order step would be wrong, or that it would ignore."""
     zero = config.get("zero_optimization", {})
     if not isinstance(zero, dict):
-        raise ConfigError(f"zero_optimization is {zero!r}; it must be an object with \"stage\": 3")
+        raise ConfigError(f'zero_optimization is {zero!r}; it must be an object with "stage": 3')
     stage = zero.get("stage", 0)
     if stage != 3:
-        raise ConfigError(f"zero_optimization.stage is {stage!r}; ZO-AdaMU works on ZeRO-3 partitions: set it to 3 (also for one rank)")
+        raise ConfigError(
+            f"zero_optimization.stage is {stage!r}; ZO-AdaMU works on ZeRO-3 partitions: set it to 3 (also for one rank)"
+        )
 
     def device_of(key: str) -> str:
         return (zero.get(key) or {}).get("device", "none") or "none"
 
     if device_of("offload_optimizer") != "none":
         raise ConfigError(
-            f"zero_optimization.offload_optimizer.device is {device_of('offload_optimizer')!r}; the momentum lies beside the weights, "
+            f"zero_optimization.offload_optimizer.device is {device_of('offload_optimizer')!r}; the momentum lies beside "
+            "the weights, "
             "so remove this section and use offload_param to move both to the CPU"
         )
     if device_of("offload_param") not in ("none", "cpu"):
         raise ConfigError(
-            f"zero_optimization.offload_param.device is {device_of('offload_param')!r}; supported are \"cpu\" and \"none\""
+            f'zero_optimization.offload_param.device is {device_of("offload_param")!r}; supported are "cpu" and "none"'
         )
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
         if zero.get(key):
-            raise ConfigError(f"zero_optimization.{key} is {zero[key]!r}; quantized gathers would drown the perturbation: set it to false")
+            raise ConfigError(
+                f"zero_optimization.{key} is {zero[key]!r}; quantized gathers would drown the perturbation: set it to false"
+            )
     if zero.get("zero_hpz_partition_size", 1) != 1:
         raise ConfigError(
-            f"zero_optimization.zero_hpz_partition_size is {zero['zero_hpz_partition_size']!r}; hpZ gathers from a second copy that an "
+            f"zero_optimization.zero_hpz_partition_size is {zero['zero_hpz_partition_size']!r}; hpZ gathers from a "
+            "second copy that an "
             "update does not reach: set it to 1"
         )
     if zero.get("zenflow"):
@@ -256,7 +265,7 @@ def check_deepspeed_settings(config: dict) -> None:
         if _enabled(config.get(key)):
             raise ConfigError(
                 f"{key}.enabled is true; it is not supported with ZO-AdaMU: remove it"
-                + (" and choose the precision with \"bf16\" or \"fp16\"" if key in ("torch_autocast", "amp") else "")
+                + (' and choose the precision with "bf16" or "fp16"' if key in ("torch_autocast", "amp") else "")
             )
     autotp = (config.get("tensor_parallel") or {}).get("autotp_size", 0)
     if autotp > 1:

@@ -10,9 +10,10 @@ from .errors import ConfigError
 class MicroBatchSampler(torch.utils.data.Sampler[list[int]]):
     """Index lists of this rank's micro-batches, so that a step sees the same micro-batches on any number of ranks.
 
-    An epoch is a permutation of the examples cut into micro-batches of ``micro_batch_size``. A step takes the next ``world_size *
-    accumulation`` of them; the one numbered a * world_size + r inside the step is accumulation a of rank r. With world_size * accumulation
-    constant the global order is therefore the same. What does not fill a whole step is left out of the epoch; the next epoch is permuted anew.
+    An epoch is a permutation of the examples cut into micro-batches of ``micro_batch_size``. A step takes the next
+    ``world_size * accumulation`` of them; the one numbered a * world_size + r inside the step is accumulation a of rank r.
+    With world_size * accumulation constant the global order is therefore the same. What does not fill a whole step is left
+    out of the epoch; the next epoch is permuted anew.
 
     Raises ConfigError where the data is smaller than one step.
     """
@@ -44,7 +45,9 @@ class MicroBatchSampler(torch.utils.data.Sampler[list[int]]):
             self.epoch, self._first = epoch, 0
 
     def restore(self, position: tuple[int, int]) -> None:
-        """Let the next ``iter`` go on behind a ``position``, of a run on any number of ranks with world_size * accumulation as here."""
+        """Let the next ``iter`` go on behind a ``position``, of a run on any number of ranks with world_size * accumulation
+        as here.
+        """
         epoch, consumed = position
         if consumed >= self._micro_batches:
             epoch, consumed = epoch + 1, 0

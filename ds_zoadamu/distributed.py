@@ -10,9 +10,9 @@ _SHM_OP = "deepspeed_shm_comm"
 def init_distributed(**kwargs) -> None:
     """``deepspeed.init_distributed`` with the accelerator's backend, without the shared-memory operator for CPUs.
 
-    DeepSpeed 0.19.8 builds that operator for some 40 seconds at the first start on a machine, and each rank of every run leaves a file of 69 MB
-    in /dev/shm behind. It serves ``inference_all_reduce`` of tensor-parallel inference only; the collectives of ZeRO-3 go through gloo with or
-    without it. Does nothing where torch.distributed runs already.
+    DeepSpeed 0.19.8 builds that operator for some 40 seconds at the first start on a machine, and each rank of every run
+    leaves a file of 69 MB in /dev/shm behind. It serves ``inference_all_reduce`` of tensor-parallel inference only; the
+    collectives of ZeRO-3 go through gloo with or without it. Does nothing where torch.distributed runs already.
     """
     deepspeed.ops.__compatible_ops__[_SHM_OP] = False
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), **kwargs)

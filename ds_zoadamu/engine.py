@@ -29,7 +29,8 @@ from .partition import PerturbedGathers, find_partitions, lift_scalars, lower_sc
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step of training, the same on all ranks. ``loss`` is the mean of ``loss_plus`` and ``loss_minus``; ``projected_grad`` is
+    """One step of training, the same on all ranks. ``loss`` is the mean of ``loss_plus`` and ``loss_minus``;
+    ``projected_grad`` is
     (loss_plus - loss_minus) / (2 zo_eps); ``effective_eps`` is zo_eps times the standard deviation of m_t."""
 
     step: int
@@ -48,8 +49,8 @@ class StepRecord:
 class ZeroOrderEngine(Durability, DeepSpeedEngine):
     """A DeepSpeedEngine with ``train_batch`` and ``eval_batch`` for a zeroth-order optimizer on ZeRO-3 partitions.
 
-    JSON scheduler, monitor, counters, batch arithmetic and ``engine.module`` are DeepSpeed's. The parameters are partitioned as for
-    ZeRO-Inference: no fp32 master copy, no gradient buffers. For any other optimizer it is DeepSpeed's own engine.
+    JSON scheduler, monitor, counters, batch arithmetic and ``engine.module`` are DeepSpeed's. The parameters are partitioned
+    as for ZeRO-Inference: no fp32 master copy, no gradient buffers. For any other optimizer it is DeepSpeed's own engine.
     """
 
     optimizer: ZerothOrderOptimizer
@@ -60,13 +61,14 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         self.loss_fn = loss_fn or causal_lm_loss
         self._skipped_in_a_row = 0
 
-    # --- one step ------------------------------------------------------------------------------------------------------------------
+    # --- one step
 
     def train_batch(self, batch: Any) -> float:
         """One zeroth-order step; returns the mean of loss_plus and loss_minus, the same on all ranks.
 
-        Args: ``batch``: an iterator, from which gradient_accumulation_steps micro-batches are drawn, or one micro-batch where that is 1.
-        The model runs in eval mode (no dropout) and without gradients; the same micro-batches and the same perturbation serve both signs.
+        Args: ``batch``: an iterator, from which gradient_accumulation_steps micro-batches are drawn, or one micro-batch where
+        that is 1. The model runs in eval mode (no dropout) and without gradients; the same micro-batches and the same
+        perturbation serve both signs.
 
         Raises: StopIteration when the iterator is empty; ValueError for weights that sum to 0; NonFiniteLossError after
         ``max_skipped_steps`` steps in a row whose loss was not finite.
@@ -101,13 +103,17 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
     def backward(self, *args, **kwargs):
         """There is no backward pass: raises RuntimeError naming ``train_batch``."""
         if self._is_zeroth_order:
-            raise RuntimeError("a zeroth-order engine has no backward pass; call engine.train_batch(batch), which evaluates and steps")
+            raise RuntimeError(
+                "a zeroth-order engine has no backward pass; call engine.train_batch(batch), which evaluates and steps"
+            )
         return super().backward(*args, **kwargs)
 
     def step(self, *args, **kwargs):
         """A bare step has no projected gradient: raises RuntimeError naming ``train_batch``."""
         if self._is_zeroth_order:
-            raise RuntimeError("engine.step() alone has no loss to step along; call engine.train_batch(batch), which evaluates and steps")
+            raise RuntimeError(
+                "engine.step() alone has no loss to step along; call engine.train_batch(batch), which evaluates and steps"
+            )
         return super().step(*args, **kwargs)
 
     def empty_partition_cache(self) -> None:
@@ -136,7 +142,8 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
                 drawn.append(self._to_device(next(batch)))
             except StopIteration:
                 raise ValueError(
-                    f"the iterator ended after {len(drawn)} of the {count} micro-batches of a step (gradient_accumulation_steps); "
+                    f"the iterator ended after {len(drawn)} of the {count} micro-batches of a step "
+                    "(gradient_accumulation_steps); "
                     "let it end between steps"
                 ) from None
         return drawn
@@ -188,7 +195,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         self.micro_steps += self.gradient_accumulation_steps() - 1
         super().step()
 
-    # --- reports -------------------------------------------------------------------------------------------------------------------
+    # --- reports
 
     def _report(self, record: StepRecord) -> None:
         printing = self.steps_per_print() is not None and self.global_steps % self.steps_per_print() == 0
@@ -198,7 +205,8 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         if printing:
             log_dist(
                 f"step={record.step} loss={record.loss:.6g} projected_grad={record.projected_grad:.6g} lr={record.lr:.4g} "
-                f"alpha={record.alpha:.4g} beta1={record.beta1:.4g} beta2={record.beta2:.4g} zo_eps*s_t={record.effective_eps:.4g} "
+                f"alpha={record.alpha:.4g} beta1={record.beta1:.4g} beta2={record.beta2:.4g} "
+                f"zo_eps*s_t={record.effective_eps:.4g} "
                 f"coinciding={coinciding:.4g} skipped={self.skipped_steps}",
                 ranks=[0],
             )
@@ -228,12 +236,13 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         )
         if self._skipped_in_a_row >= limit:
             raise NonFiniteLossError(
-                f"the loss was not finite for {limit} steps in a row, the last at step {record.step} (loss_plus={record.loss_plus}, "
-                f"loss_minus={record.loss_minus}). Try a lower lr (now {record.lr:g}) or zo_eps (now {self.optimizer.config.zo_eps:g}), bf16 "
+                f"the loss was not finite for {limit} steps in a row, the last at step {record.step} "
+                f"(loss_plus={record.loss_plus}, loss_minus={record.loss_minus}). Try a lower lr (now {record.lr:g}) or zo_eps "
+                f"(now {self.optimizer.config.zo_eps:g}), bf16 "
                 "instead of fp16, or look for broken examples; max_skipped_steps sets the limit"
             )
 
-    # --- set-up, called by DeepSpeedEngine.__init__ -----------------------------------------------------------------------------------
+    # --- set-up, called by DeepSpeedEngine.__init__
 
     @property
     def _is_zeroth_order(self) -> bool:
@@ -242,8 +251,8 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
     def _require_zeroth_order(self, method: str) -> None:
         if not self._is_zeroth_order:
             raise RuntimeError(
-                f"{method} needs a zeroth-order optimizer ({', '.join(OPTIMIZERS)}); this engine has {type(self.optimizer).__name__}: "
-                "use engine(batch), engine.backward(loss), engine.step()"
+                f"{method} needs a zeroth-order optimizer ({', '.join(OPTIMIZERS)}); this engine has "
+                f"{type(self.optimizer).__name__}: use engine(batch), engine.backward(loss), engine.step()"
             )
 
     def _do_sanity_check(self) -> None:
@@ -281,8 +290,12 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             ranks=[0],
         )
 
-    def deepspeed_io(self, dataset, batch_size=None, route=ROUTE_TRAIN, pin_memory=True, data_sampler=None, collate_fn=None, **kwargs):
-        """DeepSpeed's data loader, except that training data is dealt out by micro-batches in one global order (MicroBatchSampler)."""
+    def deepspeed_io(
+        self, dataset, batch_size=None, route=ROUTE_TRAIN, pin_memory=True, data_sampler=None, collate_fn=None, **kwargs
+    ):
+        """DeepSpeed's data loader, except that training data is dealt out by micro-batches in one global order
+        (MicroBatchSampler).
+        """
         options = self._zeroth_order_options()
         if options is None or route != ROUTE_TRAIN or data_sampler is not None or not self.is_map_style_dataset(dataset):
             return super().deepspeed_io(dataset, batch_size, route, pin_memory, data_sampler, collate_fn, **kwargs)
@@ -315,7 +328,9 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
 
 @contextmanager
 def _without_cache(module: torch.nn.Module) -> Iterator[None]:
-    """Inside, a Transformers model keeps no keys and values of its layers: nothing is generated, and for OPT-175B they are 4.7 MB a token."""
+    """Inside, a Transformers model keeps no keys and values of its layers: nothing is generated, and for OPT-175B they are
+    4.7 MB a token.
+    """
     config = getattr(module, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
     if getattr(text, "use_cache", None) is not True:
@@ -346,9 +361,9 @@ def initialize(
 ) -> tuple[ZeroOrderEngine, torch.optim.Optimizer, Any, Any]:
     """``deepspeed.initialize`` with a zeroth-order optimizer, from the JSON (``"type": "ZOAdaMU"``) or as an object.
 
-    Args: those of deepspeed.initialize, and ``loss_fn(module, batch) -> (mean loss, weight)`` in place of the model's own ``.loss``.
-    Returns (engine, optimizer, dataloader, lr_scheduler). Raises ConfigError for a setting that cannot work, before the model is touched.
-    Any other optimizer is set up as DeepSpeed would, so that one script serves both.
+    Args: those of deepspeed.initialize, and ``loss_fn(module, batch) -> (mean loss, weight)`` in place of the model's own
+    ``.loss``. Returns (engine, optimizer, dataloader, lr_scheduler). Raises ConfigError for a setting that cannot work,
+    before the model is touched. Any other optimizer is set up as DeepSpeed would, so that one script serves both.
     """
     if not isinstance(model, torch.nn.Module) or isinstance(model, PipelineModule):
         raise ConfigError(f"model is a {type(model).__name__}; pass a torch.nn.Module that is not a PipelineModule")

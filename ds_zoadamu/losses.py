@@ -18,12 +18,16 @@ def causal_lm_loss(module: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, t
     """
     labels = batch["labels"] if hasattr(batch, "keys") and "labels" in batch else None
     if labels is None:
-        raise TypeError("the batch has no \"labels\", so the model makes no loss; add them, or pass loss_fn= to ds_zoadamu.initialize")
+        raise TypeError(
+            'the batch has no "labels", so the model makes no loss; add them, or pass loss_fn= to ds_zoadamu.initialize'
+        )
     return module(**batch).loss, (labels[..., 1:] != -100).sum()
 
 
 def as_pair(result: Any, device: torch.device) -> torch.Tensor:
-    """What a loss function returned, as an fp64 tensor (loss * weight, weight). Raises TypeError for anything but two scalars."""
+    """What a loss function returned, as an fp64 tensor (loss * weight, weight). Raises TypeError for anything but two
+    scalars.
+    """
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(f"loss_fn must return (loss, weight), it returned a {type(result).__name__}")
     loss, weight = (torch.as_tensor(x).detach().to(device=device, dtype=torch.float64) for x in result)
@@ -37,9 +41,10 @@ def as_pair(result: Any, device: torch.device) -> torch.Tensor:
 def global_means(passes: Sequence[Sequence[torch.Tensor]], device: torch.device) -> list[float]:
     """The weighted mean loss of each pass over all ranks' micro-batches.
 
-    ``passes``: for each pass (a sign) the (sum, weight) pairs of this rank's micro-batches, as many on every rank. The pairs are gathered in fp64
-    and added in the global order of micro-batches (accumulation first, then rank) on every rank: the same bits everywhere. One collective
-    and one wait for the device. Raises ValueError on all ranks for weights that are negative, not finite or zero in total.
+    ``passes``: for each pass (a sign) the (sum, weight) pairs of this rank's micro-batches, as many on every rank. The pairs
+    are gathered in fp64 and added in the global order of micro-batches (accumulation first, then rank) on every rank: the
+    same bits everywhere. One collective and one wait for the device. Raises ValueError on all ranks for weights that are
+    negative, not finite or zero in total.
     """
     local = torch.stack([torch.stack(list(pairs)) for pairs in passes])
     world_size = dist.get_world_size()
@@ -58,7 +63,8 @@ def global_means(passes: Sequence[Sequence[torch.Tensor]], device: torch.device)
                 total_weight += weight
         if total_weight == 0.0:
             raise ValueError(
-                "the micro-batches of this step weigh 0 in total: no label counts (all are -100, or sequences have one token); check the labels"
+                "the micro-batches of this step weigh 0 in total: no label counts (all are -100, or sequences have one "
+                "token); check the labels"
             )
         means.append(total / total_weight)
     return means

@@ -2,8 +2,8 @@
 
 The only module that touches DeepSpeed's private parameter attributes (``ds_*``). Checked against DeepSpeed 0.19.8.
 
-A parameter is flattened and padded to a multiple of the world size; rank r holds [r n, (r + 1) n) with n = ``ds_tensor.ds_numel``. The
-padding is uninitialised memory, so a ``Partition`` covers the real elements only.
+A parameter is flattened and padded to a multiple of the world size; rank r holds [r n, (r + 1) n) with n =
+``ds_tensor.ds_numel``. The padding is uninitialised memory, so a ``Partition`` covers the real elements only.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +20,8 @@ _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
 @dataclass(frozen=True)
 class Partition:
-    """This rank's range [start, stop) of one flattened parameter of ``numel`` elements; empty (start == stop) on ranks behind its end.
+    """This rank's range [start, stop) of one flattened parameter of ``numel`` elements; empty (start == stop) on ranks behind
+    its end.
 
     ``name`` is the parameter's first name in ``named_parameters()``, without wrapper prefixes.
     """
@@ -69,7 +70,9 @@ def canonical_name(name: str) -> str:
 
 
 def find_partitions(module: torch.nn.Module) -> list[Partition]:
-    """This rank's partition of every parameter with ``requires_grad``, in the order of ``named_parameters()``; tied ones once."""
+    """This rank's partition of every parameter with ``requires_grad``, in the order of ``named_parameters()``; tied ones
+    once.
+    """
     partitions = []
     for name, param in module.named_parameters():
         if param.requires_grad:
@@ -81,7 +84,9 @@ def find_partitions(module: torch.nn.Module) -> list[Partition]:
 
 
 def lift_scalars(module: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Give 0-d parameters that are not partitioned yet one dimension; DeepSpeed 0.19.8 cannot broadcast them. Undo with ``lower_scalars``."""
+    """Give 0-d parameters that are not partitioned yet one dimension; DeepSpeed 0.19.8 cannot broadcast them. Undo with
+    ``lower_scalars``.
+    """
     scalars = [p for p in module.parameters() if p.dim() == 0 and not hasattr(p, "ds_id")]
     for param in scalars:
         param.data = param.data.reshape(1)
@@ -101,12 +106,12 @@ Fill = Callable[[Partition, torch.Tensor], None]
 class PerturbedGathers:
     """Makes ZeRO-3's gathers read perturbed values instead of the stored ones, inside ``perturbed`` and nowhere else.
 
-    DeepSpeed has no hook for this. The coordinator's fetches and prefetches, and everything else that gathers, go through two attributes
-    of a parameter, ``all_gather_coalesced`` and ``all_gather``. They are wrapped: for the duration of one call ``ds_tensor`` is a
-    temporary with the perturbed values. The stored partition is only ever read.
+    DeepSpeed has no hook for this. The coordinator's fetches and prefetches, and everything else that gathers, go through two
+    attributes of a parameter, ``all_gather_coalesced`` and ``all_gather``. They are wrapped: for the duration of one call
+    ``ds_tensor`` is a temporary with the perturbed values. The stored partition is only ever read.
 
-    ``release`` frees every gathered copy (``DeepSpeedZeRoOffload.partition_all_parameters``): a copy of another sign, or a plain one of a
-    persistent parameter, must not survive a change.
+    ``release`` frees every gathered copy (``DeepSpeedZeRoOffload.partition_all_parameters``): a copy of another sign, or a
+    plain one of a persistent parameter, must not survive a change.
     """
 
     def __init__(self, module: torch.nn.Module, partitions: Iterable[Partition], release: Callable[[], None]):
@@ -123,7 +128,9 @@ class PerturbedGathers:
 
     @contextmanager
     def perturbed(self, fill: Fill) -> Iterator[None]:
-        """Inside, gathers of the trained parameters see what ``fill`` writes. All gathered copies are freed on entry and on exit."""
+        """Inside, gathers of the trained parameters see what ``fill`` writes. All gathered copies are freed on entry and on
+        exit.
+        """
         if self._fill is not None:
             raise RuntimeError("perturbed() cannot be nested")
         self.release()
@@ -143,7 +150,9 @@ class PerturbedGathers:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Inside, partitions may be written: after the gathers that read them, before the next ones, in stream order on a GPU."""
+        """Inside, partitions may be written: after the gathers that read them, before the next ones, in stream order on a
+        GPU.
+        """
         self.release()
         if self._read is not None:
             get_accelerator().current_stream().wait_event(self._read)

@@ -14,9 +14,10 @@ def anneal(step: int, t1: int, t2: int, t3: int, phi: float, floor: float = 0.01
                = max(floor, 1/2 + 1/2 cos(pi x))               else, with u = min(step, t2) - t1 and
           x    = min(1, u / max(t3 - phi u (t3 - t2) / (t2 - t1), u))
 
-    Args: ``t1`` end of the warm-up, ``t2`` start of the plateau, ``t3`` period, in steps; ``phi`` 0.1 for alpha, 1.0 for beta1, 1.5 for
-    beta2; ``floor`` the lowest value. Returns a float in [floor, 1].
-    Source: Jiang et al., AAAI 2024, Figure 1. Its equation (7) has a pole before t2 for some (t1, t2, t3); the inner max removes it.
+    Args: ``t1`` end of the warm-up, ``t2`` start of the plateau, ``t3`` period, in steps; ``phi`` 0.1 for alpha, 1.0 for
+    beta1, 1.5 for beta2; ``floor`` the lowest value. Returns a float in [floor, 1].
+    Source: Jiang et al., AAAI 2024, Figure 1. Its equation (7) has a pole before t2 for some (t1, t2, t3); the inner max
+    removes it.
     """
     if step < t1:
         return 1.0
@@ -60,11 +61,15 @@ class Schedule:
         )
 
     def momentum_std(self, step: int) -> float:
-        """s_t, the standard deviation of every element of m_t:  s_t^2 = beta1^2 alpha + (1-beta1)^2 (s_{t-1}^2 + 1 - alpha), s_0 = 0."""
+        """s_t, the standard deviation of every element of m_t.
+
+        s_t^2 = beta1^2 alpha + (1 - beta1)^2 (s_{t-1}^2 + 1 - alpha),  s_0 = 0
+        """
         return _momentum_std(self, step)
 
     def replay_window(self, step: int, tolerance: float) -> int:
-        """How many steps before ``step`` matter to m_{step-1}: the smallest K whose product of (1 - beta1) is below ``tolerance``.
+        """How many steps before ``step`` matter to m_{step-1}: the smallest K whose product of (1 - beta1) is below
+        ``tolerance``.
 
         At most step - 1, since m_0 = 0.
         """

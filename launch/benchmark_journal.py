@@ -3,8 +3,8 @@
     deepspeed --num_gpus 2 launch/benchmark_journal.py --folder /tmp/benchmark_journal
 
 Prints, for an OPT of --hidden_size and --layers with random weights: bytes of journal a step; time that the durable append adds
-to a step (rank 0 writes and syncs, the others wait for its word); seconds and bytes of saving and loading a checkpoint; elements a
-second of a replay in blocks of 1 and of 100 steps (each weight is read and written once a block) beside stepping.
+to a step (rank 0 writes and syncs, the others wait for its word); seconds and bytes of saving and loading a checkpoint;
+elements a second of a replay in blocks of 1 and of 100 steps (each weight is read and written once a block) beside stepping.
 """
 
 import argparse
@@ -64,7 +64,9 @@ def quantiles(times: list[float]) -> str:
 
 
 def append_times(engine, folder: Path, fsync_every: int, steps: int) -> tuple[list[float], float]:
-    """(time that the journal adds to each step on this rank, bytes a step). No forward is run: the append does not depend on it."""
+    """(time that the journal adds to each step on this rank, bytes a step). No forward is run: the append does not depend on
+    it.
+    """
     path = folder / f"journal-{fsync_every}.jsonl"
     engine.open_journal(path, fsync_every=fsync_every)
     times, generator = [], torch.Generator().manual_seed(1)

@@ -1,8 +1,10 @@
-"""Time of one whole ZO-AdaMU step beside two bare forward passes of the same ZeRO-3 engine, and beside a published in-place MeZO step.
+"""Time of one whole ZO-AdaMU step beside two bare forward passes of the same ZeRO-3 engine, and beside a published in-place
+MeZO step.
 
     deepspeed --num_gpus 2 launch/benchmark_step.py --model opt-125m --dtype fp32 --momentum int8
 
-The three are timed in turn, repeat by repeat, so that a machine whose speed drifts does not favour one. Random weights; nothing is loaded.
+The three are timed in turn, repeat by repeat, so that a machine whose speed drifts does not favour one. Random weights;
+nothing is loaded.
 """
 
 import argparse
@@ -41,7 +43,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, help="threads a rank; default: the cores of the machine divided by the ranks")
-    parser.add_argument("--no_mezo", action="store_true", help="skip the in-place MeZO step, which needs an unsharded model on each rank")
+    parser.add_argument(
+        "--no_mezo", action="store_true", help="skip the in-place MeZO step, which needs an unsharded model on each rank"
+    )
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--local_rank", type=int, default=-1)
     return parser.parse_args()
@@ -50,7 +54,11 @@ def arguments() -> argparse.Namespace:
 def opt_config(name: str, layers: int | None) -> transformers.OPTConfig:
     hidden, depth, heads = SHAPES[name]
     return transformers.OPTConfig(
-        hidden_size=hidden, num_hidden_layers=layers or depth, num_attention_heads=heads, ffn_dim=4 * hidden, word_embed_proj_dim=hidden
+        hidden_size=hidden,
+        num_hidden_layers=layers or depth,
+        num_attention_heads=heads,
+        ffn_dim=4 * hidden,
+        word_embed_proj_dim=hidden,
     )
 
 
@@ -159,8 +167,10 @@ def measure(args: argparse.Namespace, engine, rank: int, world_size: int) -> dic
 def report(args: argparse.Namespace, samples: dict[str, list[float]], world_size: int, numel: int, backend: str) -> dict:
     base = statistics.median(samples["two forwards"])
     figures = {
-        "model": args.model, "layers": args.layers, "parameters": numel, "dtype": args.dtype, "momentum": args.momentum, "ranks": world_size,
-        "threads_a_rank": torch.get_num_threads(), "batch": args.batch, "seq": args.seq, "repeats": args.repeats, "kernels": backend,
+        "model": args.model, "layers": args.layers, "parameters": numel,
+        "dtype": args.dtype, "momentum": args.momentum, "ranks": world_size,
+        "threads_a_rank": torch.get_num_threads(), "batch": args.batch, "seq": args.seq,
+        "repeats": args.repeats, "kernels": backend,
         "machine": platform.processor() or platform.machine(), "torch": torch.__version__, "deepspeed": deepspeed.__version__,
         "date": datetime.date.today().isoformat(),
         "seconds": {name: {"median": statistics.median(v), "min": min(v), "max": max(v)} for name, v in samples.items()},

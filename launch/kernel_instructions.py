@@ -21,9 +21,7 @@ INTEGERS = {"num_full", "tail", "pair_low", "pair_high", "key0", "key1", "step",
 INTEGER = "integer, logic, compare, select"
 UNITS = {
     "multiply-add": r"FMUL|FADD|FFMA|IMAD|HFMA2",
-    INTEGER: (
-        r"LOP3|IADD3|VIADD|LEA|SHF|SGXT|PRMT|SEL|FSEL|ISETP|FSETP|PLOP3|IMNMX|VIMNMX|FMNMX|MOV|I2FP|FCHK"
-    ),
+    INTEGER: (r"LOP3|IADD3|VIADD|LEA|SHF|SGXT|PRMT|SEL|FSEL|ISETP|FSETP|PLOP3|IMNMX|VIMNMX|FMNMX|MOV|I2FP|FCHK"),
     "special function, conversion": r"MUFU|I2F|F2I|F2F",
     "memory": r"LDG|STG|LDC|ULDC|LDS|STS",
 }

@@ -191,9 +191,7 @@ def _steps(direction: Direction) -> ctypes.Array:
         _check_step(c.step)
     return (_Step * len(direction.steps))(
         *(
-            _Step(
-                c.step, c.sqrt_alpha, c.sqrt_one_minus_alpha, c.beta1, c.one_minus_beta1, c.beta2, c.one_minus_beta2
-            )
+            _Step(c.step, c.sqrt_alpha, c.sqrt_one_minus_alpha, c.beta1, c.one_minus_beta1, c.beta2, c.one_minus_beta2)
             for c in direction.steps
         )
     )

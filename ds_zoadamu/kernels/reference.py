@@ -3,7 +3,8 @@
 The C++ and Triton kernels must agree with this file in every bit, so every floating-point operation here is one torch call
 that rounds once: no ``alpha=``, ``addcmul`` or ``lerp`` (they fuse), no scalar that is not exactly an fp32 number.
 
-With ``i`` the flat index in the whole parameter, ``p = i >> 1`` and (x0, x1, x2, x3) = Philox(counter=(p, p >> 32, step, 0), key):
+With ``i`` the flat index in the whole parameter, ``p = i >> 1`` and (x0, x1, x2, x3) = Philox(counter=(p, p >> 32, step, 0),
+key):
 
     (a, b) = (x0, x1) if i is even else (x2, x3)
     xi1    = sqrt(-2 ln u) cos(phi)      u   = ((a >> 8) + 1) / 2**24
@@ -20,7 +21,9 @@ import torch
 from .types import Direction, Rounding
 
 NOISE_VERSION = 1
-"""Version of the map from (seed, name, step, flat index) to noise. Journals depend on it: any change of bits is a new version."""
+"""Version of the map from (seed, name, step, flat index) to noise. Journals depend on it: any change of bits is a new
+version.
+"""
 
 _MASK32 = 0xFFFFFFFF
 _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
@@ -110,9 +113,7 @@ def noise_and_bits(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(xi1, xi2, w) for the flat indices start <= i < stop: two fp32 tensors and the 16 rounding bits as int32."""
     pair = torch.arange(start >> 1, (stop + 1) >> 1, dtype=torch.int64, device=device)
-    words = philox(
-        (pair & _MASK32, pair >> 32, torch.full_like(pair, step), torch.full_like(pair, _PURPOSE_NOISE)), key
-    )
+    words = philox((pair & _MASK32, pair >> 32, torch.full_like(pair, step), torch.full_like(pair, _PURPOSE_NOISE)), key)
     first = torch.stack((words[0], words[2]), 1).reshape(-1)
     second = torch.stack((words[1], words[3]), 1).reshape(-1)
     offset = start & 1
@@ -150,8 +151,9 @@ def advance(
 def round_to(x: torch.Tensor, dtype: torch.dtype, rounding: Rounding, w: torch.Tensor) -> torch.Tensor:
     """fp32 to ``dtype``: to nearest even, or stochastically with 16 random bits ``w`` an element.
 
-    Stochastic: with f the magnitude in units of the spacing of ``dtype`` at x, in fixed point with 16 fractional bits, the result is
-    floor((f + w) / 2**16). Exactly unbiased where at most 16 bits are dropped: always in bf16 and for normal numbers in fp16.
+    Stochastic: with f the magnitude in units of the spacing of ``dtype`` at x, in fixed point with 16 fractional bits, the
+    result is floor((f + w) / 2**16). Exactly unbiased where at most 16 bits are dropped: always in bf16 and for normal
+    numbers in fp16.
     """
     if dtype == torch.float32:
         return x
@@ -213,8 +215,9 @@ def perturb_(
 ) -> None:
     """out = weight + scale * m_t, rounded once.
 
-    ``weight``, ``momentum`` (or None) and ``out``: n elements each, flat indices start <= i < start + n. ``scale``: +zo_eps or -zo_eps.
-    Stochastic rounding is mirrored: -zo_eps takes the complement of the bits of +zo_eps, so the mean of the two's difference is 2 zo_eps m_t.
+    ``weight``, ``momentum`` (or None) and ``out``: n elements each, flat indices start <= i < start + n. ``scale``: +zo_eps
+    or -zo_eps. Stochastic rounding is mirrored: -zo_eps takes the complement of the bits of +zo_eps, so the mean of the two's
+    difference is 2 zo_eps m_t.
     """
     flip = 0xFFFF if scale < 0 else 0
     for part, lo, hi in _chunks(weight.numel(), start):
@@ -239,9 +242,9 @@ def update_(
 ) -> None:
     """weight -= lr_grad * d + lr_decay * weight, and momentum = m_t, each written once; in place.
 
-    d = m_t / sqrt(v + sigma), or m_t itself without ``normalize``. ``lr_grad`` = lr * projected_grad, ``lr_decay`` = lr * weight_decay.
-    ``write_weight=False`` (a skipped step) leaves every bit of the weight and advances the momentum. Momentum below fp32 is
-    always written with stochastic rounding; ``rounding`` is the weight's.
+    d = m_t / sqrt(v + sigma), or m_t itself without ``normalize``. ``lr_grad`` = lr * projected_grad, ``lr_decay`` = lr *
+    weight_decay. ``write_weight=False`` (a skipped step) leaves every bit of the weight and advances the momentum. Momentum
+    below fp32 is always written with stochastic rounding; ``rounding`` is the weight's.
     """
     for part, lo, hi in _chunks(weight.numel(), start):
         stored = None if momentum is None else momentum[part]

@@ -21,8 +21,9 @@ _TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 class ZerothOrderOptimizer(torch.optim.Optimizer):
     """An optimizer whose step needs one scalar, the projected gradient, and noise that it makes again from the seed.
 
-    A rule is a subclass with ``direction`` and ``normalize``. The engine calls ``bind`` once, then for every step ``perturb_into`` (as
-    partitions are gathered), ``observe`` and ``step``. Parameter groups may have their own ``lr`` and ``weight_decay``.
+    A rule is a subclass with ``direction`` and ``normalize``. The engine calls ``bind`` once, then for every step
+    ``perturb_into`` (as partitions are gathered), ``observe`` and ``step``. Parameter groups may have their own ``lr`` and
+    ``weight_decay``.
     """
 
     normalize: bool
@@ -31,7 +32,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.config = config
         self.schedule = config.schedule
         self.step_count = 0
-        self.overflow = False  # DeepSpeed's word for "this step was skipped": it then counts it and leaves the lr scheduler alone
+        self.overflow = (
+            False  # DeepSpeed's word for "this step was skipped": it then counts it and leaves the lr scheduler alone
+        )
         self._observed: float | None = None
         self._partitions: tuple[tuple[Partition, dict], ...] | None = None
         self._keys: dict[str, tuple[int, int]] = {}
@@ -73,7 +76,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 if not param.requires_grad:
                     continue
                 if id(param) not in by_param:
-                    raise ConfigError(f"parameter group {index} holds a parameter that is not one of the model's; pass model.parameters()")
+                    raise ConfigError(
+                        f"parameter group {index} holds a parameter that is not one of the model's; pass model.parameters()"
+                    )
                 bound.append((by_param[id(param)], group))
         if not bound:
             raise ConfigError("no parameter to train: every parameter of the optimizer has requires_grad=False")
@@ -87,7 +92,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 )
 
     def perturb_into(self, partition: Partition, out: torch.Tensor, sign: int) -> None:
-        """Write weight + sign * zo_eps * m_t of the next step into ``out`` (the partition's length, on the device of the gather)."""
+        """Write weight + sign * zo_eps * m_t of the next step into ``out`` (the partition's length, on the device of the
+        gather).
+        """
         weight, momentum = partition.weight, self._momentum(partition)
         if weight.device != out.device:  # offloaded: the arithmetic is done where the forward is
             weight = weight.to(out.device, non_blocking=True)
@@ -156,7 +163,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     ) -> None:
         """One step on the flat elements from ``start`` of the parameter with this noise key, in place; None skips the weights.
 
-        All that a step does to an element, without partitions or ranks: a replay needs no more. Tensors as for ``kernels.update_``.
+        All that a step does to an element, without partitions or ranks: a replay needs no more. Tensors as for
+        ``kernels.update_``.
         """
         kernels.update_(
             weight,
@@ -177,7 +185,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         return _TORCH_DTYPES.get(self.config.momentum.dtype)
 
     def stored(self, partition: Partition) -> dict[str, torch.Tensor]:
-        """What lasts between steps, as 1-D views without padding: {"weight": ...} and, where it is stored, {"momentum": ...}."""
+        """What lasts between steps, as 1-D views without padding: {"weight": ...} and, where stored, {"momentum": ...}."""
         momentum = self._momentum(partition)
         return {"weight": partition.weight} | ({} if momentum is None else {"momentum": momentum})
 
@@ -198,7 +206,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         total = same = 0
         for partition in partitions[: max(1, max_elements // 256)]:
             sample = partition.head(max(1, max_elements // min(len(partitions), max_elements // 256)))
-            plus, minus = (torch.empty(sample.length, dtype=sample.weight.dtype, device=sample.compute_device) for _ in range(2))
+            plus, minus = (
+                torch.empty(sample.length, dtype=sample.weight.dtype, device=sample.compute_device) for _ in range(2)
+            )
             self.perturb_into(sample, plus, +1)
             self.perturb_into(sample, minus, -1)
             total += sample.length
@@ -213,7 +223,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _bound(self) -> tuple[tuple[Partition, dict], ...]:
         if self._partitions is None:
-            raise RuntimeError(f"{type(self).__name__} is not bound to partitions; pass it to ds_zoadamu.initialize(optimizer=...)")
+            raise RuntimeError(
+                f"{type(self).__name__} is not bound to partitions; pass it to ds_zoadamu.initialize(optimizer=...)"
+            )
         return self._partitions
 
     def _momentum(self, partition: Partition) -> torch.Tensor | None:

@@ -22,9 +22,10 @@ class ZOAdaMU(ZerothOrderOptimizer):
         g     = (L(theta + zo_eps m_t) - L(theta - zo_eps m_t)) / (2 zo_eps)
         theta = theta - lr (g m_t / sqrt(v + sigma) + weight_decay theta)
 
-    Args: ``params`` as for any torch optimizer; the options of ``ZOAdaMUConfig`` by keyword, ``lr`` and ``total_steps`` required.
-    Raises ConfigError for an unknown option or a value out of range.
-    Source: Jiang et al., AAAI 2024. Where the paper, its figure and its code disagree, docs/design.md says what is done and why.
+    Args: ``params`` as for any torch optimizer; the options of ``ZOAdaMUConfig`` by keyword, ``lr`` and ``total_steps``
+    required. Raises ConfigError for an unknown option or a value out of range.
+    Source: Jiang et al., AAAI 2024. Where the paper, its figure and its code disagree, docs/design.md says what is done and
+    why.
 
     Example:
         optimizer = ZOAdaMU(model.parameters(), lr=1e-6, zo_eps=1e-3, total_steps=20_000)

@@ -82,7 +82,9 @@ def finetune_parser() -> argparse.ArgumentParser:
     group.add_argument("--max_shard_size", default="5GB", help="largest file of the saved model (default: %(default)s)")
     group = parser.add_argument_group("durability, with a zeroth-order optimizer")
     group.add_argument(
-        "--resume", action="store_true", help="go on with the run of --output_dir, also on another number of ranks; starts it if there is none"
+        "--resume",
+        action="store_true",
+        help="go on with the run of --output_dir, also on another number of ranks; starts it if there is none",
     )
     group.add_argument(
         "--save_steps",
@@ -90,9 +92,14 @@ def finetune_parser() -> argparse.ArgumentParser:
         default=500,
         help="steps between checkpoints; 0: none, a resume then replays the whole journal (default: %(default)s)",
     )
-    group.add_argument("--save_total_limit", type=int, default=2, help="checkpoints that are kept, the newest (default: %(default)s)")
     group.add_argument(
-        "--journal_fsync_every", type=int, default=1, help="steps after which the journal is made durable (default: %(default)s, every one)"
+        "--save_total_limit", type=int, default=2, help="checkpoints that are kept, the newest (default: %(default)s)"
+    )
+    group.add_argument(
+        "--journal_fsync_every",
+        type=int,
+        default=1,
+        help="steps after which the journal is made durable (default: %(default)s, every one)",
     )
     group = parser.add_argument_group("search for lr and zo_eps")
     group.add_argument(

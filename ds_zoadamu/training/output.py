@@ -38,10 +38,13 @@ class OutputDirectory:
         if overwrite and resume:
             raise InputError("--resume goes on with a run and --overwrite_output_dir replaces it; give one of the two")
         if resume and present and JOURNAL not in present:
-            raise InputError(f"--resume: --output_dir {path} holds {present[0]} but no {JOURNAL}, so there is no run to go on with")
+            raise InputError(
+                f"--resume: --output_dir {path} holds {present[0]} but no {JOURNAL}, so there is no run to go on with"
+            )
         if present and not overwrite and not resume:
             raise InputError(
-                f"--output_dir {path} holds the {present[0]} of an earlier run; give another folder, --resume or --overwrite_output_dir"
+                f"--output_dir {path} holds the {present[0]} of an earlier run; give another folder, --resume or "
+                "--overwrite_output_dir"
             )
         existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not existing.is_dir():

@@ -97,7 +97,8 @@ def _progress(step: int, lines: list[dict]) -> Progress:
             progress.seconds.append(line["seconds"])
     if step and not {("dev", 0), ("test", 0)} <= progress.evaluations.keys():
         raise InputError(
-            f"--resume: metrics.jsonl has lost the accuracies before training, and the model is at step {step}; rebuild the model with "
+            f"--resume: metrics.jsonl has lost the accuracies before training, and the model is at step {step}; rebuild "
+            "the model with "
             "ds_zoadamu replay and measure it with launch/evaluate.py"
         )
     return progress

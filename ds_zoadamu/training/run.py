@@ -35,7 +35,8 @@ def finetune(args: Namespace) -> dict:
     stepper = make_stepper(args.model_name_or_path, plan.config, plan.train, plan.model_input.collate, args.seed)
     progress = begin_or_resume(args, output, stepper)
     before = {
-        split: progress.evaluations.get((split, 0)) or _evaluate(plan, stepper, output, split, step=0) for split in ("dev", "test")
+        split: progress.evaluations.get((split, 0)) or _evaluate(plan, stepper, output, split, step=0)
+        for split in ("dev", "test")
     }
     seconds, best_step, best = _train(plan, stepper, output, progress)
     if best_step != args.max_steps:

@@ -33,13 +33,17 @@ def _child(connection, function, rank, world_size, port, args):
     except BaseException:
         answer = (False, traceback.format_exc())
     finally:
-        connection.send_bytes(pickle.dumps(answer))  # not send(): it would share a tensor's memory, which dies with this process
+        connection.send_bytes(
+            pickle.dumps(answer)
+        )  # not send(): it would share a tensor's memory, which dies with this process
         connection.close()
         os._exit(0)  # no clean shutdown: a peer may be gone
 
 
 def run_ranks(world_size: int, function, *args, timeout: float = 240.0) -> list:
-    """``[function(rank, world_size, *args) for every rank]``, each in its own process. A rank that raises fails the caller with its traceback."""
+    """``[function(rank, world_size, *args) for every rank]``, each in its own process. A rank that raises fails the caller
+    with its traceback.
+    """
     port = free_port()
     pipes, processes = [], []
     for rank in range(world_size):

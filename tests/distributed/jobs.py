@@ -7,7 +7,9 @@ import ds_zoadamu
 
 def config(world_size: int, accumulation: int = 1, micro_batch: int = 2, zero: dict | None = None, **sections) -> dict:
     """A DeepSpeed configuration; ``params`` among the sections adds to the optimizer's options."""
-    params = {"lr": 1e-2, "zo_eps": 1e-3, "total_steps": 30, "seed": 5, "momentum": {"dtype": "fp32"}} | sections.pop("params", {})
+    params = {"lr": 1e-2, "zo_eps": 1e-3, "total_steps": 30, "seed": 5, "momentum": {"dtype": "fp32"}} | sections.pop(
+        "params", {}
+    )
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -39,6 +41,8 @@ def as_bytes(values: dict[str, torch.Tensor]) -> dict[str, bytes]:
 
 
 def my_share(batches: list, step: int, accumulation: int, rank: int, world_size: int):
-    """The iterator of this rank's micro-batches of one step: number a * world_size + rank of the step's, as the sampler deals them."""
+    """The iterator of this rank's micro-batches of one step: number a * world_size + rank of the step's, as the sampler deals
+    them.
+    """
     first = step * accumulation * world_size
     return iter([batches[first + a * world_size + rank] for a in range(accumulation)])

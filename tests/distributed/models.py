@@ -1,4 +1,6 @@
-"""Tiny models with everything that partitions badly: odd sizes, a tied weight, a frozen and a 0-d parameter, one smaller than the ranks."""
+"""Tiny models with everything that partitions badly: odd sizes, a tied weight, a frozen and a 0-d parameter, one smaller than
+the ranks.
+"""
 
 import torch
 import transformers

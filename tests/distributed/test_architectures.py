@@ -12,7 +12,8 @@ CONFIGS = {
         vocab_size=67, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=32, pad_token_id=1, bos_token_id=2, eos_token_id=2,
     ),
-    "gpt2": transformers.GPT2Config(vocab_size=67, n_embd=24, n_layer=2, n_head=2, n_positions=32, bos_token_id=2, eos_token_id=2),
+    "gpt2": transformers.GPT2Config(vocab_size=67, n_embd=24, n_layer=2, n_head=2, n_positions=32, bos_token_id=2,
+                                    eos_token_id=2),
 }  # fmt: skip
 
 

@@ -11,6 +11,11 @@ from .jobs import as_bytes, config, engine_for, my_share, whole_model
 from .models import OddModel, odd_batches, tiny_opt
 
 
+def _warmup(steps: int) -> dict:
+    params = {"warmup_min_lr": 0, "warmup_max_lr": 0.01, "warmup_num_steps": steps, "warmup_type": "linear"}
+    return {"type": "WarmupLR", "params": params}
+
+
 def _raised(function, *args, **kwargs) -> str:
     try:
         function(*args, **kwargs)
@@ -19,7 +24,7 @@ def _raised(function, *args, **kwargs) -> str:
     return "nothing was raised"
 
 
-# --- the step through DeepSpeed's own machinery -----------------------------------------------------------------------------------------
+# --- the step through DeepSpeed's own machinery
 
 
 def _counters(rank, world_size, tmp):
@@ -28,7 +33,7 @@ def _counters(rank, world_size, tmp):
     import ds_zoadamu
 
     settings = config(
-        world_size, 2, scheduler={"type": "WarmupLR", "params": {"warmup_min_lr": 0, "warmup_max_lr": 0.01, "warmup_num_steps": 4, "warmup_type": "linear"}},
+        world_size, 2, scheduler=_warmup(4),
         csv_monitor={"enabled": True, "output_path": str(tmp), "job_name": "job"}, wall_clock_breakdown=True,
     )  # fmt: skip
     engine, optimizer, _, scheduler = ds_zoadamu.initialize(model=OddModel(), config=settings)
@@ -38,7 +43,15 @@ def _counters(rank, world_size, tmp):
         engine.train_batch(my_share(odd_batches(20), step, 2, rank, world_size))
         lrs.append(engine.last_step.lr)
     errors = [_raised(engine.backward, torch.tensor(1.0)), _raised(engine.step)]
-    return lrs, engine.get_lr(), engine.global_steps, engine.global_samples, engine.micro_steps, type(scheduler).__name__, errors
+    return (
+        lrs,
+        engine.get_lr(),
+        engine.global_steps,
+        engine.global_samples,
+        engine.micro_steps,
+        type(scheduler).__name__,
+        errors,
+    )
 
 
 def test_scheduler_counters_monitor_and_forbidden_calls(tmp_path):
@@ -49,7 +62,17 @@ def test_scheduler_counters_monitor_and_forbidden_calls(tmp_path):
     assert (steps, samples, micro_steps, scheduler) == (5, 5 * 2 * 2 * 2, 10, "WarmupLR")
     assert all(e.startswith("RuntimeError") and "train_batch" in e for e in errors)
     logged = {path.stem: list(csv.reader(path.open()))[1:] for path in tmp_path.rglob("*.csv")}
-    for name in ("train_loss", "projected_grad", "alpha", "beta1", "beta2", "effective_zo_eps", "coinciding_share", "skipped_steps", "lr"):
+    for name in (
+        "train_loss",
+        "projected_grad",
+        "alpha",
+        "beta1",
+        "beta2",
+        "effective_zo_eps",
+        "coinciding_share",
+        "skipped_steps",
+        "lr",
+    ):
         rows = logged[f"Train_Samples_{name}"]
         assert [float(row[0]) for row in rows] == [8.0 * step for step in range(1, 6)], name
 
@@ -95,7 +118,9 @@ def _resume_order(rank, world_size, accumulation):
             ids = torch.tensor([index % 11, (index * 7) % 11, (index * 3 + 1) % 11, index // 11])
             return {"input_ids": ids, "labels": ids}
 
-    engine, _, loader, _ = ds_zoadamu.initialize(model=OddModel(), config=config(world_size, accumulation), training_data=Numbers())
+    engine, _, loader, _ = ds_zoadamu.initialize(
+        model=OddModel(), config=config(world_size, accumulation), training_data=Numbers()
+    )
     losses = []
     for _ in range(2):  # two epochs
         micro_batches = iter(loader)
@@ -114,27 +139,33 @@ def test_training_data_gives_the_same_run_on_1_2_and_4_ranks():
     assert len(losses) == 2 * (43 // 8)
 
 
-# --- what is perturbed, and when --------------------------------------------------------------------------------------------------------
+# --- what is perturbed, and when
 
 
 def _plain_outside(rank, world_size, dtype):
     """Evaluation and gathers between steps see the stored weights, also with everything persistent."""
     precision = {} if dtype == torch.float32 else {"bf16": {"enabled": True}}
-    engine = engine_for(tiny_opt(dtype), config(world_size, micro_batch=1, zero={"stage3_param_persistence_threshold": 10**6}, **precision))
+    engine = engine_for(
+        tiny_opt(dtype), config(world_size, micro_batch=1, zero={"stage3_param_persistence_threshold": 10**6}, **precision)
+    )
     ids = torch.arange(8).reshape(1, 8) + 3
     batch = {"input_ids": ids, "labels": ids}
     outcome = []
     for _ in range(3):
         engine.train_batch(batch)
         loss = engine.eval_batch(batch)
-        tokens = engine.module.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, synced_gpus=True)
+        tokens = engine.module.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, synced_gpus=True
+        )
         dense = tiny_opt(dtype).eval()
         weights = whole_model(engine)
         with torch.no_grad():
             for name, param in dense.named_parameters():
                 param.copy_(weights[name])
             expected = dense(**batch).loss.double().item()
-            expected_tokens = dense.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+            expected_tokens = dense.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False
+            )
         outcome.append((loss == expected, torch.equal(tokens, expected_tokens)))
     return outcome
 
@@ -178,7 +209,14 @@ def _lora(rank, world_size):
         engine.train_batch(batch)
     end = whole_model(engine)
     changed = {n for n in start if not torch.equal(start[n], end[n])}
-    return before, engine.eval_batch(batch), changed, {n for n in start if "lora_" in n}, engine.memory_bytes()["momentum"], as_bytes(end)
+    return (
+        before,
+        engine.eval_batch(batch),
+        changed,
+        {n for n in start if "lora_" in n},
+        engine.memory_bytes()["momentum"],
+        as_bytes(end),
+    )
 
 
 def test_a_lora_model_trains_its_adapters_only():
@@ -212,7 +250,7 @@ def test_a_loss_that_is_not_differentiable():
     assert before > 0.6 and after < 0.3  # one of three classes; the share that is predicted wrongly
 
 
-# --- steps that are skipped, and failures -------------------------------------------------------------------------------------------------
+# --- steps that are skipped, and failures
 
 
 def _skips(rank, world_size, bad_steps, limit):
@@ -222,7 +260,7 @@ def _skips(rank, world_size, bad_steps, limit):
 
     settings = config(
         world_size, params={"max_skipped_steps": limit, "weight_decay": 0.1, "total_steps": 12},
-        scheduler={"type": "WarmupLR", "params": {"warmup_min_lr": 0, "warmup_max_lr": 0.01, "warmup_num_steps": 8, "warmup_type": "linear"}},
+        scheduler=_warmup(8),
     )  # fmt: skip
     engine = engine_for(OddModel(), settings, loss_fn=loss_fn)
     history, error = [], ""
@@ -232,7 +270,9 @@ def _skips(rank, world_size, bad_steps, limit):
         error = _raised(engine.train_batch, my_share(odd_batches(16), step, 1, rank, world_size))
         weights_kept = as_bytes({p.name: p.weight for p in engine.optimizer.partitions}) == before
         momenta_moved = as_bytes({p.name: engine.optimizer._momentum(p) for p in engine.optimizer.partitions}) != momenta
-        history.append((engine.last_step.skipped, weights_kept, momenta_moved, engine.last_step.lr, engine.optimizer.step_count))
+        history.append(
+            (engine.last_step.skipped, weights_kept, momenta_moved, engine.last_step.lr, engine.optimizer.step_count)
+        )
         if "nothing" not in error:
             break
     return history, engine.skipped_steps, error
@@ -253,7 +293,9 @@ def test_a_skipped_step_advances_time_and_momentum_and_leaves_the_weights():
 
 def test_skips_in_a_row_stop_all_ranks_with_advice():
     for history, skipped, error in run_ranks(2, _skips, {2, 3, 4, 5, 6}, 3):
-        assert error.startswith("NonFiniteLossError") and "3 steps in a row" in error and "step 4" in error and "lower lr" in error
+        assert (
+            error.startswith("NonFiniteLossError") and "3 steps in a row" in error and "step 4" in error and "lower lr" in error
+        )
         assert len(history) == 4 and skipped == 3
 
 

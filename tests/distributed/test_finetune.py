@@ -83,7 +83,13 @@ def run(model, data, tmp_path_factory):
 
 def test_a_run_leaves_metrics_results_curves_and_a_model(run):
     output, printed = run
-    assert sorted(path.name for path in output.iterdir()) == ["curves.png", "journal.jsonl", "metrics.jsonl", "model", "results.json"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        "curves.png",
+        "journal.jsonl",
+        "metrics.jsonl",
+        "model",
+        "results.json",
+    ]
     metrics, results = read_metrics(output), json.loads((output / "results.json").read_text())
     steps = [line for line in metrics if line["kind"] == "step"]
     evals = {(line["split"], line["step"]): line for line in metrics if line["kind"] == "eval"}
@@ -204,7 +210,8 @@ BAD_INPUT = {
     "--data_dir {tmp}/nowhere": "nowhere: no such folder",
     "--data_dir {tmp}/broken": "train.jsonl:2: column 'label' is missing",
     "--model_name_or_path {tmp}/nowhere": "no config there",
-    "--output_dir {tmp}/taken": "holds the results.json of an earlier run; give another folder, --resume or --overwrite_output_dir",
+    "--output_dir {tmp}/taken": "holds the results.json of an earlier run; give another folder, "
+    "--resume or --overwrite_output_dir",
     "--output_dir {tmp}/taken/results.json": "is a file, not a folder",
     "--deepspeed_config {tmp}/nowhere.json": "cannot be read",
     "--deepspeed_config {tmp}/no_optimizer.json": 'has no "optimizer"',

@@ -1,4 +1,6 @@
-"""launch/finetune.py: killed and resumed on another number of ranks, it leaves the same files as a run that was never stopped."""
+"""launch/finetune.py: killed and resumed on another number of ranks, it leaves the same files as a run that was never
+stopped.
+"""
 
 import json
 import subprocess
@@ -47,8 +49,8 @@ def steps_of(output):
 def test_killed_and_resumed(task, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     expected = run_ranks(2, finetune, arguments(task, whole))[0]
-    # On one rank the same batches need twice the accumulation. The first stop is right after a step that is evaluated; the second
-    # while a checkpoint is being saved; the third leaves a step that is in the journal and not in metrics.jsonl.
+    # On one rank the same batches need twice the accumulation. The first stop is right after a step that is evaluated; the
+    # second while a checkpoint is being saved; the third leaves a step that is in the journal and not in metrics.jsonl.
     one = ("--gradient_accumulation_steps", "2")
     for world_size, crash_at, more in (
         (2, "before_append:5", ()),

@@ -50,7 +50,9 @@ def _own(rank, world_size):
 
 
 def _reference_key(name):
-    from ds_zoadamu.noise import parameter_key  # the key is a hash and has its own golden test; what follows from it is independent
+    from ds_zoadamu.noise import (
+        parameter_key,  # the key is a hash and has its own golden test; what follows from it is independent
+    )
 
     return parameter_key(SEED, name)
 
@@ -85,7 +87,9 @@ def _dense_losses(weights: dict, momenta: dict, batches: list) -> list[float]:
         with torch.no_grad():
             for name, param in model.named_parameters():
                 m = momenta.get(name)
-                param.copy_(torch.from_numpy(weights[name] if m is None else weights[name] + sign * ZO_EPS * m).reshape(param.shape))
+                param.copy_(
+                    torch.from_numpy(weights[name] if m is None else weights[name] + sign * ZO_EPS * m).reshape(param.shape)
+                )
             pairs = []
             for b in batches:
                 logits = _fp64_logits(model, b["input_ids"])
@@ -117,13 +121,15 @@ def test_displacement_with_its_own_projected_gradients():
         momenta = next_momenta
         gradients.append(g)
     expected = {n: weights[n] - start[n] for n in start}
-    # Each fp32 loss near 2.5 is off by some 8 units in the last place, 2^-22 each; the difference of two, over 2 zo_eps, gives the error of g.
+    # Each fp32 loss near 2.5 is off by some 8 units in the last place, 2^-22 each; the difference of two, over 2 zo_eps, gives
+    # the error of g.
     error_of_g = 8 * 2.0**-22 * 2 / (2 * ZO_EPS)
-    # The displacement inherits lr * error * |direction| at every step; twice that leaves room for what the moved weights do to later losses.
+    # The displacement inherits lr * error * |direction| at every step; twice that leaves room for what the moved weights do to
+    # later losses.
     bound = 2 * sum(LR * error_of_g * d for d in directions)
     for world_size in (1, 2):
         own, found = run_ranks(world_size, _own)[0]
-        assert max(abs(a - b) for a, b in zip(own, gradients)) < 2 * error_of_g
+        assert max(abs(a - b) for a, b in zip(own, gradients, strict=True)) < 2 * error_of_g
         difference = np.linalg.norm(np.concatenate([found[n].ravel() - expected[n].ravel() for n in expected]))
         displacement = np.linalg.norm(np.concatenate(list(expected.values())))
         assert difference < bound < displacement / 100

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from ds_zoadamu._crash_points import SAVE_POINTS, STEP_POINTS
-
 from tests.crash_test import crash_test
 
 from . import runs

@@ -1,4 +1,6 @@
-"""One step and whole runs on real ranks: the same bits on any number of them, and the same losses as a dense model perturbed by hand."""
+"""One step and whole runs on real ranks: the same bits on any number of them, and the same losses as a dense model perturbed
+by hand.
+"""
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ TIMES = {"t1": 3, "t2": 8, "t3": 10}  # STEPS cross both t1 and t2
 
 def _whole_run(rank, world_size, accumulation, dtype, momentum, zero, precision):
     engine = engine_for(
-        OddModel(dtype), config(world_size, accumulation, zero=zero, params={"momentum": {"dtype": momentum}, **TIMES}, **precision)
+        OddModel(dtype),
+        config(world_size, accumulation, zero=zero, params={"momentum": {"dtype": momentum}, **TIMES}, **precision),
     )
     batches = odd_batches(STEPS * accumulation * world_size)
     losses = []
@@ -30,7 +33,9 @@ PRECISIONS = {
 }
 
 
-@pytest.mark.parametrize("dtype,momentum", [(torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "int8"), (torch.bfloat16, "replay")])
+@pytest.mark.parametrize(
+    "dtype,momentum", [(torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "int8"), (torch.bfloat16, "replay")]
+)
 def test_run_is_bit_identical_on_1_2_and_4_ranks(dtype, momentum):
     runs = {}
     for world_size in (1, 2, 4):
@@ -141,8 +146,11 @@ def _shards_inside_a_step(rank, world_size):
     before = [p.weight.clone() for p in engine.optimizer.partitions]
     engine.train_batch(my_share(odd_batches(2 * world_size), 0, 2, rank, world_size))
     after = [p.weight.clone() for p in engine.optimizer.partitions]
-    same = [all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(before, shards)) for shards in seen]
-    return same, any(not torch.equal(a, b) for a, b in zip(before, after))
+    same = [
+        all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(before, shards, strict=True))
+        for shards in seen
+    ]
+    return same, any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_stored_partitions_keep_every_bit_during_the_forwards():

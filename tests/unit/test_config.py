@@ -58,7 +58,10 @@ def test_values_survive():
         ({"momentum": "int8"}, ["momentum is 'int8'", "object"]),
         ({"momentum": {"dtype": "int4"}}, ["momentum: dtype is 'int4'", "'replay'"]),
         ({"momentum": {"window": 3}}, ["momentum: unknown 'window'"]),
-        ({"momentum": {"dtype": "replay", "max_window": 43}}, ["last 44 steps", "max_window is 43", "0.1464", "Raise max_window"]),
+        (
+            {"momentum": {"dtype": "replay", "max_window": 43}},
+            ["last 44 steps", "max_window is 43", "0.1464", "Raise max_window"],
+        ),
         ({"momentum": {"dtype": "replay", "window_tolerance": 0}}, ["window_tolerance is 0", "> 0"]),
         ({"update_rounding": "up"}, ["update_rounding is 'up'", "'nearest'"]),
         ({"max_skipped_steps": 0}, ["max_skipped_steps is 0"]),

@@ -46,7 +46,9 @@ def test_too_little_data_is_named():
 
 @pytest.mark.parametrize(("saved_on", "restored_on"), [((1, 4), (2, 2)), ((4, 1), (1, 4)), ((2, 2), (2, 2))])
 def test_a_restored_position_goes_on_where_it_was(saved_on, restored_on):
-    """Positions are (world_size, accumulation) of a run; they count micro-batches of all ranks, so another split goes on alike."""
+    """Positions are (world_size, accumulation) of a run; they count micro-batches of all ranks, so another split goes on
+    alike.
+    """
     whole = [MicroBatchSampler(53, 3, saved_on[1], r, saved_on[0], 7) for r in range(saved_on[0])]
     iterators = [iter(s) for s in whole]
     for iterator in iterators:

@@ -17,24 +17,32 @@ def test_plateaus_of_figure_1():
     assert round(DEFAULT.beta1(8000), 4) == 0.1464
     assert DEFAULT.beta2(8000) == 0.01
     for step in (8001, 12000, 10**6):
-        assert (DEFAULT.alpha(step), DEFAULT.beta1(step), DEFAULT.beta2(step)) == (DEFAULT.alpha(8000), DEFAULT.beta1(8000), 0.01)
+        assert (DEFAULT.alpha(step), DEFAULT.beta1(step), DEFAULT.beta2(step)) == (
+            DEFAULT.alpha(8000),
+            DEFAULT.beta1(8000),
+            0.01,
+        )
 
 
 def test_warm_up_is_exactly_one():
     assert {f(t) for t in range(1, 2001) for f in (DEFAULT.alpha, DEFAULT.beta1, DEFAULT.beta2)} == {1.0}
 
 
-@pytest.mark.parametrize("t1,t2,t3", [(0, 1, 1), (5, 6, 6), (0, 100, 100), (1024, 16000, 20000), (1, 999, 1000), (10, 20, 10000)])
+@pytest.mark.parametrize(
+    "t1,t2,t3", [(0, 1, 1), (5, 6, 6), (0, 100, 100), (1024, 16000, 20000), (1, 999, 1000), (10, 20, 10000)]
+)
 @pytest.mark.parametrize("phi", [0.0, 0.1, 1.0, 1.5, 40.0])
 def test_bounded_and_never_rising(t1, t2, t3, phi):
     values = [anneal(t, t1, t2, t3, phi, 0.01) for t in range(1, min(t3, 2000) + 2)]
     assert all(0.01 <= v <= 1.0 for v in values)
-    assert all(a >= b for a, b in zip(values, values[1:]))
+    assert all(a >= b for a, b in zip(values, values[1:], strict=False))
 
 
 @pytest.mark.parametrize("schedule", [DEFAULT, Schedule(t1=0, t2=5, t3=5), Schedule(t1=1024, t2=16000, t3=20000)])
 def test_momentum_std_is_that_of_the_recurrence(schedule):
-    """s_t against a simulated m of 40,000 independent elements; the standard error of a standard deviation is s / sqrt(2 n) = 0.35 %."""
+    """s_t against a simulated m of 40,000 independent elements; the standard error of a standard deviation is s / sqrt(2 n) =
+    0.35 %.
+    """
     generator = np.random.default_rng(0)
     m = np.zeros(40_000)
     for t in range(1, 60):
