@@ -29,9 +29,11 @@ from .partition import PerturbedGathers, find_partitions, lift_scalars, lower_sc
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step of training, the same on all ranks. ``loss`` is the mean of ``loss_plus`` and ``loss_minus``;
-    ``projected_grad`` is
-    (loss_plus - loss_minus) / (2 zo_eps); ``effective_eps`` is zo_eps times the standard deviation of m_t."""
+    """One step of training, the same on all ranks.
+
+    ``loss`` is the mean of ``loss_plus`` and ``loss_minus``, ``projected_grad`` their difference over 2 zo_eps, ``effective_eps``
+    zo_eps times the standard deviation of m_t.
+    """
 
     step: int
     loss: float
