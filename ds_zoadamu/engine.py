@@ -31,8 +31,8 @@ from .partition import PerturbedGathers, find_partitions, lift_scalars, lower_sc
 class StepRecord:
     """One step of training, the same on all ranks.
 
-    ``loss`` is the mean of ``loss_plus`` and ``loss_minus``, ``projected_grad`` their difference over 2 zo_eps, ``effective_eps``
-    zo_eps times the standard deviation of m_t.
+    ``loss`` is the mean of ``loss_plus`` and ``loss_minus``, ``projected_grad`` their difference over 2 zo_eps,
+    ``effective_eps`` zo_eps times the standard deviation of m_t.
     """
 
     step: int
