@@ -29,13 +29,13 @@ def _child(connection, function, rank, world_size, port, args):
         from ds_zoadamu.distributed import init_distributed
 
         init_distributed(verbose=False)
+        torch.distributed.barrier()  # a rank that has little to do must not be gone before its peers have connected
         answer = (True, function(rank, world_size, *args))
     except BaseException:
         answer = (False, traceback.format_exc())
     finally:
-        connection.send_bytes(
-            pickle.dumps(answer)
-        )  # not send(): it would share a tensor's memory, which dies with this process
+        # Not send(): it would share a tensor's memory, which dies with this process.
+        connection.send_bytes(pickle.dumps(answer))
         connection.close()
         os._exit(0)  # no clean shutdown: a peer may be gone
 
