@@ -11,11 +11,13 @@ from .journal import Contents, Record, parse_journal, read_bytes
 
 
 def add_arguments(parser: Any) -> None:
+    """The arguments of ``ds_zoadamu journal``."""
     parser.add_argument("journal", metavar="FILE", help="a run's journal.jsonl")
     parser.add_argument("--plot", metavar="PNG", help="draw loss and projected gradient into this file (needs matplotlib)")
 
 
 def run(args: Any) -> int:
+    """Print the summary, and draw the picture if asked; returns the exit status. Raises JournalError."""
     data = read_bytes(args.journal)
     contents = parse_journal(data, f"journal {args.journal!r}")
     print("\n".join(summary(contents, data)))

@@ -393,6 +393,7 @@ def folder_digest(folder: str | Path, journal: str | Path) -> str:
 
 
 def add_arguments(parser: Any) -> None:
+    """The arguments of ``ds_zoadamu replay``."""
     parser.add_argument(
         "--base", required=True, help="folder or hub name of the model the run started from, or its adapters before training"
     )
@@ -407,6 +408,7 @@ def add_arguments(parser: Any) -> None:
 
 
 def run(args: Any) -> int:
+    """Rebuild the model, on one process or a launcher's ranks; returns the exit status. Raises ReplayError, JournalError."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")

@@ -15,6 +15,7 @@ import os
 import torch
 
 from . import build
+from .checks import check_position, check_step
 from .types import Direction, Rounding
 
 _NOISE, _PERTURB, _UPDATE = range(3)
@@ -171,24 +172,12 @@ def _check_tensor(thing: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, .
         raise ValueError(f"{thing} has {tensor.numel()} elements where the other tensors have {numel}")
 
 
-def _check_position(key: tuple[int, int], start: int, numel: int) -> None:
-    if len(key) != 2 or not all(0 <= word < 1 << 32 for word in key):
-        raise ValueError(f"key must be two words in 0 <= word < 2**32, got {key}")
-    if start < 0 or start + numel > 1 << 63:
-        raise ValueError(f"flat indices must be in 0 <= i < 2**63, got start={start} and {numel} elements")
-
-
-def _check_step(step: int) -> None:
-    if not 0 <= step < 1 << 32:
-        raise ValueError(f"step must be in 0 <= step < 2**32, got {step}")
-
-
 @functools.lru_cache(maxsize=8)
 def _steps(direction: Direction) -> ctypes.Array:
     if not direction.steps:
         raise ValueError("direction has no steps; the last one must be the step to take")
     for c in direction.steps:
-        _check_step(c.step)
+        check_step(c.step)
     return (_Step * len(direction.steps))(
         *(
             _Step(c.step, c.sqrt_alpha, c.sqrt_one_minus_alpha, c.beta1, c.one_minus_beta1, c.beta2, c.one_minus_beta2)
@@ -235,8 +224,8 @@ def noise_(xi1: torch.Tensor, xi2: torch.Tensor, *, key: tuple[int, int], step: 
     numel = xi1.numel()
     _check_tensor("xi1", xi1, (torch.float32,), numel)
     _check_tensor("xi2", xi2, (torch.float32,), numel)
-    _check_position(key, start, numel)
-    _check_step(step)
+    check_position(key, start, numel)
+    check_step(step)
     _run(
         (_Step * 1)(_Step(step)),
         key,
@@ -266,7 +255,7 @@ def perturb_(
     numel = weight.numel()
     _check_tensor("weight", weight, _WEIGHT_DTYPES, numel)
     _check_tensor("out", out, _WEIGHT_DTYPES, numel)
-    _check_position(key, start, numel)
+    check_position(key, start, numel)
     _run(
         _steps(direction),
         key,
@@ -301,7 +290,7 @@ def update_(
     """See reference.update_. Raises TypeError or ValueError for tensors or numbers that do not fit."""
     numel = weight.numel()
     _check_tensor("weight", weight, _WEIGHT_DTYPES, numel)
-    _check_position(key, start, numel)
+    check_position(key, start, numel)
     if momentum is None and not write_weight:
         return
     _run(

@@ -18,6 +18,7 @@ from contextlib import nullcontext
 
 import torch
 
+from .checks import check_position, check_step
 from .types import Direction, Rounding
 
 MINIMUM_VERSION = (3, 2)
@@ -133,22 +134,10 @@ def _check_tensor(thing: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, .
         raise ValueError(f"{thing} has {tensor.numel()} elements where the other tensors have {like.numel()}")
 
 
-def _check_position(key: tuple[int, int], start: int, numel: int) -> None:
-    if len(key) != 2 or not all(0 <= word < 1 << 32 for word in key):
-        raise ValueError(f"key must be two words in 0 <= word < 2**32, got {key}")
-    if start < 0 or start + numel > 1 << 63:
-        raise ValueError(f"flat indices must be in 0 <= i < 2**63, got start={start} and {numel} elements")
-
-
-def _check_step(step: int) -> None:
-    if not 0 <= step < 1 << 32:
-        raise ValueError(f"step must be in 0 <= step < 2**32, got {step}")
-
-
 def _check_direction(direction: Direction) -> None:
     if not direction.steps:
         raise ValueError("direction has no steps; the last one must be the step to take")
-    _check_step(direction.steps[-1].step)
+    check_step(direction.steps[-1].step)
 
 
 def _signed(word: int) -> int:
@@ -177,7 +166,7 @@ def _table(direction: Direction, device: torch.device) -> torch.Tensor | None:
     if found is not None and found[0] is direction:
         return found[1]
     for c in older:
-        _check_step(c.step)
+        check_step(c.step)
     scalars = [(c.sqrt_alpha, c.sqrt_one_minus_alpha, c.beta1, c.one_minus_beta1) for c in older]
     table = torch.zeros(len(older), 8, dtype=torch.int32)
     table[:, 0] = torch.tensor([_signed(c.step) for c in older], dtype=torch.int32)
@@ -298,8 +287,8 @@ def noise_(xi1: torch.Tensor, xi2: torch.Tensor, *, key: tuple[int, int], step: 
     """See reference.noise_. Raises TypeError or ValueError for tensors or numbers that do not fit."""
     _check_tensor("xi1", xi1, (torch.float32,), xi1)
     _check_tensor("xi2", xi2, (torch.float32,), xi1)
-    _check_position(key, start, xi1.numel())
-    _check_step(step)
+    check_position(key, start, xi1.numel())
+    check_step(step)
     if xi1.numel() == 0:
         return
     _launch("noise_kernel", {"xi1": xi1, "xi2": xi2}, key, start, step=_signed(step))
@@ -321,7 +310,7 @@ def perturb_(
     _check_tensor("out", out, _WEIGHT_DTYPES, weight)
     if momentum is not None:
         _check_tensor("momentum", momentum, _MOMENTUM_DTYPES, weight)
-    _check_position(key, start, weight.numel())
+    check_position(key, start, weight.numel())
     _check_direction(direction)
     if weight.numel() == 0:
         return
@@ -355,7 +344,7 @@ def update_(
     _check_tensor("weight", weight, _WEIGHT_DTYPES, weight)
     if momentum is not None:
         _check_tensor("momentum", momentum, _MOMENTUM_DTYPES, weight)
-    _check_position(key, start, weight.numel())
+    check_position(key, start, weight.numel())
     _check_direction(direction)
     if weight.numel() == 0 or (momentum is None and not write_weight):
         return

@@ -8,6 +8,7 @@ from .command import add_arguments, run
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the plan; what the user can put right is one line on stderr and exit status 1."""
     parser = argparse.ArgumentParser(
         prog="ds_zoadamu plan", description="What fits, with which settings, and how long a step takes."
     )
