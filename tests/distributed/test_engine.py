@@ -148,6 +148,7 @@ def _plain_outside(rank, world_size, dtype):
     engine = engine_for(
         tiny_opt(dtype), config(world_size, micro_batch=1, zero={"stage3_param_persistence_threshold": 10**6}, **precision)
     )
+    engine.eval()  # train_batch gives the module its mode back, and generate would drop out
     ids = torch.arange(8).reshape(1, 8) + 3
     batch = {"input_ids": ids, "labels": ids}
     outcome = []
