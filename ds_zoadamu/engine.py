@@ -24,7 +24,7 @@ from .durability import Durability
 from .errors import ConfigError, NonFiniteLossError
 from .losses import LossFn, as_pair, causal_lm_loss, global_means
 from .optimizers import OPTIMIZERS, ZerothOrderOptimizer
-from .partition import PerturbedGathers, find_partitions, lift_scalars, lower_scalars
+from .partition import PerturbedGathers, find_partitions, lift_scalars, lower_scalars, reject_empty
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,10 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         return optimizer_name in OPTIMIZERS or super()._is_supported_optimizer(optimizer_name)
 
     def _configure_distributed_model(self, model: torch.nn.Module) -> None:
-        self._scalars = lift_scalars(model) if self._zeroth_order_options() is not None else []
+        self._scalars = []
+        if self._zeroth_order_options() is not None:
+            reject_empty(model)
+            self._scalars = lift_scalars(model)
         super()._configure_distributed_model(model)
 
     def _configure_optimizer(self, client_optimizer, model_parameters) -> None:

@@ -15,6 +15,8 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
+from .errors import ConfigError
+
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
 
@@ -81,6 +83,18 @@ def find_partitions(module: torch.nn.Module) -> list[Partition]:
             stop = min(start + param.ds_tensor.ds_numel, param.ds_numel)
             partitions.append(Partition(canonical_name(name), param, param.ds_numel, start, stop))
     return partitions
+
+
+def reject_empty(module: torch.nn.Module) -> None:
+    """Raise ConfigError for a parameter of 0 elements on several ranks: DeepSpeed 0.19.8 fails in the middle of a gather."""
+    if dist.get_world_size() == 1:
+        return
+    for name, param in module.named_parameters():
+        if getattr(param, "ds_numel", param.numel()) == 0:
+            raise ConfigError(
+                f"parameter {name!r} has 0 elements, which ZeRO-3 cannot gather on {dist.get_world_size()} ranks; remove it "
+                "from the model, or register it as a buffer"
+            )
 
 
 def lift_scalars(module: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -358,6 +358,21 @@ def test_settings_that_cannot_work_are_refused_on_all_ranks_before_the_model_is_
         assert not touched
 
 
+def _empty_parameter(rank, world_size):
+    import ds_zoadamu
+
+    model = OddModel()
+    model.nothing = torch.nn.Parameter(torch.empty(0, 3))
+    error = _raised(ds_zoadamu.initialize, model=model, config=config(world_size))
+    return error, any(hasattr(p, "ds_id") for p in model.parameters())
+
+
+def test_a_parameter_of_no_elements_works_on_one_rank_and_is_named_on_several():
+    assert run_ranks(1, _empty_parameter) == [("nothing was raised", True)]
+    for error, touched in run_ranks(2, _empty_parameter):
+        assert error.startswith("ConfigError") and "'nothing' has 0 elements" in error and not touched
+
+
 def _one_rank_fails(rank, world_size):
     def loss_fn(module, batch):
         if rank == 1:
