@@ -8,6 +8,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from .collective import describe, leave
 from .errors import CheckpointError, ConfigError, JournalError, ReplayError
 
 # name -> (module, one line of help); imported when it is called, for some of them import DeepSpeed
@@ -35,12 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             modules[name].add_arguments(subparser)
     args = parser.parse_args(argv)
     try:
-        return modules[args.command].run(args)
+        status = modules[args.command].run(args)
+        leave()
+        return status
     except _USER_ERRORS as e:
         print(f"ds_zoadamu: {e}", file=sys.stderr)
     except OSError as e:
-        from .collective import describe
-
         print(f"ds_zoadamu: {describe(e)}", file=sys.stderr)
     return 1
 

@@ -48,6 +48,12 @@ def barrier() -> None:
         dist.all_reduce(torch.zeros(1), group=_group())
 
 
+def leave() -> None:
+    """End a command's process group, if it has begun one. A gloo group that dies with its process may abort it."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def broadcast_bytes(data: bytes | None) -> bytes:
     """Rank 0's ``data`` on every rank."""
     if not is_distributed():

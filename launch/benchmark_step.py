@@ -22,6 +22,7 @@ from deepspeed.accelerator import get_accelerator
 
 import ds_zoadamu
 from ds_zoadamu import kernels
+from ds_zoadamu.distributed import init_distributed
 
 SHAPES = {  # hidden size, layers, heads
     "opt-tiny": (256, 4, 4),
@@ -185,7 +186,7 @@ def report(args: argparse.Namespace, samples: dict[str, list[float]], world_size
 
 def main() -> None:
     args = arguments()
-    deepspeed.init_distributed()
+    init_distributed()
     rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     if args.batch % world_size:
         raise SystemExit(f"--batch is {args.batch}; it must be a multiple of the {world_size} ranks")
@@ -198,6 +199,7 @@ def main() -> None:
         if args.json:
             with open(args.json, "w") as f:
                 json.dump(figures, f, indent=1)
+    deepspeed.comm.destroy_process_group()
 
 
 if __name__ == "__main__":

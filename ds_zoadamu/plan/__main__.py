@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from ..collective import leave
 from ..errors import ConfigError
 from .command import add_arguments, run
 
@@ -15,7 +16,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     add_arguments(parser)
     try:
-        return run(parser.parse_args(argv))
+        status = run(parser.parse_args(argv))
+        leave()
+        return status
     except ConfigError as error:
         print(f"ds_zoadamu plan: {error}", file=sys.stderr)
         return 1

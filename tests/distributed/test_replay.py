@@ -18,7 +18,7 @@ from ds_zoadamu.errors import JournalError, ReplayError
 from ds_zoadamu.journal import Journal, read_journal
 
 from . import runs
-from .harness import run_ranks
+from .harness import free_port, run_ranks
 from .models import OddModel, tiny_opt
 
 STEPS = 9
@@ -366,7 +366,7 @@ def test_the_replay_and_digest_commands(odd_runs, tmp_path, capsys):
 def test_under_the_launcher(odd_runs, tmp_path):
     folder, digests = odd_runs
     name = "replay-bf16"
-    launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--master_port", "29611", "--module"]
+    launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "--module"]
     command = [*launcher, "ds_zoadamu.cli", "replay", "--base", folder / "base-bf16"]
     command += ["--journal", folder / name / "journal.jsonl", "--output", tmp_path / "out", "--expect", digests[name]]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))}
