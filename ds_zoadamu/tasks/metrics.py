@@ -1,5 +1,6 @@
 """Loss, predictions and accuracy of a causal language model on a prompt task."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,11 +22,21 @@ def candidate_scores(module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         fp32 [B, C].
     """
     batch = {name: tensor.to(get_accelerator().current_device_name()) for name, tensor in batch.items()}
-    logits = module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    positions = batch["positions"]
+    if _keeps_logits(module):
+        # The vocabulary is a large part of a small model, and its logits the largest tensor of a forward without gradients.
+        inputs["logits_to_keep"], positions = positions.unique(return_inverse=True)
+    logits = module(**inputs).logits
     # Only the predicting positions are widened to fp32: [B, C, L, vocabulary].
-    chosen = logits[batch["rows"].unsqueeze(-1), batch["positions"]].float()
+    chosen = logits[batch["rows"].unsqueeze(-1), positions].float()
     log_probs = chosen.log_softmax(dim=-1).gather(-1, batch["tokens"].unsqueeze(-1)).squeeze(-1)
     return log_probs.masked_fill(~batch["token_mask"], 0.0).sum(dim=-1)
+
+
+def _keeps_logits(module) -> bool:
+    """Whether the model makes the logits of given positions only (most of Transformers' causal models do)."""
+    return "logits_to_keep" in inspect.signature(getattr(module, "module", module).forward).parameters
 
 
 def prompt_loss(module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
