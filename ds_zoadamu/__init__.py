@@ -13,6 +13,7 @@ _EXPORTS = {
     "StepRecord": "engine",
     "ZeroOrderEngine": "engine",
     "ZOAdaMU": "optimizers",
+    "MeZO": "optimizers",
     "check_config": "config",
     "weights_digest": "digest",
     "read_journal": "journal",

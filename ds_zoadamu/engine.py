@@ -17,13 +17,14 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import log_dist
 
 from . import kernels
-from .config import OPTIMIZER_TYPES, ZOAdaMUConfig, check_config, check_deepspeed_settings, read_config
+from .config import check_config, check_deepspeed_settings, read_config
 from .data import MicroBatchSampler
 from .distributed import init_distributed
 from .durability import Durability
 from .errors import ConfigError, NonFiniteLossError
-from .losses import LossFn, as_pair, causal_lm_loss, global_means
+from .losses import LossFn, as_pair, causal_lm_loss, global_means, projected_gradient
 from .optimizers import OPTIMIZERS, ZerothOrderOptimizer
+from .optimizers.options import RuleConfig
 from .partition import PerturbedGathers, find_partitions, lift_scalars, lower_scalars, reject_empty
 
 
@@ -31,21 +32,19 @@ from .partition import PerturbedGathers, find_partitions, lift_scalars, lower_sc
 class StepRecord:
     """One step of training, the same on all ranks.
 
-    ``loss`` is the mean of ``loss_plus`` and ``loss_minus``, ``projected_grad`` their difference over 2 zo_eps,
-    ``effective_eps`` zo_eps times the standard deviation of m_t.
+    ``loss`` is the mean of ``loss_plus`` and ``loss_minus``, ``projected_grad`` their difference over 2 zo_eps; with several
+    perturbations a step the losses are means over them, and ``projected_grad`` has one entry each. ``figures``: what the rule
+    logs, by name (ZO-AdaMU: alpha, beta1, beta2, effective_zo_eps).
     """
 
     step: int
     loss: float
     loss_plus: float
     loss_minus: float
-    projected_grad: float
+    projected_grad: float | tuple[float, ...]
     lr: float
     skipped: bool
-    alpha: float
-    beta1: float
-    beta2: float
-    effective_eps: float
+    figures: dict[str, float]
 
 
 class ZeroOrderEngine(Durability, DeepSpeedEngine):
@@ -69,8 +68,8 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         """One zeroth-order step; returns the mean of loss_plus and loss_minus, the same on all ranks.
 
         Args: ``batch``: an iterator, from which gradient_accumulation_steps micro-batches are drawn, or one micro-batch where
-        that is 1. The model runs in eval mode (no dropout) and without gradients; the same micro-batches and the same
-        perturbation serve both signs.
+        that is 1. The model runs in eval mode (no dropout) and without gradients; the same micro-batches serve all
+        perturbations, and the same perturbation both signs.
 
         Raises: StopIteration when the iterator is empty; ValueError for weights that sum to 0; NonFiniteLossError after
         ``max_skipped_steps`` steps in a row whose loss was not finite.
@@ -80,13 +79,14 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         self.tput_timer.start()
         passes = []
         with self._evaluating():
-            for sign in (+1, -1):
-                with self._gathers.perturbed(partial(self.optimizer.perturb_into, sign=sign)):
-                    passes.append([self._loss(micro_batch) for micro_batch in micro_batches])
-        loss_plus, loss_minus = global_means(passes, self.device)
-        record = self._record(loss_plus, loss_minus)
+            for index in range(self.optimizer.config.num_perturbations):
+                for sign in (+1, -1):
+                    with self._gathers.perturbed(partial(self.optimizer.perturb_into, sign=sign, index=index)):
+                        passes.append([self._loss(micro_batch) for micro_batch in micro_batches])
+        losses = global_means(passes, self.device)
+        record, projected_grads = self._record(losses[0::2], losses[1::2])
         self._before_update(record, batch)
-        self.optimizer.observe(None if record.skipped else record.projected_grad)
+        self.optimizer.observe(None if record.skipped else projected_grads)
         with self._gathers.writing():
             self._step_and_count()
         self.last_step = record
@@ -175,22 +175,22 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
     def _loss(self, micro_batch: Any) -> torch.Tensor:
         return as_pair(self.loss_fn(self.module, micro_batch), self.device)
 
-    def _record(self, loss_plus: float, loss_minus: float) -> StepRecord:
+    def _record(self, plus: list[float], minus: list[float]) -> tuple[StepRecord, tuple[float, ...]]:
+        """The step's record and its projected gradients, from the losses of its perturbations."""
         optimizer, step = self.optimizer, self.optimizer.next_step
-        projected_grad = (loss_plus - loss_minus) / (2.0 * optimizer.config.zo_eps)
-        return StepRecord(
+        grads = tuple(projected_gradient(p, m, optimizer.config.zo_eps) for p, m in zip(plus, minus, strict=True))
+        loss_plus, loss_minus = sum(plus) / len(plus), sum(minus) / len(minus)
+        record = StepRecord(
             step=step,
             loss=(loss_plus + loss_minus) / 2.0,
             loss_plus=loss_plus,
             loss_minus=loss_minus,
-            projected_grad=projected_grad,
+            projected_grad=grads[0] if len(grads) == 1 else grads,
             lr=float(optimizer.param_groups[0]["lr"]),
-            skipped=not math.isfinite(projected_grad),
-            alpha=optimizer.schedule.alpha(step),
-            beta1=optimizer.schedule.beta1(step),
-            beta2=optimizer.schedule.beta2(step),
-            effective_eps=optimizer.config.zo_eps * optimizer.schedule.momentum_std(step),
+            skipped=not all(map(math.isfinite, grads)),
+            figures=optimizer.figures(step),
         )
+        return record, grads
 
     def _step_and_count(self) -> None:
         # DeepSpeed counts one micro-step for each call of step(), and steps on the last one of an accumulation.
@@ -205,21 +205,19 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             return
         coinciding = self.optimizer.coinciding_share()
         if printing:
+            grads = record.projected_grad if isinstance(record.projected_grad, tuple) else (record.projected_grad,)
             log_dist(
-                f"step={record.step} loss={record.loss:.6g} projected_grad={record.projected_grad:.6g} lr={record.lr:.4g} "
-                f"alpha={record.alpha:.4g} beta1={record.beta1:.4g} beta2={record.beta2:.4g} "
-                f"zo_eps*s_t={record.effective_eps:.4g} "
+                f"step={record.step} loss={record.loss:.6g} projected_grad={','.join(f'{g:.6g}' for g in grads)} "
+                f"lr={record.lr:.4g} {' '.join(f'{name}={value:.4g}' for name, value in record.figures.items())} "
                 f"coinciding={coinciding:.4g} skipped={self.skipped_steps}",
                 ranks=[0],
             )
         if self.monitor.enabled:
+            grads = record.projected_grad if isinstance(record.projected_grad, tuple) else (record.projected_grad,)
             values = {
                 "train_loss": record.loss,
-                "projected_grad": record.projected_grad,
-                "alpha": record.alpha,
-                "beta1": record.beta1,
-                "beta2": record.beta2,
-                "effective_zo_eps": record.effective_eps,
+                **{f"projected_grad_{index}" if index else "projected_grad": grad for index, grad in enumerate(grads)},
+                **record.figures,
                 "coinciding_share": coinciding,
                 "skipped_steps": self.skipped_steps,
             }
@@ -291,7 +289,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         self.optimizer = self.basic_optimizer = client_optimizer
         log_dist(
             f"{type(client_optimizer).__name__}: {len(client_optimizer.partitions)} trained parameters, momentum "
-            f"{client_optimizer.config.momentum.dtype}, kernels {kernels.backend_name(self.device)}",
+            f"{client_optimizer.memory_bytes()['momentum']:,} bytes on this rank, kernels {kernels.backend_name(self.device)}",
             ranks=[0],
         )
 
@@ -319,7 +317,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             pin_memory=pin_memory and not get_accelerator().is_synchronized_device(),
         )
 
-    def _zeroth_order_options(self) -> ZOAdaMUConfig | None:
+    def _zeroth_order_options(self) -> RuleConfig | None:
         if self.client_optimizer is not None:
             return self.client_optimizer.config if isinstance(self.client_optimizer, ZerothOrderOptimizer) else None
         return check_config(self.config)
@@ -364,7 +362,7 @@ def initialize(
     *,
     loss_fn: LossFn | None = None,
 ) -> tuple[ZeroOrderEngine, torch.optim.Optimizer, Any, Any]:
-    """``deepspeed.initialize`` with a zeroth-order optimizer, from the JSON (``"type": "ZOAdaMU"``) or as an object.
+    """``deepspeed.initialize`` with a zeroth-order optimizer, from the JSON (``"type": "ZOAdaMU"``, ``"MeZO"``) or an object.
 
     Args: those of deepspeed.initialize, and ``loss_fn(module, batch) -> (mean loss, weight)`` in place of the model's own
     ``.loss``. Returns (engine, optimizer, dataloader, lr_scheduler). Raises ConfigError for a setting that cannot work,
@@ -399,4 +397,4 @@ def initialize(
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
-__all__ = ["OPTIMIZER_TYPES", "StepRecord", "ZeroOrderEngine", "initialize"]
+__all__ = ["StepRecord", "ZeroOrderEngine", "initialize"]

@@ -5,7 +5,8 @@ A text file of JSON lines. Line 1 is the header, an object; line t + 1 is the re
     [step, loss_plus, loss_minus, projected_grad, lr, skipped, [epoch, micro_batches], checksum]
 
 Floats are written with the fewest digits that give back the same fp64 number; NaN and the infinities as "nan", "inf", "-inf".
-lr is a list where parameter groups differ, projected_grad where a step has several directions. The data position (null for a
+lr is a list where parameter groups differ, projected_grad where a step has several directions; projected_grad has at most 22
+significant bits, all of which the step uses. The data position (null for a
 user's own iterator) is what the step had consumed when it ended: the epoch, and the micro-batches of all ranks within it. Every
 line ends with a checksum: the first 8 bytes, in hex, of SHA-256 over the previous line's checksum (none for the header) and the
 line up to the comma before its own. So the last checksum stands for the whole file, and a line that is damaged, missing,
@@ -30,6 +31,7 @@ from typing import Any
 from ._crash_points import reach
 from .collective import describe
 from .errors import JournalError
+from .kernels.types import GRAD_BITS, round_grad
 from .safetensors_io import sync_directory
 
 FORMAT = "ds_zoadamu-journal"
@@ -149,6 +151,10 @@ def _parse_record(line: bytes, previous: str, step: int) -> tuple[Record, str]:
         raise ValueError("its checksum does not fit")
     if skipped not in (0, 1):
         raise ValueError(f"skipped is {skipped!r}")
+    if any(round_grad(g) != g for g in (_decode(grad) if isinstance(grad, list) else (_decode(grad),)) if math.isfinite(g)):
+        raise ValueError(
+            f"projected_grad is {grad!r}, more than the {GRAD_BITS} significant bits that a step uses: it was changed"
+        )
     if position is not None:
         position = (int(position[0]), int(position[1]))
     return Record(step, _decode(plus), _decode(minus), _decode(grad), _decode(lr), bool(skipped), position), checksum

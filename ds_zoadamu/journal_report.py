@@ -42,10 +42,16 @@ def summary(contents: Contents, data: bytes) -> list[str]:
     numel = sum(math.prod(p["shape"]) for p in header["parameters"])
     base = header["base"]
     lines = [
-        f"steps      {len(records)} of {options['total_steps']}, {len(records) - len(taken)} skipped",
+        f"steps      {len(records)}"
+        + (f" of {options['total_steps']}" if "total_steps" in options else "")
+        + f", {len(records) - len(taken)} skipped",
         f"optimizer  {header['optimizer']}, noise version {header['noise_version']}",
         "options    " + ", ".join(f"{k} {v}" for k, v in options.items() if not isinstance(v, dict)),
-        "momentum   " + ", ".join(f"{k} {v}" for k, v in options["momentum"].items()),
+        *(
+            f"{section:<10} " + ", ".join(f"{k} {v}" for k, v in values.items())
+            for section, values in options.items()
+            if isinstance(values, dict)
+        ),
         f"batch      micro-batch {header['micro_batch_size']}, {header['micro_batches_a_step']} a step",
         f"trained    {numel:,} elements in {len(header['parameters'])} parameters of "
         f"{', '.join(sorted({p['dtype'] for p in header['parameters']}))}",
@@ -87,8 +93,8 @@ def plot(records: list[Record], path: Path) -> None:
     loss, grad = figure.subplots(2, 1, sharex=True)
     loss.plot(steps, [_loss(r) if not r.skipped else math.nan for r in records], linewidth=0.8)
     loss.set_ylabel("loss")
-    first = [r.projected_grad[0] if isinstance(r.projected_grad, tuple) else r.projected_grad for r in records]
-    grad.plot(steps, [g if math.isfinite(g) else math.nan for g in first], linewidth=0.6)
+    directions = [r.projected_grad if isinstance(r.projected_grad, tuple) else (r.projected_grad,) for r in records]
+    grad.plot(steps, [[g if math.isfinite(g) else math.nan for g in values] for values in directions], linewidth=0.6)
     grad.set_ylabel("projected gradient")
     grad.set_xlabel("step")
     for skipped in (r.step for r in records if r.skipped):

@@ -4,7 +4,8 @@ A journal of steps can be replayed years later only if the same four arguments s
 changes within a version; another map is another version. Version 1:
 
     key      two 32-bit words (k0, k1): the 8 bytes, little endian, of BLAKE2b(digest_size=8, person="ds_zoadamu-noise")
-             over the seed as 8 bytes little endian followed by the parameter's name in UTF-8
+             over the seed as 8 bytes little endian followed by the parameter's name in UTF-8; for the direction q > 0 of a
+             step with several, followed by a zero byte and q as 4 bytes little endian
     counter  (pair low 32 bits, pair high 32 bits, step, 0),  pair = flat index >> 1
     words    Philox-4x32-10(counter, key) = (x0, x1, x2, x3);  (a, b) = (x0, x1) for an even index, (x2, x3) for an odd one
     u        ((a >> 8) + 1) / 2**24            phi = 2 pi (b >> 8) / 2**24
@@ -34,37 +35,43 @@ def _check_integer(thing: str, value: int, bound: int, bound_text: str) -> None:
         raise ValueError(f"{thing} must be in 0 <= {thing} < {bound_text}, got {value}")
 
 
-def parameter_key(seed: int, name: str) -> tuple[int, int]:
-    """The Philox key of one parameter: two 32-bit words out of the run's seed and the parameter's name.
+def parameter_key(seed: int, name: str, direction: int = 0) -> tuple[int, int]:
+    """The Philox key of one parameter and direction: two 32-bit words out of the run's seed and the parameter's name.
 
-    seed: 0 <= seed < 2**64. Raises TypeError for another type (bool included), ValueError for another value.
+    seed: 0 <= seed < 2**64. direction: of a step with several (n-SPSA), 0 <= direction < 2**32. Raises TypeError for another
+    type (bool included), ValueError for another value.
     """
     _check_integer("seed", seed, 1 << 64, "2**64")
     if not isinstance(name, str):
         raise TypeError(f"name must be a str, not {name!r} of type {type(name).__name__}")
+    _check_integer("direction", direction, 1 << 32, "2**32")
     message = struct.pack("<Q", seed) + name.encode()
+    if direction:  # a name holds no zero byte, so this is no other parameter's message
+        message += struct.pack("<BI", 0, direction)
     return struct.unpack("<II", hashlib.blake2b(message, digest_size=8, person=_PERSON).digest())
 
 
-def parameter_keys(seed: int, names: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """The key of every name. Raises ValueError where two names share one key, for they would share their noise."""
-    keys: dict[str, tuple[int, int]] = {}
-    owners: dict[tuple[int, int], str] = {}
+def parameter_keys(seed: int, names: Iterable[str], num_directions: int = 1) -> dict[str, tuple[tuple[int, int], ...]]:
+    """The keys of every name, one a direction. Raises ValueError where two are the same, for they would share their noise."""
+    keys: dict[str, tuple[tuple[int, int], ...]] = {}
+    owners: dict[tuple[int, int], tuple[str, int]] = {}
     for name in names:
-        key = parameter_key(seed, name)
-        owner = owners.setdefault(key, name)
-        if owner != name:
-            raise ValueError(
-                f"parameters {owner!r} and {name!r} get the same noise key {key} from seed {seed}; choose another seed"
-            )
-        keys[name] = key
+        keys[name] = tuple(parameter_key(seed, name, direction) for direction in range(num_directions))
+        for direction, key in enumerate(keys[name]):
+            owner = owners.setdefault(key, (name, direction))
+            if owner != (name, direction):
+                raise ValueError(
+                    f"parameters {owner[0]!r} (direction {owner[1]}) and {name!r} (direction {direction}) get the same noise "
+                    f"key {key} from seed {seed}; choose another seed"
+                )
     return keys
 
 
-def noise(seed: int, step: int, name: str, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+def noise(seed: int, step: int, name: str, start: int, stop: int, *, direction: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """(xi1, xi2) of the flat indices start <= i < stop of one parameter at one step: two fp32 CPU tensors.
 
-    step: 0 <= step < 2**32. 0 <= start <= stop < 2**63. Raises TypeError or ValueError for anything else.
+    step: 0 <= step < 2**32. 0 <= start <= stop < 2**63. direction: of a step with several. Raises TypeError or ValueError for
+    anything else.
 
     >>> xi1, xi2 = noise(seed=0, step=1, name="model.embed_tokens.weight", start=10, stop=12)
     """
@@ -73,7 +80,7 @@ def noise(seed: int, step: int, name: str, start: int, stop: int) -> tuple[torch
     _check_integer("stop", stop, 1 << 63, "2**63")
     if stop < start:
         raise ValueError(f"stop must not be below start, got start={start}, stop={stop}")
-    key = parameter_key(seed, name)
+    key = parameter_key(seed, name, direction)
     xi1, xi2 = (torch.empty(stop - start, dtype=torch.float32, device="cpu") for _ in range(2))
     noise_(xi1, xi2, key=key, step=step, start=start)
     return xi1, xi2

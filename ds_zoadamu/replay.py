@@ -23,7 +23,6 @@ from .digest import combine
 from .errors import ReplayError
 from .journal import Contents, read_journal
 from .kernels import NOISE_VERSION
-from .noise import parameter_keys
 from .optimizers import OPTIMIZERS
 from .safetensors_io import FlatReader, FlatWriter, dtype_from_name, dtype_name, raw_bytes, sync_directory, write_durably
 from .stepping import RecordedStep, apply_steps, recorded_steps
@@ -298,7 +297,7 @@ def _write_share(
     show_progress: bool,
 ) -> None:
     """This rank's share of the slices: trained ones through all steps, the others as they are."""
-    keys = parameter_keys(optimizer.config.seed, [p["name"] for p in header["parameters"]])
+    keys = optimizer.noise_keys(p["name"] for p in header["parameters"])
     shares = [
         (tensor, start, min(start + _SLICE, tensor.numel))
         for trained in (True, False)
@@ -310,15 +309,15 @@ def _write_share(
         for tensor, start, stop in shares:
             weight = base.read(tensor, start, stop)
             if tensor.trained and steps:
-                momentum_dtype = optimizer.momentum_dtype(weight.dtype)
+                momenta = optimizer.new_momenta(weight.numel(), weight.dtype, device)
                 weight = weight.to(device)
                 group = tensor.trained["group"]
                 apply_steps(
                     optimizer,
                     steps,
                     weight,
-                    None if momentum_dtype is None else torch.zeros(weight.numel(), dtype=momentum_dtype, device=device),
-                    key=keys[tensor.trained["name"]],
+                    momenta,
+                    keys=keys[tensor.trained["name"]],
                     start=start,
                     group=group,
                     weight_decay=header["groups"][group]["weight_decay"],

@@ -15,7 +15,6 @@ from .digest import partition_digests
 from .errors import CheckpointError, JournalError, ReplayError
 from .identity import differences, own_sampler, phrase, run_identity, surroundings
 from .journal import Contents, Journal, Record, parse_journal, read_bytes
-from .noise import parameter_keys
 from .stepping import apply_steps, recorded_steps
 
 
@@ -184,17 +183,17 @@ def _advance(engine: Any, records: list[Record], contents: Contents) -> None:
     optimizer = engine.optimizer
     groups = optimizer.param_groups
     steps = recorded_steps(optimizer, records, len(groups))
-    keys = parameter_keys(optimizer.config.seed, [p.name for p in optimizer.partitions])
+    keys = optimizer.noise_keys(p.name for p in optimizer.partitions)
     group_of = {id(param): index for index, group in enumerate(groups) for param in group["params"]}
     with engine._gathers.writing():
         for partition in optimizer.partitions if records else ():
-            stored, group = optimizer.stored(partition), group_of[id(partition.param)]
+            group = group_of[id(partition.param)]
             apply_steps(
                 optimizer,
                 steps,
-                stored["weight"],
-                stored.get("momentum"),
-                key=keys[partition.name],
+                partition.weight,
+                optimizer.momenta(partition),
+                keys=keys[partition.name],
                 start=partition.start,
                 group=group,
                 weight_decay=float(groups[group]["weight_decay"]),

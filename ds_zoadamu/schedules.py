@@ -28,7 +28,10 @@ def anneal(step: int, t1: int, t2: int, t3: int, phi: float, floor: float = 0.01
 
 @dataclass(frozen=True)
 class Schedule:
-    """alpha, beta1 and beta2 of every step as pure functions of the step; 0 <= t1 < t2 <= t3."""
+    """alpha, beta1 and beta2 of every step as pure functions of the step; 0 <= t1 < t2 <= t3.
+
+    constant_beta1: beta1 at all steps, instead of the annealed one.
+    """
 
     t1: int
     t2: int
@@ -37,11 +40,14 @@ class Schedule:
     phi_beta1: float = 1.0
     phi_beta2: float = 1.5
     floor: float = 0.01
+    constant_beta1: float | None = None
 
     def alpha(self, step: int) -> float:
         return anneal(step, self.t1, self.t2, self.t3, self.phi_alpha, self.floor)
 
     def beta1(self, step: int) -> float:
+        if self.constant_beta1 is not None:
+            return self.constant_beta1
         return anneal(step, self.t1, self.t2, self.t3, self.phi_beta1, self.floor)
 
     def beta2(self, step: int) -> float:

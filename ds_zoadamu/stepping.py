@@ -18,23 +18,24 @@ CHUNK_ON_CPU, CHUNK_ON_GPU = 1 << 16, 1 << 24
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """What a step needs beside the element: ``projected_grad`` is None for a skipped one, ``lrs`` has one lr for each parameter
-    group."""
+    """What a step needs beside the element: ``projected_grads``, one a direction, is None for a skipped one; ``lrs`` has one
+    lr for each parameter group."""
 
     direction: Direction
-    projected_grad: float | None
+    projected_grads: tuple[float, ...] | None
     lrs: tuple[float, ...]
 
 
 def recorded_steps(optimizer: Any, records: Sequence[Record], num_groups: int) -> list[RecordedStep]:
-    """The steps of journal records under an optimizer's rule. Raises JournalError for records that this release cannot
-    apply."""
+    """The steps of journal records under an optimizer's rule. Raises JournalError for records that do not fit it."""
     scalars: dict[int, Any] = {}  # shared: with replayed momentum each step lists all scalars of its window
     steps = []
     for record in records:
-        if isinstance(record.projected_grad, tuple):
+        grads = record.projected_grad if isinstance(record.projected_grad, tuple) else (record.projected_grad,)
+        if len(grads) != optimizer.config.num_perturbations:
             raise JournalError(
-                f"step {record.step} has {len(record.projected_grad)} projected gradients; this release applies one a step"
+                f"step {record.step} has {len(grads)} projected gradients, num_perturbations is "
+                f"{optimizer.config.num_perturbations}: the header and the record are of different runs"
             )
         lrs = record.lr if isinstance(record.lr, tuple) else (record.lr,) * num_groups
         if len(lrs) != num_groups:
@@ -42,7 +43,7 @@ def recorded_steps(optimizer: Any, records: Sequence[Record], num_groups: int) -
         direction = optimizer.direction(record.step)
         shared = tuple(scalars.setdefault(s.step, s) for s in direction.steps)
         direction = Direction(steps=shared, decode_scale=direction.decode_scale, encode_scale=direction.encode_scale)
-        steps.append(RecordedStep(direction, None if record.skipped else record.projected_grad, lrs))
+        steps.append(RecordedStep(direction, None if record.skipped else grads, lrs))
     return steps
 
 
@@ -50,9 +51,9 @@ def apply_steps(
     optimizer: Any,
     steps: Sequence[RecordedStep],
     weight: torch.Tensor,
-    momentum: torch.Tensor | None,
+    momenta: Sequence[torch.Tensor | None],
     *,
-    key: tuple[int, int],
+    keys: tuple[tuple[int, int], ...],
     start: int,
     group: int,
     weight_decay: float,
@@ -63,29 +64,30 @@ def apply_steps(
     """Apply ``steps``, in their order, to the flat elements from ``start`` of one parameter, in place: the bits that stepping
     gives.
 
-    Args: ``weight``, ``momentum``: 1-D, as ``optimizer.stored`` hands them out, on any device; ``key``: the parameter's noise
-    key; ``group``: its parameter group; ``device``: where to compute; ``chunk``: elements in a chunk; ``progress``: told the
-    elements done, times steps.
+    Args: ``weight``: 1-D, on any device; ``momenta``: as long, one a direction, or None where none is stored; ``keys``: the
+    parameter's noise keys, one a direction; ``group``: its parameter group; ``device``: where to compute; ``chunk``: elements
+    in a chunk; ``progress``: told the elements done, times steps.
     """
     chunk = chunk or (CHUNK_ON_CPU * torch.get_num_threads() if device.type == "cpu" else CHUNK_ON_GPU)
     for low in range(0, weight.numel(), chunk):
         part = slice(low, min(low + chunk, weight.numel()))
         w = weight[part].to(device)  # itself where it is there already
-        m = None if momentum is None else momentum[part].to(device)
+        stored = [None if m is None else m[part].to(device) for m in momenta]
         for step in steps:
             optimizer.update_range_(
                 w,
-                m,
+                stored,
                 step.direction,
-                key=key,
+                keys=keys,
                 start=start + low,
                 lr=step.lrs[group],
                 weight_decay=weight_decay,
-                projected_grad=step.projected_grad,
+                projected_grads=step.projected_grads,
             )
         if w.device != weight.device:
             weight[part].copy_(w)
-            if momentum is not None:
-                momentum[part].copy_(m)
+            for momentum, changed in zip(momenta, stored, strict=True):
+                if momentum is not None:
+                    momentum[part].copy_(changed)
         if progress is not None:
             progress((part.stop - low) * len(steps))

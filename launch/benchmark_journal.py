@@ -98,7 +98,7 @@ def measure_replay(engine, batch: dict, steps: int) -> dict:
     step_seconds = seconds(lambda: engine.train_batch(iter([batch])), 3)
 
     def update() -> None:
-        optimizer.observe(0.5)
+        optimizer.observe([0.5])
         optimizer.step()
 
     update_seconds = seconds(update, 5)
@@ -111,7 +111,7 @@ def measure_replay(engine, batch: dict, steps: int) -> dict:
             momentum = torch.zeros(weight.numel(), dtype=torch.int8)
             for first in range(0, steps, block):
                 apply_steps(
-                    optimizer, recorded[first : first + block], weight, momentum, key=parameter_key(0, partition.name),
+                    optimizer, recorded[first : first + block], weight, [momentum], keys=(parameter_key(0, partition.name),),
                     start=partition.start, group=0, weight_decay=0.0, device=weight.device,
                     chunk=max(1, weight.numel()) if block == 1 else None,
                 )  # fmt: skip

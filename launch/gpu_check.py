@@ -316,7 +316,7 @@ def kernel_seconds(engine, device: Device) -> dict[str, float]:
             optimizer.perturb_into(partition, room[: partition.length], sign)
 
     def update() -> None:
-        optimizer.observe(0.0)
+        optimizer.observe([0.0])
         optimizer.step()
 
     return {

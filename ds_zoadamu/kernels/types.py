@@ -1,6 +1,7 @@
 """What a kernel is told about a step: plain immutable scalars, each already an fp32 number."""
 
 import enum
+import math
 import struct
 from dataclasses import dataclass
 
@@ -8,6 +9,22 @@ from dataclasses import dataclass
 def fp32(value: float) -> float:
     """``value`` rounded to the nearest fp32 number, as a Python float."""
     return struct.unpack("<f", struct.pack("<f", value))[0]
+
+
+_FP32_MAX = (2.0 - 2.0**-23) * 2.0**127
+
+GRAD_BITS = 22
+"""Significant bits of a projected gradient. Two neighbours still differ when lr * projected_grad is rounded to fp32, as the
+kernels take it: so the number that a journal records is, to its last bit, the one that the step has used. The difference of two
+nearly equal fp32 losses has fewer bits that mean anything."""
+
+
+def round_grad(value: float) -> float:
+    """``value`` rounded to GRAD_BITS significant bits; NaN as it is, what fp32 cannot hold as an infinity."""
+    if not abs(value) <= _FP32_MAX:
+        return value * math.inf
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(round(math.ldexp(mantissa, GRAD_BITS)), exponent - GRAD_BITS)
 
 
 class Rounding(enum.IntEnum):

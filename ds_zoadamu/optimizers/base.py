@@ -8,42 +8,117 @@ import torch
 
 from .. import kernels
 from .._crash_points import reach
-from ..config import ZOAdaMUConfig
 from ..errors import ConfigError, unknown_keys_message
 from ..kernels.types import Direction, Rounding, fp32
 from ..noise import parameter_keys
 from ..partition import Partition
+from .options import RuleConfig
 
 _GROUP_KEYS = {"params", "lr", "weight_decay"}
-_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+Keys = tuple[tuple[int, int], ...]
+"""The noise keys of one parameter, one a direction."""
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
-    """An optimizer whose step needs one scalar, the projected gradient, and noise that it makes again from the seed.
+    """An optimizer whose step needs one scalar a direction, the projected gradient, and noise that it makes again from the
+    seed.
 
-    A rule is a subclass with ``direction`` and ``normalize``. The engine calls ``bind`` once, then for every step
-    ``perturb_into`` (as partitions are gathered), ``observe`` and ``step``. Parameter groups may have their own ``lr`` and
-    ``weight_decay``.
+    A rule is a subclass: ``config_class`` parses its options, ``direction`` says how a step's perturbation m_t is made out of
+    noise and stored momentum, ``momentum_dtype`` what is stored, ``normalize`` whether m_t is divided by sqrt(v + sigma) in
+    the update. A rule that this does not express overrides ``perturb_range_`` and ``update_range_``, which see flat tensors
+    only. The engine calls ``bind`` once, then for every step ``perturb_into`` (as partitions are gathered), ``observe`` and
+    ``step``. Parameter groups may have their own ``lr`` and ``weight_decay``.
     """
 
-    normalize: bool
+    config_class: type[RuleConfig] = RuleConfig
+    normalize = False
+    sigma = 0.0
 
-    def __init__(self, params: Iterable, config: ZOAdaMUConfig):
-        self.config = config
-        self.schedule = config.schedule
+    def __init__(self, params: Iterable, **options: Any):
+        self.config = self.config_class.parse(options, where=type(self).__name__)
         self.step_count = 0
         self.overflow = (
             False  # DeepSpeed's word for "this step was skipped": it then counts it and leaves the lr scheduler alone
         )
-        self._observed: float | None = None
+        self._observed: tuple[float, ...] | None = None
         self._partitions: tuple[tuple[Partition, dict], ...] | None = None
-        self._keys: dict[str, tuple[int, int]] = {}
+        self._keys: dict[str, Keys] = {}
         self._direction: tuple[int, Direction] | None = None
-        super().__init__(params, {"lr": config.lr, "weight_decay": config.weight_decay})
+        super().__init__(params, {"lr": self.config.lr, "weight_decay": self.config.weight_decay})
+
+    # --- the rule
 
     def direction(self, step: int) -> Direction:
         """How the perturbation m_t of ``step`` is made. A pure function of the step and the options."""
         raise NotImplementedError
+
+    def momentum_dtype(self, weight_dtype: torch.dtype) -> torch.dtype | None:
+        """Of the momentum stored for each direction; None where none is stored."""
+        return None
+
+    def figures(self, step: int) -> dict[str, float]:
+        """What of the rule is worth logging at ``step``, by name; ``effective_zo_eps`` is zo_eps times the standard deviation
+        of m_t."""
+        return {"effective_zo_eps": self.config.zo_eps}
+
+    def perturb_range_(
+        self,
+        out: torch.Tensor,
+        weight: torch.Tensor,
+        momentum: torch.Tensor | None,
+        direction: Direction,
+        *,
+        key: tuple[int, int],
+        start: int,
+        sign: int,
+    ) -> None:
+        """Write weight + sign * zo_eps * m_t into ``out``, for the flat elements from ``start`` of the parameter with this
+        noise key. Tensors as for ``kernels.perturb_``."""
+        kernels.perturb_(
+            out,
+            weight,
+            momentum,
+            direction,
+            key=key,
+            start=start,
+            scale=fp32(sign * self.config.zo_eps),
+            rounding=Rounding[self.config.perturbation_rounding.upper()],
+        )
+
+    def update_range_(
+        self,
+        weight: torch.Tensor,
+        momenta: Sequence[torch.Tensor | None],
+        direction: Direction,
+        *,
+        keys: Keys,
+        start: int,
+        lr: float,
+        weight_decay: float,
+        projected_grads: Sequence[float] | None,
+    ) -> None:
+        """One step on the flat elements from ``start`` of a parameter, in place; None as ``projected_grads`` skips the weights.
+
+        All that a step does to an element, without partitions or ranks: a replay needs no more. ``momenta``, ``keys`` and
+        ``projected_grads`` have one entry a direction; the directions are applied one after the other, each with lr / q, and
+        the decay comes with the first. Tensors as for ``kernels.update_``.
+        """
+        for index, (momentum, key) in enumerate(zip(momenta, keys, strict=True)):
+            kernels.update_(
+                weight,
+                momentum,
+                direction,
+                key=key,
+                start=start,
+                lr_grad=0.0 if projected_grads is None else fp32(lr * projected_grads[index] / len(keys)),
+                lr_decay=fp32(lr * weight_decay) if index == 0 else 0.0,
+                sigma=self.sigma,
+                normalize=self.normalize,
+                write_weight=projected_grads is not None,
+                rounding=Rounding[self.config.update_rounding.upper()],
+            )
+
+    # --- one step over partitions, called by the engine
 
     @property
     def next_step(self) -> int:
@@ -82,38 +157,42 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 bound.append((by_param[id(param)], group))
         if not bound:
             raise ConfigError("no parameter to train: every parameter of the optimizer has requires_grad=False")
-        self._keys = parameter_keys(self.config.seed, [partition.name for partition, _ in bound])
+        self._keys = self.noise_keys(partition.name for partition, _ in bound)
         self._partitions = tuple(bound)
         for partition, _ in bound:
-            dtype = self.momentum_dtype(partition.weight.dtype)
-            if dtype is not None:
-                self.state[partition.param]["momentum"] = torch.zeros(
-                    partition.length, dtype=dtype, device=partition.weight.device
-                )
+            momenta = self.new_momenta(partition.length, partition.weight.dtype, partition.weight.device)
+            self.state[partition.param].update(
+                {name: m for name, m in zip(self._state_names(), momenta, strict=True) if m is not None}
+            )
 
-    def perturb_into(self, partition: Partition, out: torch.Tensor, sign: int) -> None:
+    def noise_keys(self, names: Iterable[str]) -> dict[str, Keys]:
+        """The noise keys of parameters by name. Raises ValueError where two streams of noise would share one."""
+        return parameter_keys(self.config.seed, names, self.config.num_perturbations)
+
+    def new_momenta(self, length: int, weight_dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor | None, ...]:
+        """m_0 of ``length`` elements for each direction: zeros, or None where nothing is stored."""
+        dtype, count = self.momentum_dtype(weight_dtype), self.config.num_perturbations
+        if dtype is None:
+            return (None,) * count
+        return tuple(torch.zeros(length, dtype=dtype, device=device) for _ in range(count))
+
+    def perturb_into(self, partition: Partition, out: torch.Tensor, sign: int, index: int = 0) -> None:
         """Write weight + sign * zo_eps * m_t of the next step into ``out`` (the partition's length, on the device of the
-        gather).
+        gather), with m_t of the direction ``index``.
         """
-        weight, momentum = partition.weight, self._momentum(partition)
+        weight, momentum = partition.weight, self.momenta(partition)[index]
         if weight.device != out.device:  # offloaded: the arithmetic is done where the forward is
             weight = weight.to(out.device, non_blocking=True)
             momentum = None if momentum is None else momentum.to(out.device, non_blocking=True)
-        kernels.perturb_(
-            out,
-            weight,
-            momentum,
-            self._next_direction(),
-            key=self._keys[partition.name],
-            start=partition.start,
-            scale=fp32(sign * self.config.zo_eps),
-            rounding=Rounding[self.config.perturbation_rounding.upper()],
-        )
+        key = self._keys[partition.name][index]
+        self.perturb_range_(out, weight, momentum, self._next_direction(), key=key, start=partition.start, sign=sign)
 
-    def observe(self, projected_grad: float | None) -> None:
-        """Hand over the projected gradient that the next ``step`` will use; None skips the step's change of the weights."""
-        self._observed = math.nan if projected_grad is None else projected_grad
-        self.overflow = projected_grad is None
+    def observe(self, projected_grads: Sequence[float] | None) -> None:
+        """Hand over the projected gradients, one a direction, that the next ``step`` will use; None skips the step's change of
+        the weights.
+        """
+        self._observed = () if projected_grads is None else tuple(projected_grads)
+        self.overflow = projected_grads is None
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -122,79 +201,48 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             raise TypeError("a zeroth-order step takes no closure; call engine.train_batch(batch)")
         if self._observed is None:
             raise RuntimeError("step() without a projected gradient; call engine.train_batch(batch), which evaluates and steps")
-        projected_grad, self._observed = self._observed, None
+        projected_grads, self._observed = (None if self.overflow else self._observed), None
         direction = self._next_direction()
         for partition, group in self._bound():
-            self._update(partition, group, direction, projected_grad)
+            self._update(partition, group, direction, projected_grads)
             reach("mid_update", self.next_step)
         self.step_count += 1
 
-    def _update(self, partition: Partition, group: dict, direction: Direction, projected_grad: float) -> None:
-        weight, momentum = partition.weight, self._momentum(partition)
+    def _update(
+        self, partition: Partition, group: dict, direction: Direction, projected_grads: tuple[float, ...] | None
+    ) -> None:
+        weight, momenta = partition.weight, self.momenta(partition)
         device = partition.compute_device
         on_device = weight if weight.device == device else weight.to(device)
-        momentum_on_device = None if momentum is None else momentum.to(device)
+        momenta_on_device = tuple(None if m is None else m.to(device) for m in momenta)
         self.update_range_(
             on_device,
-            momentum_on_device,
+            momenta_on_device,
             direction,
-            key=self._keys[partition.name],
+            keys=self._keys[partition.name],
             start=partition.start,
             lr=float(group["lr"]),
             weight_decay=float(group["weight_decay"]),
-            projected_grad=None if self.overflow else projected_grad,
+            projected_grads=projected_grads,
         )
         if on_device is not weight:
             weight.copy_(on_device)
-            if momentum is not None:
-                momentum.copy_(momentum_on_device)
-
-    def update_range_(
-        self,
-        weight: torch.Tensor,
-        momentum: torch.Tensor | None,
-        direction: Direction,
-        *,
-        key: tuple[int, int],
-        start: int,
-        lr: float,
-        weight_decay: float,
-        projected_grad: float | None,
-    ) -> None:
-        """One step on the flat elements from ``start`` of the parameter with this noise key, in place; None skips the weights.
-
-        All that a step does to an element, without partitions or ranks: a replay needs no more. Tensors as for
-        ``kernels.update_``.
-        """
-        kernels.update_(
-            weight,
-            momentum,
-            direction,
-            key=key,
-            start=start,
-            lr_grad=0.0 if projected_grad is None else fp32(lr * projected_grad),
-            lr_decay=fp32(lr * weight_decay),
-            sigma=fp32(self.config.sigma),
-            normalize=self.normalize,
-            write_weight=projected_grad is not None,
-            rounding=Rounding[self.config.update_rounding.upper()],
-        )
-
-    def momentum_dtype(self, weight_dtype: torch.dtype) -> torch.dtype | None:
-        """Of the stored momentum; None where none is stored."""
-        return _TORCH_DTYPES.get(self.config.momentum.dtype)
+            for momentum, changed in zip(momenta, momenta_on_device, strict=True):
+                if momentum is not None:
+                    momentum.copy_(changed)
 
     def stored(self, partition: Partition) -> dict[str, torch.Tensor]:
-        """What lasts between steps, as 1-D views without padding: {"weight": ...} and, where stored, {"momentum": ...}."""
-        momentum = self._momentum(partition)
-        return {"weight": partition.weight} | ({} if momentum is None else {"momentum": momentum})
+        """What lasts between steps, as 1-D views without padding: {"weight": ...} and, where stored, {"momentum": ...} and for
+        further directions {"momentum_1": ...}, ..."""
+        state = self.state.get(partition.param, {})
+        return {"weight": partition.weight} | {name: state[name][: partition.length] for name in self._state_names() if state}
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes that persist on this rank: {"weights", "momentum"}, padding included for the weights."""
-        momenta = (self._momentum(p) for p in self.partitions)
+        momenta = (m for p in self.partitions for m in self.momenta(p) if m is not None)
         return {
             "weights": sum(p.allocated_bytes for p in self.partitions),
-            "momentum": sum(m.numel() * m.element_size() for m in momenta if m is not None),
+            "momentum": sum(m.numel() * m.element_size() for m in momenta),
         }
 
     def coinciding_share(self, max_elements: int = 65536) -> float:
@@ -228,6 +276,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             )
         return self._partitions
 
-    def _momentum(self, partition: Partition) -> torch.Tensor | None:
-        momentum = self.state.get(partition.param, {}).get("momentum")
-        return None if momentum is None else momentum[: partition.length]
+    def _state_names(self) -> list[str]:
+        return [f"momentum_{index}" if index else "momentum" for index in range(self.config.num_perturbations)]
+
+    def momenta(self, partition: Partition) -> tuple[torch.Tensor | None, ...]:
+        """The stored momentum of each direction, 1-D without padding, or None where none is stored."""
+        state = self.state.get(partition.param, {})
+        return tuple(state[name][: partition.length] if name in state else None for name in self._state_names())

@@ -1,13 +1,93 @@
 """ZO-AdaMU: the perturbation is drawn around the momentum, and its own second moment normalises the update."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from typing import Any
 
-from ..config import ZOAdaMUConfig
-from ..kernels.types import Direction, fp32
-from .base import ZerothOrderOptimizer
+import torch
 
+from ..errors import ConfigError
+from ..kernels.types import Direction, fp32
+from ..schedules import Schedule
+from .base import ZerothOrderOptimizer
+from .options import MAX_STEP, RuleConfig, choice, integer, number, option, optional, parse_fields
+
+MOMENTUM_DTYPES = ("fp32", "bf16", "fp16", "int8", "replay")
+_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 _INT8_RANGE = 6.0  # standard deviations of m_t that 127 units of int8 momentum span
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentumConfig:
+    """How the momentum is stored between steps.
+
+    dtype: fp32, bf16, fp16, int8 (a fixed step known from the schedule, no scales stored) or replay (nothing stored: rebuilt
+    from the noise of the last K steps). window_tolerance, max_window: for replay, the weight below which older steps are
+    dropped and the largest K.
+    """
+
+    dtype: str = option(choice(*MOMENTUM_DTYPES), default="int8")
+    window_tolerance: float = option(number(0.0, 0.5, above=True), default=1e-3)
+    max_window: int = option(integer(1, 65536), default=64)
+
+    @classmethod
+    def parse(cls, where: str, key: str, given: Any) -> "MomentumConfig":
+        where = f"{where}.{key}"
+        if not isinstance(given, dict):
+            raise ConfigError(f'{where} is {given!r}; it must be an object such as {{"dtype": "int8"}}')
+        return cls(**parse_fields(cls, where, given))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZOAdaMUConfig(RuleConfig):
+    """Every option of the ZO-AdaMU rule, with the defaults of the paper's Figure 1 schedule for a run of ``total_steps``.
+
+    constant_beta1: None to anneal beta1; a number keeps it there at all steps, 1.0 for a perturbation without momentum.
+    """
+
+    total_steps: int = option(integer(1, MAX_STEP))
+    sigma: float = option(number(1e-30, 1.0), default=1e-8)
+    t1: int = option(integer(0, MAX_STEP), default=None)
+    t2: int = option(integer(1, MAX_STEP), default=None)
+    t3: int = option(integer(1, MAX_STEP), default=None)
+    phi_alpha: float = option(number(0.0, 100.0), default=0.1)
+    phi_beta1: float = option(number(0.0, 100.0), default=1.0)
+    phi_beta2: float = option(number(0.0, 100.0), default=1.5)
+    floor: float = option(number(0.0, 1.0), default=0.01)
+    constant_beta1: float | None = option(optional(number(0.0, 1.0, above=True)), default=None)
+    momentum: MomentumConfig = option(MomentumConfig.parse, default_factory=MomentumConfig)
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(**{f.name: getattr(self, f.name) for f in fields(Schedule)})
+
+    @classmethod
+    def complete(cls, where: str, values: dict[str, Any]) -> dict[str, Any]:
+        """t1, t2, t3 default to T/6, 2T/3, T; at least one step lies between t1 and t2 however short the run."""
+        total = values["total_steps"]
+        t3 = total if values["t3"] is None else values["t3"]
+        t2 = max(1, min(2 * total // 3, t3)) if values["t2"] is None else values["t2"]
+        t1 = min(total // 6, t2 - 1) if values["t1"] is None else values["t1"]
+        if not t1 < t2 <= t3:
+            raise ConfigError(
+                f"{where}: t1, t2, t3 are {t1}, {t2}, {t3}; they must satisfy 0 <= t1 < t2 <= t3 "
+                f"(defaults for total_steps {total}: {total // 6}, {2 * total // 3}, {total})"
+            )
+        return values | {"t1": t1, "t2": t2, "t3": t3}
+
+    def check(self, where: str) -> None:
+        if self.momentum.dtype != "replay":
+            return
+        window = self.schedule.plateau_window(self.momentum.window_tolerance)
+        if window > self.momentum.max_window:
+            beta1 = self.schedule.beta1(self.t2)
+            raise ConfigError(
+                f"{where}.momentum: replay needs the noise of the last {window} steps, max_window is "
+                f"{self.momentum.max_window}: beta1 falls to {beta1:.4g}, so a step keeps {1 - beta1:.4g} of its history and "
+                f"it takes {window} steps to fade below window_tolerance "
+                f"{self.momentum.window_tolerance:g}. Raise max_window (every gather then costs {window} times the noise) or "
+                f'window_tolerance, choose t1, t2, t3 that end at a higher beta1, or use "dtype": "int8"'
+            )
 
 
 class ZOAdaMU(ZerothOrderOptimizer):
@@ -22,6 +102,9 @@ class ZOAdaMU(ZerothOrderOptimizer):
         g     = (L(theta + zo_eps m_t) - L(theta - zo_eps m_t)) / (2 zo_eps)
         theta = theta - lr (g m_t / sqrt(v + sigma) + weight_decay theta)
 
+    With ``num_perturbations`` q > 1 there are q sequences m_t, each with noise and storage of its own, and the update is the
+    mean of their q updates.
+
     Args: ``params`` as for any torch optimizer; the options of ``ZOAdaMUConfig`` by keyword, ``lr`` and ``total_steps``
     required. Raises ConfigError for an unknown option or a value out of range.
     Source: Jiang et al., AAAI 2024. Where the paper, its figure and its code disagree, docs/design.md says what is done and
@@ -32,10 +115,13 @@ class ZOAdaMU(ZerothOrderOptimizer):
         engine, *_ = ds_zoadamu.initialize(model=model, optimizer=optimizer, config=config)
     """
 
+    config_class = ZOAdaMUConfig
     normalize = True
 
     def __init__(self, params: Iterable, **options: Any):
-        super().__init__(params, ZOAdaMUConfig.parse(options, where="ZOAdaMU"))
+        super().__init__(params, **options)
+        self.schedule = self.config.schedule
+        self.sigma = fp32(self.config.sigma)
 
     def direction(self, step: int) -> Direction:
         schedule, storage = self.schedule, self.config.momentum
@@ -49,3 +135,15 @@ class ZOAdaMU(ZerothOrderOptimizer):
             decode_scale=fp32(_INT8_RANGE * schedule.momentum_std(step - 1) / 127.0),
             encode_scale=fp32(127.0 / (_INT8_RANGE * schedule.momentum_std(step))),
         )
+
+    def momentum_dtype(self, weight_dtype: torch.dtype) -> torch.dtype | None:
+        return _TORCH_DTYPES.get(self.config.momentum.dtype)
+
+    def figures(self, step: int) -> dict[str, float]:
+        schedule = self.schedule
+        return {
+            "alpha": schedule.alpha(step),
+            "beta1": schedule.beta1(step),
+            "beta2": schedule.beta2(step),
+            "effective_zo_eps": self.config.zo_eps * schedule.momentum_std(step),
+        }

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from ..config import MomentumConfig
 from ..errors import ConfigError
+from ..optimizers.zo_adamu import MomentumConfig
 from ..schedules import Schedule
 from .gathers import GatherSettings
 from .memory import MemoryPlan, Model, plan_memory

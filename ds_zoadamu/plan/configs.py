@@ -5,8 +5,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from ..config import ZOAdaMUConfig, check_config, check_deepspeed_settings, read_config, zeroth_order_type
+from ..config import check_config, check_deepspeed_settings, read_config, zeroth_order_type
 from ..errors import ConfigError
+from ..optimizers.zo_adamu import ZOAdaMUConfig
 from .choose import Choice
 from .memory import Model
 

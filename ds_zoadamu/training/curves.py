@@ -43,7 +43,7 @@ def draw_curves(records: Sequence[dict], path: Path, title: str, majority: float
     accuracy_axes.legend()
 
     slope = "projected_grad" if steps and "projected_grad" in steps[0] else "grad_norm"
-    slope_axes.plot(numbers, [record[slope] for record in steps], ".", markersize=2, color="tab:green")
+    slope_axes.plot(numbers, [record[slope] for record in steps], ".", markersize=2)
     slope_axes.set(title=slope.replace("_", " "), xlabel="step")
     figure.suptitle(title)
     figure.savefig(path, dpi=120)

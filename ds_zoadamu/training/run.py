@@ -6,6 +6,7 @@ import time
 from argparse import Namespace
 from dataclasses import asdict
 
+import numpy
 import torch
 from deepspeed import comm as dist
 from deepspeed.utils import logger
@@ -70,7 +71,8 @@ def _train(plan: Plan, stepper: Stepper, output: OutputDirectory, progress: Prog
                 seconds.append(time.perf_counter() - start)
                 output.log({"kind": "step", **record, "seconds": seconds[-1]})
                 keys = ("loss", "projected_grad", "grad_norm")
-                bar.set_postfix({key: f"{record[key]:.4g}" for key in keys if record.get(key) is not None}, refresh=False)
+                shown = {key: numpy.mean(record[key]) for key in keys if record.get(key) is not None}
+                bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items()}, refresh=False)
                 bar.update()
             if step % every == 0 or step == total:
                 now = progress.evaluations.get(("dev", step)) or _evaluate(plan, stepper, output, "dev", step)

@@ -60,7 +60,8 @@ class _ForwardOnly:
 
     def step(self) -> dict:
         self.engine.train_batch(self._batches)
-        return asdict(self.engine.last_step)
+        record = asdict(self.engine.last_step)
+        return record | record.pop("figures")
 
 
 class _WithBackward:

@@ -32,7 +32,7 @@ def _start():
 def _given(rank, world_size):
     engine = engine_for(OddModel(), _settings(world_size))
     for g in GIVEN:
-        engine.optimizer.observe(g)
+        engine.optimizer.observe([g])
         with engine._gathers.writing():
             engine._step_and_count()
     return _displacement(engine, _start())

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from ds_zoadamu import cli
 from ds_zoadamu.errors import JournalError, ReplayError
 from ds_zoadamu.journal import Journal, read_journal
+from ds_zoadamu.kernels.types import GRAD_BITS
 
 from . import runs
 from .harness import free_port, run_ranks
@@ -124,11 +124,12 @@ def rewritten(source: Path, target: Path, step: int, change) -> Path:
 
 
 def with_next_gradient(record):
-    """The projected gradient whose last bit, as the kernels see it, differs: lr * projected_grad is the next fp32 number."""
+    """The projected gradient with its last bit changed."""
     import dataclasses
 
-    wanted = float(numpy.nextafter(numpy.float32(record.lr * record.projected_grad), numpy.float32(math.inf)))
-    return dataclasses.replace(record, projected_grad=wanted / record.lr)
+    lowest = 2.0 ** (math.frexp(record.projected_grad)[1] - GRAD_BITS)
+    mantissa = int(record.projected_grad / lowest)
+    return dataclasses.replace(record, projected_grad=(mantissa ^ 1) * lowest)
 
 
 def test_the_last_bit_of_one_gradient_changes_the_hash(opt_run, tmp_path):

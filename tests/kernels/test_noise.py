@@ -90,10 +90,10 @@ def test_a_seed_out_of_range_is_refused(seed):
 
 
 def test_names_that_share_a_key_are_refused(monkeypatch):
-    assert parameter_keys(3, ["a", "b"]) == {"a": parameter_key(3, "a"), "b": parameter_key(3, "b")}
+    assert parameter_keys(3, ["a", "b"]) == {"a": (parameter_key(3, "a"),), "b": (parameter_key(3, "b"),)}
     assert list(parameter_keys(3, ["a", "a"])) == ["a"]
-    monkeypatch.setattr(sys.modules[parameter_keys.__module__], "parameter_key", lambda seed, name: (1, 2))
-    with pytest.raises(ValueError, match="'a' and 'b' get the same noise key"):
+    monkeypatch.setattr(sys.modules[parameter_keys.__module__], "parameter_key", lambda seed, name, direction: (1, 2))
+    with pytest.raises(ValueError, match=r"'a' \(direction 0\) and 'b' \(direction 0\) get the same noise key"):
         parameter_keys(3, ["a", "b"])
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from ds_zoadamu.errors import JournalError
 from ds_zoadamu.journal import Journal, Record, parse_journal, read_journal
+from ds_zoadamu.kernels.types import fp32, round_grad
 
 HEADER = {"noise_version": 1, "options": {"seed": 3}, "parameters": []}
 
@@ -23,7 +24,7 @@ def record(step: int, **changes) -> Record:
         "step": step,
         "loss_plus": 2.0 + 0.1 * step,
         "loss_minus": 2.0 / 3.0 * step,
-        "projected_grad": -0.1 / step,
+        "projected_grad": round_grad(-0.1 / step),
         "lr": 1e-6 / 3.0,
         "skipped": False,
         "data_position": (step // 4, step % 4 * 8),
@@ -51,9 +52,10 @@ def test_round_trip(tmp_path):
 
 @pytest.mark.parametrize("value", [0.1, -0.0, 5e-324, 1.7976931348623157e308, math.nan, math.inf, -math.inf, 1 / 3])
 def test_floats_survive_exactly(tmp_path, value):
-    path = written(tmp_path / "journal.jsonl", 1, loss_plus=value, loss_minus=-value, projected_grad=value, skipped=True)
+    grad = round_grad(value)
+    path = written(tmp_path / "journal.jsonl", 1, loss_plus=value, loss_minus=-value, projected_grad=grad, skipped=True)
     [back] = read_journal(path).records
-    for mine, expected in ((back.loss_plus, value), (back.loss_minus, -value), (back.projected_grad, value)):
+    for mine, expected in ((back.loss_plus, value), (back.loss_minus, -value), (back.projected_grad, grad)):
         assert math.isnan(mine) if math.isnan(expected) else struct.pack("<d", mine) == struct.pack("<d", expected)
 
 
@@ -63,14 +65,32 @@ def test_several_rates_and_directions(tmp_path):
     assert back.lr == (1e-3, 2e-4) and back.projected_grad[:2] == (0.5, -1.5) and back.data_position is None
 
 
+@pytest.mark.parametrize("grad", [0.1, -1.0, 3.0e-39, 1.0 - 2.0**-53, 12345.678])
+def test_a_gradient_is_what_the_step_uses_to_its_last_bit(tmp_path, grad):
+    """Neighbours among the 22-bit numbers stay apart when lr * g is rounded to fp32; other numbers are not taken."""
+    rounded = round_grad(grad)
+    assert rounded == round_grad(rounded) and abs(rounded - grad) <= abs(grad) * 2.0**-22
+    spacing = math.ldexp(1.0, math.frexp(rounded)[1] - 22)
+    for lr in (1.0, 1e-6, 2e-4 / 3.0, 0.1):
+        if abs(lr * grad) > 2.0**-126:  # below, fp32 has fewer bits
+            assert len({fp32(lr * (rounded + k * spacing)) for k in (-1, 0, 1)}) == 3
+    path = written(tmp_path / "journal.jsonl", 2, projected_grad=math.nextafter(rounded, math.inf))
+    with pytest.raises(JournalError, match="line 2: projected_grad is .* more than the 22 significant bits"):
+        read_journal(path)
+
+
+def test_a_gradient_that_fp32_cannot_hold_is_infinite():
+    assert [round_grad(v) for v in (1e39, -math.inf)] == [math.inf, -math.inf] and math.isnan(round_grad(math.nan))
+
+
 def test_records_are_small(tmp_path):
-    """Losses, gradients and lr with all 17 digits, a step of 6 digits and a position of 8: at most 150 bytes."""
+    """Losses and lr with all 17 digits, a gradient with all 22 bits, a step of 6 digits, a position of 8: at most 150 bytes."""
     path = tmp_path / "journal.jsonl"
     journal = Journal.create(path, HEADER)
     journal.last_step = 199_998
     long = record(
-        199_999, loss_plus=-12.345678901234567, loss_minus=-12.345678901234569, projected_grad=-0.0012345678901234567,
-        lr=1.2345678901234567e-06, data_position=(123, 1_234_567),
+        199_999, loss_plus=-12.345678901234567, loss_minus=-12.345678901234569, lr=1.2345678901234567e-06,
+        projected_grad=round_grad(-0.0012345678901234567), data_position=(123, 1_234_567),
     )  # fmt: skip
     journal.append(long)
     journal.close()
