@@ -26,18 +26,23 @@ def options(total_steps: int = 12, **changes) -> dict:
     } | changes
 
 
-def config(world_size: int, dtype: str = "fp32", momentum: str = "int8", scheduler: bool = False, **changes) -> dict:
+def config(
+    world_size: int, dtype: str = "fp32", momentum: str = "int8", scheduler: bool = False, rule: str = "ZOAdaMU", **changes
+) -> dict:
     """A DeepSpeed configuration of 4 micro-batches a step on 1, 2 or 4 ranks; on 3 ranks 6 of them."""
     accumulation = max(1, MICRO_BATCHES_A_STEP // world_size) if world_size != 3 else 2
     storage = {"dtype": momentum}
     if momentum == "replay":
         storage |= {"window_tolerance": 0.05, "max_window": 200}
+    params = options(momentum=storage, **changes)
+    if rule == "MeZO":
+        params = {key: value for key, value in params.items() if key not in ("momentum", "total_steps", "t1", "t2", "t3")}
     result = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": accumulation,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
         "steps_per_print": 10**9,
-        "optimizer": {"type": "ZOAdaMU", "params": options(momentum=storage, **changes)},
+        "optimizer": {"type": rule, "params": params},
     }
     if scheduler:
         result["scheduler"] = {
@@ -125,11 +130,11 @@ def momentum_digest(engine) -> str:
 
     digest = hashlib.sha256()
     for partition in engine.optimizer.partitions:
-        momentum = engine.optimizer.stored(partition).get("momentum")
-        mine = b"" if momentum is None else bytes(momentum.contiguous().view(torch.uint8).numpy())
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, mine)
-        digest.update(b"".join(parts))
+        for momentum in engine.optimizer.momenta(partition):
+            mine = b"" if momentum is None else bytes(momentum.contiguous().view(torch.uint8).numpy())
+            parts = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, mine)
+            digest.update(b"".join(parts))
     return digest.hexdigest()
 
 

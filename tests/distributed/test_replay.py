@@ -26,6 +26,12 @@ MODES = {
     f"{momentum}-{dtype}": {"momentum": momentum, "dtype": dtype}
     for momentum in ("fp32", "bf16", "int8", "replay")
     for dtype in ("fp32", "bf16")
+} | {
+    "mezo-bf16": {"rule": "MeZO", "dtype": "bf16"},
+    "mezo-fp32-3": {"rule": "MeZO", "dtype": "fp32", "num_perturbations": 3},
+    "int8-bf16-2": {"momentum": "int8", "dtype": "bf16", "num_perturbations": 2},
+    "replay-fp32-2": {"momentum": "replay", "dtype": "fp32", "num_perturbations": 2},
+    "no-momentum": {"momentum": "int8", "dtype": "fp32", "constant_beta1": 1.0},
 }
 
 

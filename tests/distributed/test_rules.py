@@ -1,0 +1,206 @@
+"""MeZO, several perturbations a step, and ZO-AdaMU without momentum, on real ranks against independent fp64 NumPy."""
+
+import numpy as np
+import pytest
+import torch
+
+import ds_zoadamu
+from tests.reference_numpy import Hyper64, direction64, noise64, zo_adamu_step64
+
+from . import runs
+from .harness import run_ranks
+from .jobs import as_bytes, config, engine_for, my_share, whole_model
+from .models import OddModel, odd_batches
+
+SEED, LR, DECAY = 5, 1e-2, 0.05
+TIMES = {"t1": 3, "t2": 8, "t3": 10}
+# One projected gradient for each of two perturbations, steps that cross t1 and t2.
+GIVEN = [(0.7, -1.3), (0.4, 0.0), (2.5e-3, 11.0), (-0.2, 0.4), (0.9, -0.6), (3.0, -2.0), (-1.0, 0.1), (0.3, 0.3), (2.0, 1.0)]
+
+
+def _settings(rule: str, world_size: int, count: int, **options) -> dict:
+    params = {"lr": LR, "zo_eps": 1e-2, "weight_decay": DECAY, "seed": SEED, "num_perturbations": count, **options}
+    settings = config(world_size)
+    settings["optimizer"] = {"type": rule, "params": params}
+    return settings
+
+
+def _given(rank, world_size, rule, count, options):
+    """The displacement after steps with given projected gradients."""
+    engine = engine_for(OddModel(), _settings(rule, world_size, count, **options))
+    for grads in GIVEN:
+        engine.optimizer.observe(grads[:count])
+        with engine._gathers.writing():
+            engine._step_and_count()
+    return {name: value.double().numpy().ravel() for name, value in whole_model(engine).items()}
+
+
+def _key(name: str, direction: int) -> tuple[int, int]:
+    from ds_zoadamu.noise import parameter_key  # a hash with a golden test of its own
+
+    return parameter_key(SEED, name, direction)
+
+
+def _expected(theta0: np.ndarray, name: str, update) -> np.ndarray:
+    """theta after GIVEN where ``update(theta, step, grads)`` is the step's mean update, without decay."""
+    theta = theta0.copy()
+    for step, grads in enumerate(GIVEN, 1):
+        theta = theta - LR * (update(theta, step, grads) + DECAY * theta)
+    return theta
+
+
+def _mezo(name: str, count: int):
+    def update(theta, step, grads):
+        return sum(grads[q] * noise64(_key(name, q), step, 0, theta.size)[0] for q in range(count)) / count
+
+    return update
+
+
+def _zo_adamu(name: str, count: int, constant_beta1: float | None):
+    hyper, momenta = Hyper64(**TIMES, lr=LR), {}
+
+    def update(theta, step, grads):
+        total = 0.0
+        for q in range(count):
+            alpha, beta1, beta2 = hyper.scalars(step)
+            beta1 = beta1 if constant_beta1 is None else constant_beta1
+            m, v = direction64(momenta.get(q, np.zeros(theta.size)), step, alpha, beta1, beta2, _key(name, q))
+            momenta[q] = m
+            total = total + grads[q] * m / np.sqrt(v + hyper.sigma)
+        return total / count
+
+    return update
+
+
+ZO_ADAMU = {"total_steps": 30, "momentum": {"dtype": "fp32"}, **TIMES}
+CASES = {
+    "MeZO": ("MeZO", 1, {}),
+    "MeZO, 2 perturbations": ("MeZO", 2, {}),
+    "ZOAdaMU, 2 perturbations": ("ZOAdaMU", 2, ZO_ADAMU),
+    "ZOAdaMU without momentum": ("ZOAdaMU", 1, ZO_ADAMU | {"constant_beta1": 1.0}),
+    "ZOAdaMU with beta1 0.3": ("ZOAdaMU", 1, ZO_ADAMU | {"constant_beta1": 0.3}),
+}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_displacement_with_given_projected_gradients(case, world_size):
+    rule, count, options = CASES[case]
+    start = {name: p.detach().double().numpy().ravel() for name, p in OddModel().named_parameters()}
+    for found in run_ranks(world_size, _given, rule, count, options):
+        square = total = 0.0
+        for name, theta0 in start.items():
+            if name == "frozen.weight":
+                assert np.array_equal(found[name], theta0)
+                continue
+            update = _mezo(name, count) if rule == "MeZO" else _zo_adamu(name, count, options.get("constant_beta1"))
+            expected = _expected(theta0, name, update)
+            square += np.sum((found[name] - expected) ** 2)
+            total += np.sum((expected - theta0) ** 2)
+        # fp32 rounds theta once a perturbation and step, by at most 2^-24 |theta|.
+        assert np.sqrt(square / total) < 1e-5
+
+
+def _own(rank, world_size, rule, count, momentum):
+    """(projected gradients, weights) of a whole run in bf16, and what it stores beside the weights."""
+    accumulation = 4 // world_size
+    params = {"lr": LR, "zo_eps": 1e-2, "seed": SEED, "num_perturbations": count}
+    if rule == "ZOAdaMU":
+        params |= {"total_steps": 30, "momentum": {"dtype": momentum}, **TIMES}
+    settings = config(world_size, accumulation, bf16={"enabled": True})
+    settings["optimizer"] = {"type": rule, "params": params}
+    engine = engine_for(OddModel(torch.bfloat16), settings)
+    batches, grads = odd_batches(9 * 4), []
+    for step in range(9):
+        engine.train_batch(my_share(batches, step, accumulation, rank, world_size))
+        grads.append(engine.last_step.projected_grad)
+    held, numel = engine.memory_bytes()["momentum"], sum(p.length for p in engine.optimizer.partitions)
+    return grads, as_bytes(whole_model(engine)), held / numel
+
+
+@pytest.mark.parametrize(
+    ("rule", "count", "momentum", "bytes_an_element"),
+    [("MeZO", 1, None, 0), ("MeZO", 3, None, 0), ("ZOAdaMU", 2, "int8", 2), ("ZOAdaMU", 2, "replay", 0)],
+)
+def test_a_run_is_bit_identical_on_1_2_and_4_ranks(rule, count, momentum, bytes_an_element):
+    alone = run_ranks(1, _own, rule, count, momentum)[0]
+    assert alone[2] == bytes_an_element
+    if count > 1:
+        assert all(len(grads) == len(set(grads)) == count for grads in alone[0])  # no direction is another's copy
+    for world_size in (2, 4):
+        for grads, weights, held in run_ranks(world_size, _own, rule, count, momentum):
+            assert (grads, weights) == alone[:2]
+            assert held == bytes_an_element
+
+
+def _both_ways(rank, world_size, count):
+    """(projected gradients of a step with several perturbations, the same by hand from weights perturbed one by one)."""
+    settings = _settings("MeZO", world_size, count)
+    engine, batch = engine_for(OddModel(), settings), odd_batches(1)[0]
+    engine.train_batch(batch)
+    by_hand = []
+    for direction in range(count):
+        losses = []
+        for sign in (1.0, -1.0):
+            model = OddModel().eval()
+            with torch.no_grad():
+                for name, param in model.named_parameters():
+                    if param.requires_grad:
+                        xi1, _ = ds_zoadamu.noise(SEED, 1, name, 0, param.numel(), direction=direction)
+                        param += (torch.tensor(sign * 1e-2) * xi1).reshape(param.shape)
+                losses.append(float(model(**batch).loss))
+        by_hand.append((losses[0] - losses[1]) / 2e-2)
+    return engine.last_step.projected_grad, by_hand
+
+
+def test_every_perturbation_is_evaluated_with_noise_of_its_own():
+    found, by_hand = run_ranks(1, _both_ways, 3)[0]
+    # The engine adds zo_eps as the nearest fp32 number and rounds g to 22 bits; the losses are fp32 numbers near 2.5.
+    assert found == pytest.approx(by_hand, abs=4 * 2.0**-22 / 2e-2)
+
+
+def _skips(rank, world_size):
+    """The state before and after a step in which one perturbation's loss alone is not finite."""
+    settings = _settings("MeZO", world_size, 2)
+    calls = []
+
+    def loss(module, batch):
+        calls.append(None)
+        return (torch.tensor(float("nan")) if len(calls) == 3 else module(**batch).loss), 1
+
+    engine = engine_for(OddModel(), settings, loss_fn=loss)
+    before = as_bytes(whole_model(engine))
+    engine.train_batch(odd_batches(1)[0])
+    return engine.last_step.skipped, engine.skipped_steps, as_bytes(whole_model(engine)) == before, len(calls)
+
+
+def test_one_loss_that_is_not_finite_skips_the_whole_step():
+    assert run_ranks(2, _skips) == [(True, 1, True, 4)] * 2
+
+
+def _resumed(rank, world_size, folder, settings):
+    whole = runs.run(rank, world_size, None, 8, **settings)
+    runs.run(rank, world_size, folder, 5, save_every=2, **settings)
+    return whole, runs.run(rank, world_size, folder, 8, resume=True, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"rule": "MeZO", "dtype": "bf16"}, {"momentum": "bf16", "dtype": "bf16", "num_perturbations": 2, "bad_steps": (3,)}],
+    ids=["MeZO", "two perturbations"],
+)
+def test_checkpoint_and_journal_bring_back_every_momentum(tmp_path, settings):
+    for whole, resumed in run_ranks(2, _resumed, str(tmp_path), settings):
+        assert resumed == whole
+
+
+def test_a_rule_alone_agrees_with_the_step_of_the_reference():
+    """constant_beta1 left open is the annealed schedule: one step over flat tensors against the fp64 transcription."""
+    theta, m = torch.linspace(-1, 1, 9), torch.zeros(9)
+    optimizer = ds_zoadamu.ZOAdaMU([torch.nn.Parameter(torch.empty(1))], lr=LR, seed=SEED, **ZO_ADAMU)
+    expected, _ = zo_adamu_step64(theta.numpy(), m.numpy(), 0.5, 1, Hyper64(**TIMES, lr=LR), _key("w", 0))
+    optimizer.update_range_(
+        theta, [m], optimizer.direction(1), keys=optimizer.noise_keys(["w"])["w"], start=0, lr=LR, weight_decay=0.0,
+        projected_grads=[0.5],
+    )  # fmt: skip
+    assert np.allclose(theta.numpy(), expected, rtol=0, atol=2.0**-23)  # one rounding of a number below 1
