@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
 from .errors import ConfigError
 from .optimizers import OPTIMIZERS
 from .optimizers.options import RuleConfig, reject_unknown
@@ -29,13 +32,21 @@ def read_config(config: dict | str | Path) -> dict:
 
 
 def zeroth_order_type(config: dict) -> str | None:
-    """The zeroth-order rule that a DeepSpeed configuration asks for, or None. A near miss of our names is an error."""
+    """The zeroth-order rule that a DeepSpeed configuration asks for, or None for an optimizer of DeepSpeed's or torch's.
+
+    Raises ConfigError for a near miss of our names, and for a name that nobody knows.
+    """
     name = config.get("optimizer", {}).get("type")
     if name is None or name in OPTIMIZERS:
         return name
     for known in OPTIMIZERS:
         if str(name).lower().replace("_", "").replace("-", "") == known.lower():
             raise ConfigError(f'optimizer.type is {name!r}; it is spelt "{known}"')
+    if str(name).lower() not in DEEPSPEED_OPTIMIZERS and not hasattr(torch.optim, str(name)):
+        raise ConfigError(
+            f"optimizer.type is {name!r}, which is not known; zeroth-order: {', '.join(OPTIMIZERS)}; DeepSpeed's own, with "
+            f"backward passes: {', '.join(DEEPSPEED_OPTIMIZERS)}"
+        )
     return None
 
 
@@ -66,7 +77,7 @@ def check_deepspeed_settings(config: dict) -> None:
     stage = zero.get("stage", 0)
     if stage != 3:
         raise ConfigError(
-            f"zero_optimization.stage is {stage!r}; ZO-AdaMU works on ZeRO-3 partitions: set it to 3 (also for one rank)"
+            f"zero_optimization.stage is {stage!r}; zeroth-order steps work on ZeRO-3 partitions: set it to 3 (also for one rank)"
         )
 
     def device_of(key: str) -> str:
@@ -101,7 +112,7 @@ def check_deepspeed_settings(config: dict) -> None:
     for key in ("torch_autocast", "amp", "hybrid_engine", "compile"):
         if _enabled(config.get(key)):
             raise ConfigError(
-                f"{key}.enabled is true; it is not supported with ZO-AdaMU: remove it"
+                f"{key}.enabled is true; it is not supported with a zeroth-order optimizer: remove it"
                 + (' and choose the precision with "bf16" or "fp16"' if key in ("torch_autocast", "amp") else "")
             )
     autotp = (config.get("tensor_parallel") or {}).get("autotp_size", 0)

@@ -204,3 +204,52 @@ def test_a_rule_alone_agrees_with_the_step_of_the_reference():
         projected_grads=[0.5],
     )  # fmt: skip
     assert np.allclose(theta.numpy(), expected, rtol=0, atol=2.0**-23)  # one rounding of a number below 1
+
+
+def _own_rule(rank, world_size, folder):
+    """A run, with journal, of the rule that the README adds; returns the digest of the weights and that of a replay."""
+    from safetensors.torch import save_file
+
+    from ds_zoadamu.optimizers import OPTIMIZERS, MeZO
+    from ds_zoadamu.replay import replay
+
+    class SignSPSA(MeZO):
+        def update_range_(self, weight, momenta, direction, *, projected_grads, **where):
+            if projected_grads is not None:
+                projected_grads = [float(g > 0) - float(g < 0) for g in projected_grads]
+            super().update_range_(weight, momenta, direction, projected_grads=projected_grads, **where)
+
+    OPTIMIZERS["SignSPSA"] = SignSPSA
+    if rank == 0:
+        save_file({n: p.detach().clone() for n, p in OddModel().named_parameters()}, f"{folder}/model.safetensors")
+    torch.distributed.barrier()
+    settings = _settings("SignSPSA", world_size, 1)
+    engine = engine_for(OddModel(), settings)
+    engine.open_journal(f"{folder}/journal.jsonl", base=folder)
+    for batch in odd_batches(4):
+        engine.train_batch(batch)
+    engine.close_journal()
+    rebuilt = replay(folder, f"{folder}/journal.jsonl", f"{folder}/out", show_progress=False).sha256
+    return ds_zoadamu.weights_digest(engine), rebuilt, as_bytes(whole_model(engine))
+
+
+def _signs(rank, world_size):
+    """The same weights by MeZO with the projected gradients' signs given."""
+    engine = engine_for(OddModel(), _settings("MeZO", world_size, 1))
+    batches = odd_batches(4)
+    for batch in batches:
+        probe = engine.optimizer.step
+        engine.optimizer.step = lambda: None  # evaluate only
+        engine.train_batch(batch)
+        engine.optimizer.step = probe
+        g = engine.last_step.projected_grad
+        engine.optimizer.observe([float(g > 0) - float(g < 0)])
+        with engine._gathers.writing():
+            engine.optimizer.step()
+    return as_bytes(whole_model(engine))
+
+
+def test_a_rule_of_ones_own_trains_journals_and_replays(tmp_path):
+    digest, rebuilt, weights = run_ranks(2, _own_rule, str(tmp_path))[0]
+    assert rebuilt == digest
+    assert weights == run_ranks(2, _signs)[0]

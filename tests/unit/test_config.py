@@ -65,6 +65,9 @@ def test_values_survive():
         ({"momentum": {"dtype": "replay", "window_tolerance": 0}}, ["window_tolerance is 0", "> 0"]),
         ({"update_rounding": "up"}, ["update_rounding is 'up'", "'nearest'"]),
         ({"max_skipped_steps": 0}, ["max_skipped_steps is 0"]),
+        ({"num_perturbations": 0}, ["num_perturbations is 0", ">= 1"]),
+        ({"num_perturbations": 1.0}, ["num_perturbations is 1.0", "integer"]),
+        ({"constant_beta1": 0}, ["constant_beta1 is 0", "> 0 and <= 1"]),
     ],
     ids=str,
 )
@@ -87,6 +90,9 @@ def deepspeed_config(**changes):
         ({"torch_autocast": {"enabled": True}}, ["torch_autocast", '"bf16"']),
         ({"optimizer": {"type": "ZoAdamu", "params": OK}}, ["'ZoAdamu'", '"ZOAdaMU"']),
         ({"optimizer": {"type": "ZOAdaMU", "params": OK, "parms": 1}}, ["'parms'", "'params'"]),
+        ({"optimizer": {"type": "MeZO", "params": OK}}, ["unknown 'total_steps'", "known: lr"]),
+        ({"optimizer": {"type": "MeZO", "params": {}}}, ["lr is missing"]),
+        ({"optimizer": {"type": "Mezzo", "params": OK}}, ["'Mezzo'", "not known", "ZOAdaMU, MeZO", "adamw"]),
     ],
     ids=str,
 )
@@ -94,6 +100,12 @@ def test_deepspeed_settings_refused(changes, words):
     with pytest.raises(ConfigError) as e:
         check_config(deepspeed_config(**changes))
     assert all(word in str(e.value) for word in words), str(e.value)
+
+
+def test_without_momentum_replay_needs_one_step():
+    config = parse(constant_beta1=1.0, momentum={"dtype": "replay", "max_window": 1})
+    assert config.schedule.beta1(1) == config.schedule.beta1(599) == 1.0
+    assert config.schedule.replay_window(300, 1e-3) == 1
 
 
 def test_check_config_from_a_file(tmp_path):
