@@ -44,7 +44,8 @@ def find_lr(args: Namespace) -> list[Trial]:
     pairs = [(lr, zo_eps) for zo_eps in args.find_eps_values for lr in args.find_lr_values]
     for lr, zo_eps in pairs:
         check_config(_with(plan.config, lr, zo_eps))
-    forwards = 2 * args.max_steps * plan.config.get("gradient_accumulation_steps", 1)
+    directions = plan.config["optimizer"]["params"].get("num_perturbations", 1)
+    forwards = 2 * directions * args.max_steps * plan.config.get("gradient_accumulation_steps", 1)
     _print(
         f"{len(pairs)} trials of {args.max_steps} steps, {forwards} forwards a rank each, "
         f"judged by the loss on {len(plan.dev)} development examples"
