@@ -23,13 +23,13 @@ def candidate_scores(module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """
     batch = {name: tensor.to(get_accelerator().current_device_name()) for name, tensor in batch.items()}
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-    positions = batch["positions"]
     if _keeps_logits(module):
         # The vocabulary is a large part of a small model, and its logits the largest tensor of a forward without gradients.
-        inputs["logits_to_keep"], positions = positions.unique(return_inverse=True)
-    logits = module(**inputs).logits
+        logits = module(**inputs, logits_to_keep=batch["kept"]).logits
+    else:
+        logits = module(**inputs).logits[:, batch["kept"]]
     # Only the predicting positions are widened to fp32: [B, C, L, vocabulary].
-    chosen = logits[batch["rows"].unsqueeze(-1), positions].float()
+    chosen = logits[batch["rows"].unsqueeze(-1), batch["positions"]].float()
     log_probs = chosen.log_softmax(dim=-1).gather(-1, batch["tokens"].unsqueeze(-1)).squeeze(-1)
     return log_probs.masked_fill(~batch["token_mask"], 0.0).sum(dim=-1)
 

@@ -97,7 +97,8 @@ class PromptCollator:
         Returns:
             input_ids, attention_mask: int64 [R, T].
             rows: int64 [B, C], the row in which each candidate's tokens are predicted.
-            positions, tokens: int64 [B, C, L], where in the row each token is predicted, and which token it is.
+            kept: int64 [K], the positions of a row at which any candidate's token is predicted, ascending.
+            positions, tokens: int64 [B, C, L], where each token is predicted, as an index into ``kept``, and which token it is.
             token_mask: bool [B, C, L], False where a word has fewer than L tokens.
             labels: int64 [B].
         """
@@ -124,10 +125,13 @@ class PromptCollator:
             input_ids[index, : len(row)] = torch.tensor(row)
             attention_mask[index, : len(row)] = 1
         labels = torch.tensor([example.label for example in examples])
+        # Here and not in the forward: on a GPU the number of different positions would stop the host.
+        kept, positions = positions.unique(return_inverse=True)
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "rows": rows,
+            "kept": kept,
             "positions": positions,
             "tokens": tokens,
             "token_mask": token_mask,

@@ -36,14 +36,26 @@ def plain_scores(model, tokenizer, example, task):
     return torch.stack(scores)
 
 
+class AllLogits(torch.nn.Module):
+    """A model whose forward knows nothing of ``logits_to_keep``."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask, use_cache):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, AllLogits], ids=["kept logits", "all logits"])
 @pytest.mark.parametrize("task", [SST2, LONG_WORDS], ids=["one token", "several tokens"])
-def test_scores_equal_the_plain_computation(model, tokenizer, task):
+def test_scores_equal_the_plain_computation(model, tokenizer, task, wrap):
     items = examples(task, "film is great", "is", "film film film is dull and awful", "a")
     encoder = PromptEncoder(tokenizer, task, 64)
     batch = PromptCollator(tokenizer.pad_token_id)([encoder.encode(item) for item in items])
     with torch.no_grad():
-        scores = candidate_scores(model, batch)
-        loss, weight = prompt_loss(model, batch)
+        scores = candidate_scores(wrap(model), batch)
+        loss, weight = prompt_loss(wrap(model), batch)
     expected = torch.stack([plain_scores(model, tokenizer, item, task) for item in items])
     # fp32 with other matrix shapes: a few roundings on numbers of size 1 to 30.
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-4)
