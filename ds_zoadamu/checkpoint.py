@@ -22,6 +22,7 @@ from ._crash_points import reach
 from .digest import weights_digest
 from .errors import CheckpointError
 from .identity import BATCH, differences, own_sampler, phrase, run_identity
+from .partition import Partition
 from .safetensors_io import FlatReader, FlatWriter, raw_bytes, sync_directory
 
 __all__ = ["load", "save", "weights_digest"]
@@ -127,27 +128,31 @@ def _data_state(engine: Any) -> Any:
 
 def _write_file(engine: Any, folder: Path) -> dict:
     """Write this rank's file; returns its entry in the manifest. Raises OSError."""
-    tensors: dict[str, torch.Tensor] = {}
-    ranges = {}
-    for partition in engine.optimizer.partitions:
-        if partition.length:
-            ranges[partition.name] = [partition.start, partition.stop]
-            tensors |= {f"{kind}/{partition.name}": tensor for kind, tensor in engine.optimizer.stored(partition).items()}
+    optimizer = engine.optimizer
+    partitions = [partition for partition in optimizer.partitions if partition.length]
+    layout = {
+        f"{kind}/{partition.name}": (dtype, (partition.length,))
+        for partition in partitions
+        for kind, dtype in optimizer.stored_dtypes(partition).items()
+    }
     name = f"rank-{collective.rank():05d}-of-{collective.world_size():05d}.safetensors"
-    writer = FlatWriter(folder / name, {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()})
+    writer = FlatWriter(folder / name, layout)
     try:
         digest = hashlib.sha256(writer.header)
-        for number, (key, tensor) in enumerate(tensors.items()):
-            for start in range(0, tensor.numel(), _SLICE):
-                data = raw_bytes(tensor[start : start + _SLICE])
-                digest.update(data)
-                writer.write(key, start, data)
-            if number == len(tensors) // 2:
-                reach("save_in_file", engine.optimizer.step_count)
+        for number, partition in enumerate(partitions):
+            with partition.loaded():
+                for kind, tensor in optimizer.stored(partition).items():
+                    for start in range(0, tensor.numel(), _SLICE):
+                        data = raw_bytes(tensor[start : start + _SLICE])
+                        digest.update(data)
+                        writer.write(f"{kind}/{partition.name}", start, data)
+            if number == len(partitions) // 2:
+                reach("save_in_file", optimizer.step_count)
         writer.close()
     finally:
         writer.abandon()
     sync_directory(folder)
+    ranges = {partition.name: [partition.start, partition.stop] for partition in partitions}
     return {"file": name, "size": writer.size, "sha256": digest.hexdigest(), "ranges": ranges}
 
 
@@ -165,13 +170,13 @@ def _check_visible(folder: Path, entries: list[dict]) -> None:
 
 @dataclass
 class _Piece:
-    """Elements [start, stop) of a stored tensor that belong at ``offset`` of one of this rank's tensors."""
+    """Elements [start, stop) of a stored tensor that belong at ``offset`` of this rank's tensor of the same ``kind``."""
 
     reader: FlatReader
     key: str
     start: int
     stop: int
-    target: torch.Tensor
+    kind: str
     offset: int
 
 
@@ -196,13 +201,13 @@ def load(
             for entry in manifest["files"][collective.rank() :: collective.world_size()]:  # the ranks share the work
                 store.check_file(found.path, entry)
         with collective.on_all_ranks(CheckpointError):
-            pieces = list(_pieces(engine, found, readers, weights_only))
+            pieces = [(p, list(_pieces(engine, p, found, readers, weights_only))) for p in engine.optimizer.partitions]
         with collective.on_all_ranks(CheckpointError), engine._gathers.writing():
-            for piece in pieces:
-                for start in range(piece.start, piece.stop, _SLICE):
-                    stop = min(start + _SLICE, piece.stop)
-                    offset = piece.offset + start - piece.start
-                    piece.target[offset : offset + stop - start].copy_(piece.reader.read(piece.key, start, stop))
+            for partition, wanted in pieces:
+                with partition.writable():
+                    stored = engine.optimizer.stored(partition)
+                    for piece in wanted:
+                        _read(piece, stored[piece.kind])
     finally:
         for reader in readers.values():
             reader.close()
@@ -229,37 +234,41 @@ def check_matches(engine: Any, found: store.Found, weights_only: bool = False, w
         )
 
 
-def _pieces(engine: Any, found: store.Found, readers: dict[str, FlatReader], weights_only: bool) -> Iterator[_Piece]:
-    for partition in engine.optimizer.partitions:
-        stored = engine.optimizer.stored(partition)
-        if weights_only:
-            stored = {"weight": stored["weight"]}
-        covered = 0
-        for entry in found.manifest["files"]:
-            low, high = entry["ranges"].get(partition.name, (0, 0))
-            start, stop = max(low, partition.start), min(high, partition.stop)
-            if start >= stop:
-                continue
-            covered += stop - start
-            for kind, target in stored.items():
-                reader = readers.get(entry["file"])
-                if reader is None:
-                    try:
-                        reader = readers[entry["file"]] = FlatReader(found.path / entry["file"])
-                    except ValueError as e:
-                        raise CheckpointError(str(e)) from e
-                key = f"{kind}/{partition.name}"
-                info = reader.tensors.get(key)
-                if info is None or info.dtype != target.dtype or info.numel != high - low:
-                    raise CheckpointError(
-                        f"checkpoint file {str(reader.path)!r} has no {key!r} of {high - low} x {target.dtype}"
-                    )
-                yield _Piece(reader, key, start - low, stop - low, target, start - partition.start)
-        if covered != partition.length:
-            raise CheckpointError(
-                f"checkpoint {str(found.path)!r} holds {covered} of the {partition.length} elements of {partition.name!r} that "
-                "this rank needs"
-            )
+def _read(piece: _Piece, target: torch.Tensor) -> None:
+    for start in range(piece.start, piece.stop, _SLICE):
+        stop = min(start + _SLICE, piece.stop)
+        offset = piece.offset + start - piece.start
+        target[offset : offset + stop - start].copy_(piece.reader.read(piece.key, start, stop))
+
+
+def _pieces(
+    engine: Any, partition: Partition, found: store.Found, readers: dict[str, FlatReader], weights_only: bool
+) -> Iterator[_Piece]:
+    dtypes = engine.optimizer.stored_dtypes(partition)
+    covered = 0
+    for entry in found.manifest["files"]:
+        low, high = entry["ranges"].get(partition.name, (0, 0))
+        start, stop = max(low, partition.start), min(high, partition.stop)
+        if start >= stop:
+            continue
+        covered += stop - start
+        for kind in ("weight",) if weights_only else dtypes:
+            reader = readers.get(entry["file"])
+            if reader is None:
+                try:
+                    reader = readers[entry["file"]] = FlatReader(found.path / entry["file"])
+                except ValueError as e:
+                    raise CheckpointError(str(e)) from e
+            key = f"{kind}/{partition.name}"
+            info = reader.tensors.get(key)
+            if info is None or info.dtype != dtypes[kind] or info.numel != high - low:
+                raise CheckpointError(f"checkpoint file {str(reader.path)!r} has no {key!r} of {high - low} x {dtypes[kind]}")
+            yield _Piece(reader, key, start - low, stop - low, kind, start - partition.start)
+    if covered != partition.length:
+        raise CheckpointError(
+            f"checkpoint {str(found.path)!r} holds {covered} of the {partition.length} elements of {partition.name!r} that "
+            "this rank needs"
+        )
 
 
 def _restore_state(engine: Any, manifest: dict, with_lr_scheduler: bool) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
+
+from . import nvme
 from .errors import ConfigError
 from .optimizers import OPTIMIZERS
 from .optimizers.options import RuleConfig, reject_unknown
@@ -87,12 +89,14 @@ def check_deepspeed_settings(config: dict) -> None:
         raise ConfigError(
             f"zero_optimization.offload_optimizer.device is {device_of('offload_optimizer')!r}; the momentum lies beside "
             "the weights, "
-            "so remove this section and use offload_param to move both to the CPU"
+            "so remove this section and use offload_param to move both to the CPU or to NVMe"
         )
-    if device_of("offload_param") not in ("none", "cpu"):
+    if device_of("offload_param") not in ("none", "cpu", "nvme"):
         raise ConfigError(
-            f'zero_optimization.offload_param.device is {device_of("offload_param")!r}; supported are "cpu" and "none"'
+            f'zero_optimization.offload_param.device is {device_of("offload_param")!r}; supported are "cpu", "nvme" and "none"'
         )
+    if nvme.wants_nvme(config):
+        nvme.check_settings(config)
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
         if zero.get(key):
             raise ConfigError(

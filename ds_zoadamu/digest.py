@@ -52,4 +52,4 @@ def weights_digest(engine: Any) -> str:
     """
     partitions = engine.optimizer.partitions
     digests = partition_digests(partitions)
-    return combine((p.name, dtype_name(p.weight.dtype), p.shape, sha) for p, sha in zip(partitions, digests, strict=True))
+    return combine((p.name, dtype_name(p.dtype), p.shape, sha) for p, sha in zip(partitions, digests, strict=True))

@@ -16,7 +16,7 @@ from deepspeed.runtime.constants import ROUTE_TRAIN
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import log_dist
 
-from . import kernels
+from . import collective, kernels, nvme
 from .config import check_config, check_deepspeed_settings, read_config
 from .data import MicroBatchSampler
 from .distributed import init_distributed
@@ -25,7 +25,7 @@ from .errors import ConfigError, NonFiniteLossError
 from .losses import LossFn, as_pair, causal_lm_loss, global_means, projected_gradient
 from .optimizers import OPTIMIZERS, ZerothOrderOptimizer
 from .optimizers.options import RuleConfig
-from .partition import PerturbedGathers, find_partitions, lift_scalars, lower_scalars, reject_empty
+from .partition import PerturbedGathers, find_partitions, lift_scalars, lower_scalars, reject_empty, reject_too_large
 
 
 @dataclass(frozen=True)
@@ -262,6 +262,8 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             check_deepspeed_settings(config)
         elif self.client_optimizer is None:
             check_config(config)
+        if self._zeroth_order_options() is not None:
+            nvme.prepare(config)
         super()._do_sanity_check()
 
     def _is_supported_optimizer(self, optimizer_name: str) -> bool:
@@ -271,6 +273,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         self._scalars = []
         if self._zeroth_order_options() is not None:
             reject_empty(model)
+            reject_too_large(model, read_config(self.config))
             self._scalars = lift_scalars(model)
         super()._configure_distributed_model(model)
 
@@ -284,7 +287,8 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         # Without an optimizer DeepSpeed partitions as for ZeRO-Inference: weights only.
         self._offload = self._configure_zero_optimizer(optimizer=None)
         lower_scalars(self._scalars)
-        client_optimizer.bind(find_partitions(self.module))
+        with collective.on_all_ranks(ConfigError):
+            client_optimizer.bind(find_partitions(self.module))
         self._gathers = PerturbedGathers(self.module, client_optimizer.partitions, self._offload.partition_all_parameters)
         self.optimizer = self.basic_optimizer = client_optimizer
         log_dist(
@@ -323,8 +327,10 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         return check_config(self.config)
 
     def destroy(self) -> None:
-        """DeepSpeed's, and ZeRO-3's hooks off the module."""
+        """DeepSpeed's, and ZeRO-3's hooks off the module, and the swap buffers: weights on NVMe cannot be read any more."""
         super().destroy()
+        if gathers := self.__dict__.get("_gathers"):
+            gathers.close()
         if offload := self.__dict__.pop("_offload", None):
             offload.destroy()
 

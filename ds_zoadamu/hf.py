@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
+from ds_zoadamu import nvme
 from ds_zoadamu.distributed import init_distributed
 
 _INDEX = "model.safetensors.index.json"
@@ -40,6 +41,7 @@ def load_causal_lm(path: str, config: dict, dtype: torch.dtype | None = None, **
 
     Raises:
         ValueError: the configuration is not of stage 3.
+        ConfigError: offload to NVMe that cannot work here.
         OSError: from Transformers, when there is no such model.
     """
     stage = config.get("zero_optimization", {}).get("stage")
@@ -48,6 +50,7 @@ def load_causal_lm(path: str, config: dict, dtype: torch.dtype | None = None, **
     if dtype is None:
         dtype = config_dtype(config)
     init_distributed()
+    nvme.prepare(config)
     # Transformers finds this object through a weak reference, so someone has to keep it.
     hf_config = HfDeepSpeedConfig(config)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)

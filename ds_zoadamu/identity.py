@@ -27,7 +27,7 @@ def run_identity(engine: Any) -> dict:
     optimizer = engine.optimizer
     group_of = {id(param): index for index, group in enumerate(optimizer.param_groups) for param in group["params"]}
     parameters = [
-        {"name": p.name, "shape": list(p.shape), "dtype": dtype_name(p.weight.dtype), "group": group_of[id(p.param)]}
+        {"name": p.name, "shape": list(p.shape), "dtype": dtype_name(p.dtype), "group": group_of[id(p.param)]}
         for p in optimizer.partitions
     ]
     sampler = own_sampler(engine)

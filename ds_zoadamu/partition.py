@@ -4,6 +4,9 @@ The only module that touches DeepSpeed's private parameter attributes (``ds_*``)
 
 A parameter is flattened and padded to a multiple of the world size; rank r holds [r n, (r + 1) n) with n =
 ``ds_tensor.ds_numel``. The padding is uninitialised memory, so a ``Partition`` covers the real elements only.
+
+With ``offload_param`` to NVMe a partition of 1 MiB or more lies in a file. DeepSpeed's rule, which its prefetches rely on: as
+long as the parameter is gathered its partition stays in one of a few swap buffers, and ``param.partition`` gives the buffer back.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -13,9 +16,12 @@ from dataclasses import dataclass, replace
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from .errors import ConfigError
+from .nvme import check_partition_sizes, mapped_zeros, wants_nvme
 
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
@@ -44,14 +50,64 @@ class Partition:
         return tuple(self.param.ds_shape)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored values."""
+        return self.param.dtype
+
+    @property
+    def resident(self) -> bool:
+        """Whether the stored values are always in memory; False: in a file on NVMe."""
+        return not _on_nvme(self.param)
+
+    @property
     def weight(self) -> torch.Tensor:
-        """The stored values of [start, stop), without padding: a 1-D view, on the CPU where the parameter is offloaded."""
+        """The stored values of [start, stop), without padding: a 1-D view, on the CPU where the parameter is offloaded.
+
+        Read it inside ``loaded()`` and change it inside ``writable()``. Elsewhere there is nothing to see of a partition on NVMe:
+        RuntimeError.
+        """
+        if self.param.ds_tensor.status != PartitionedParamStatus.AVAILABLE:
+            raise RuntimeError(f"the partition of {self.name!r} lies on NVMe; read it inside partition.loaded()")
         return self.param.ds_tensor.detach().narrow(0, 0, self.length)
+
+    @contextmanager
+    def loaded(self) -> Iterator[None]:
+        """Inside, ``weight`` can be read. A partition in memory is there anyway; one on NVMe is read into a swap buffer.
+
+        Raises RuntimeError where all buffers are taken.
+        """
+        swapped_in = _swap_in([self.param])
+        try:
+            yield
+        finally:
+            _give_buffers_back(swapped_in)
+
+    @contextmanager
+    def writable(self) -> Iterator[None]:
+        """Inside, ``weight`` can be read and changed; behind it a partition on NVMe has been written to its file.
+
+        Use it inside ``PerturbedGathers.writing()``. Raises RuntimeError where all swap buffers are taken.
+        """
+        _swap_in([self.param])
+        try:
+            yield
+        finally:
+            if not self.resident:
+                self.param.nvme_swapper.swap_out_and_release([self.param])
+
+    def zeros_beside(self, dtype: torch.dtype) -> torch.Tensor:
+        """A zero for each element, stored where the partition is: on its device, in host memory, or in a file on NVMe.
+
+        The file is mapped into memory: a tensor like any other on the CPU. Raises ConfigError where the drive is full.
+        """
+        if self.resident:
+            return torch.zeros(self.length, dtype=dtype, device=self.weight.device)
+        return mapped_zeros(self.param.nvme_swapper.swap_folder, self.length, dtype)
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of the stored partition, padding included."""
-        return self.param.ds_tensor.numel() * self.param.ds_tensor.element_size()
+        """Bytes of the stored partition, padding included, in memory or on NVMe."""
+        return self.param.ds_tensor.ds_numel * self.dtype.itemsize
 
     @property
     def compute_device(self) -> torch.device:
@@ -61,6 +117,36 @@ class Partition:
     def head(self, length: int) -> "Partition":
         """The first ``length`` elements, or all where there are fewer."""
         return replace(self, stop=min(self.stop, self.start + length))
+
+
+def _on_nvme(param: torch.nn.Parameter) -> bool:
+    return param.ds_tensor.final_location == OffloadDeviceEnum.nvme
+
+
+def _swap_in(params: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    """Read the partitions that are not in memory into swap buffers; returns the parameters that took a new buffer."""
+    away = [p for p in params if p.ds_tensor.status != PartitionedParamStatus.AVAILABLE]
+    if not away:
+        return []
+    swapper = away[0].nvme_swapper
+    swapper.synchronize_reads()  # those that DeepSpeed reads ahead
+    away = [p for p in away if p.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE]
+    free = swapper.available_swap_in_buffers()
+    if len(away) > free:
+        raise RuntimeError(
+            f"{len(away)} partitions are to be read from NVMe at once, and {free} of {swapper.param_buffer_count} buffers are "
+            "free; raise zero_optimization.offload_param.buffer_count, or gather fewer parameters at a time"
+        )
+    if away:
+        swapper.swap_in(away, async_op=False)
+    return away
+
+
+def _give_buffers_back(params: Iterable[torch.nn.Parameter]) -> None:
+    """Forget the partitions in swap buffers, except those of gathered parameters, which DeepSpeed gives back itself."""
+    for param in params:
+        if param.ds_status == ZeroParamStatus.NOT_AVAILABLE and param.ds_tensor.status == PartitionedParamStatus.AVAILABLE:
+            param.nvme_swapper.remove_partition_and_release_buffers([param])
 
 
 def canonical_name(name: str) -> str:
@@ -97,6 +183,12 @@ def reject_empty(module: torch.nn.Module) -> None:
             )
 
 
+def reject_too_large(module: torch.nn.Module, config: dict) -> None:
+    """Raise ConfigError where a partition would go to NVMe and is larger than the swap buffers. Before partitioning."""
+    if wants_nvme(config):
+        check_partition_sizes(config, ((name, getattr(p, "ds_numel", p.numel())) for name, p in module.named_parameters()))
+
+
 def lift_scalars(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Give 0-d parameters that are not partitioned yet one dimension; DeepSpeed 0.19.8 cannot broadcast them. Undo with
     ``lower_scalars``.
@@ -130,6 +222,7 @@ class PerturbedGathers:
 
     def __init__(self, module: torch.nn.Module, partitions: Iterable[Partition], release: Callable[[], None]):
         self._partition_of = {id(p.param): p for p in partitions}
+        self._on_nvme = [param for param in module.parameters() if _on_nvme(param)]
         self._release = release
         self._fill: Fill | None = None
         self._live = True  # gathered copies may exist
@@ -159,8 +252,33 @@ class PerturbedGathers:
     def release(self) -> None:
         """Free every gathered copy, so that the next gather reads the partitions again."""
         if self._live:
+            self._forget_read_ahead()
             self._release()
             self._live = False
+
+    def _forget_read_ahead(self) -> None:
+        """Give back the swap buffers of partitions that DeepSpeed has read and nobody has gathered yet."""
+        if self._on_nvme:
+            self._on_nvme[0].nvme_swapper.synchronize_reads()
+            _give_buffers_back(self._on_nvme)
+
+    def _bring(self, params: list[torch.nn.Parameter]) -> None:
+        """Have the partitions of a gather in memory, if need be in the place of what was read for later ones."""
+        away = [p for p in params if p.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE]
+        if away and len(away) > away[0].nvme_swapper.available_swap_in_buffers():
+            ahead = [p for p in self._on_nvme if all(p is not wanted for wanted in params)]
+            away[0].nvme_swapper.synchronize_reads()
+            _give_buffers_back(ahead)
+        _swap_in(params)
+
+    def close(self) -> None:
+        """Free the swap buffers: page-locked memory that DeepSpeed 0.19.8 would keep until the process ends."""
+        if self._on_nvme:
+            self.release()
+        for swapper in {id(param.nvme_swapper): param.nvme_swapper for param in self._on_nvme}.values():
+            swapper.available_buffer_ids.clear()  # a later gather gets an error, not freed memory
+            swapper.aio_read_handle.free_cpu_locked_tensor(swapper.buffers)
+        self._on_nvme = []
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -206,6 +324,7 @@ class PerturbedGathers:
         stored: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
         temporaries: list[torch.Tensor] = []
         try:
+            self._bring(params)
             for param in params:
                 partition = self._partition_of.get(id(param))
                 if self._fill is None or partition is None or param.ds_status != ZeroParamStatus.NOT_AVAILABLE:
@@ -224,7 +343,7 @@ class PerturbedGathers:
 
     def _temporary(self, partition: Partition) -> torch.Tensor:
         tensor = partition.param.ds_tensor
-        temporary = torch.empty(tensor.numel(), dtype=tensor.dtype, device=partition.compute_device)
+        temporary = torch.empty(tensor.ds_numel, dtype=partition.dtype, device=partition.compute_device)
         self._fill(partition, temporary.narrow(0, 0, partition.length))
         temporary.ds_numel = tensor.ds_numel
         temporary.status = tensor.status

@@ -188,17 +188,18 @@ def _advance(engine: Any, records: list[Record], contents: Contents) -> None:
     with engine._gathers.writing():
         for partition in optimizer.partitions if records else ():
             group = group_of[id(partition.param)]
-            apply_steps(
-                optimizer,
-                steps,
-                partition.weight,
-                optimizer.momenta(partition),
-                keys=keys[partition.name],
-                start=partition.start,
-                group=group,
-                weight_decay=float(groups[group]["weight_decay"]),
-                device=partition.compute_device,
-            )
+            with partition.writable():
+                apply_steps(
+                    optimizer,
+                    steps,
+                    partition.weight,
+                    optimizer.momenta(partition),
+                    keys=keys[partition.name],
+                    start=partition.start,
+                    group=group,
+                    weight_decay=float(groups[group]["weight_decay"]),
+                    device=partition.compute_device,
+                )
     for record, step in zip(records, steps, strict=True):
         _count(engine, record, step.lrs)
     engine._skipped_in_a_row = 0

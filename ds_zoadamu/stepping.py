@@ -7,13 +7,10 @@ from typing import Any
 
 import torch
 
+from .chunks import CHUNK_ON_CPU, CHUNK_ON_GPU, chunks_on
 from .errors import JournalError
 from .journal import Record
 from .kernels import Direction
-
-# Elements that go through all steps before the next ones: few enough for a core's cache, many enough to pay for a call; on a
-# GPU a chunk has to fill the device.
-CHUNK_ON_CPU, CHUNK_ON_GPU = 1 << 16, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -69,25 +66,17 @@ def apply_steps(
     in a chunk; ``progress``: told the elements done, times steps.
     """
     chunk = chunk or (CHUNK_ON_CPU * torch.get_num_threads() if device.type == "cpu" else CHUNK_ON_GPU)
-    for low in range(0, weight.numel(), chunk):
-        part = slice(low, min(low + chunk, weight.numel()))
-        w = weight[part].to(device)  # itself where it is there already
-        stored = [None if m is None else m[part].to(device) for m in momenta]
+    for part, (w, *stored) in chunks_on(device, (weight, *momenta), writing=True, chunk=chunk):
         for step in steps:
             optimizer.update_range_(
                 w,
                 stored,
                 step.direction,
                 keys=keys,
-                start=start + low,
+                start=start + part.start,
                 lr=step.lrs[group],
                 weight_decay=weight_decay,
                 projected_grads=step.projected_grads,
             )
-        if w.device != weight.device:
-            weight[part].copy_(w)
-            for momentum, changed in zip(momenta, stored, strict=True):
-                if momentum is not None:
-                    momentum[part].copy_(changed)
         if progress is not None:
-            progress((part.stop - low) * len(steps))
+            progress((part.stop - part.start) * len(steps))

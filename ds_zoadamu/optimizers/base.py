@@ -8,6 +8,7 @@ import torch
 
 from .. import kernels
 from .._crash_points import reach
+from ..chunks import chunks_on
 from ..errors import ConfigError, unknown_keys_message
 from ..kernels.types import Direction, Rounding, fp32
 from ..noise import parameter_keys
@@ -160,10 +161,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._keys = self.noise_keys(partition.name for partition, _ in bound)
         self._partitions = tuple(bound)
         for partition, _ in bound:
-            momenta = self.new_momenta(partition.length, partition.weight.dtype, partition.weight.device)
-            self.state[partition.param].update(
-                {name: m for name, m in zip(self._state_names(), momenta, strict=True) if m is not None}
-            )
+            dtype = self.momentum_dtype(partition.dtype)
+            if dtype is not None:
+                self.state[partition.param].update({name: partition.zeros_beside(dtype) for name in self._state_names()})
 
     def noise_keys(self, names: Iterable[str]) -> dict[str, Keys]:
         """The noise keys of parameters by name. Raises ValueError where two streams of noise would share one."""
@@ -178,14 +178,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def perturb_into(self, partition: Partition, out: torch.Tensor, sign: int, index: int = 0) -> None:
         """Write weight + sign * zo_eps * m_t of the next step into ``out`` (the partition's length, on the device of the
-        gather), with m_t of the direction ``index``.
+        gather), with m_t of the direction ``index``. Call it inside ``partition.loaded()``, as a gather does.
         """
-        weight, momentum = partition.weight, self.momenta(partition)[index]
-        if weight.device != out.device:  # offloaded: the arithmetic is done where the forward is
-            weight = weight.to(out.device, non_blocking=True)
-            momentum = None if momentum is None else momentum.to(out.device, non_blocking=True)
-        key = self._keys[partition.name][index]
-        self.perturb_range_(out, weight, momentum, self._next_direction(), key=key, start=partition.start, sign=sign)
+        key, direction = self._keys[partition.name][index], self._next_direction()
+        stored = partition.weight, self.momenta(partition)[index]
+        # Offloaded, the arithmetic is done where the forward is. A swap buffer may be read into again once this returns.
+        for part, (weight, momentum) in chunks_on(out.device, stored, writing=False, non_blocking=partition.resident):
+            start = partition.start + part.start
+            self.perturb_range_(out[part], weight, momentum, direction, key=key, start=start, sign=sign)
 
     def observe(self, projected_grads: Sequence[float] | None) -> None:
         """Hand over the projected gradients, one a direction, that the next ``step`` will use; None skips the step's change of
@@ -211,31 +211,33 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def _update(
         self, partition: Partition, group: dict, direction: Direction, projected_grads: tuple[float, ...] | None
     ) -> None:
-        weight, momenta = partition.weight, self.momenta(partition)
-        device = partition.compute_device
-        on_device = weight if weight.device == device else weight.to(device)
-        momenta_on_device = tuple(None if m is None else m.to(device) for m in momenta)
-        self.update_range_(
-            on_device,
-            momenta_on_device,
-            direction,
-            keys=self._keys[partition.name],
-            start=partition.start,
-            lr=float(group["lr"]),
-            weight_decay=float(group["weight_decay"]),
-            projected_grads=projected_grads,
-        )
-        if on_device is not weight:
-            weight.copy_(on_device)
-            for momentum, changed in zip(momenta, momenta_on_device, strict=True):
-                if momentum is not None:
-                    momentum.copy_(changed)
+        with partition.writable():
+            stored = partition.weight, *self.momenta(partition)
+            for part, (weight, *momenta) in chunks_on(partition.compute_device, stored, writing=True):
+                self.update_range_(
+                    weight,
+                    momenta,
+                    direction,
+                    keys=self._keys[partition.name],
+                    start=partition.start + part.start,
+                    lr=float(group["lr"]),
+                    weight_decay=float(group["weight_decay"]),
+                    projected_grads=projected_grads,
+                )
 
     def stored(self, partition: Partition) -> dict[str, torch.Tensor]:
         """What lasts between steps, as 1-D views without padding: {"weight": ...} and, where stored, {"momentum": ...} and for
-        further directions {"momentum_1": ...}, ..."""
+        further directions {"momentum_1": ...}, ...
+
+        Call it inside ``partition.loaded()`` to read them, ``partition.writable()`` to change them.
+        """
         state = self.state.get(partition.param, {})
         return {"weight": partition.weight} | {name: state[name][: partition.length] for name in self._state_names() if state}
+
+    def stored_dtypes(self, partition: Partition) -> dict[str, torch.dtype]:
+        """The keys of ``stored`` with their dtypes, without reading anything."""
+        momenta = zip(self._state_names(), self.momenta(partition), strict=True)
+        return {"weight": partition.dtype} | {name: momentum.dtype for name, momentum in momenta if momentum is not None}
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes that persist on this rank: {"weights", "momentum"}, padding included for the weights."""
@@ -254,11 +256,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         total = same = 0
         for partition in partitions[: max(1, max_elements // 256)]:
             sample = partition.head(max(1, max_elements // min(len(partitions), max_elements // 256)))
-            plus, minus = (
-                torch.empty(sample.length, dtype=sample.weight.dtype, device=sample.compute_device) for _ in range(2)
-            )
-            self.perturb_into(sample, plus, +1)
-            self.perturb_into(sample, minus, -1)
+            plus, minus = (torch.empty(sample.length, dtype=sample.dtype, device=sample.compute_device) for _ in range(2))
+            with sample.loaded():
+                self.perturb_into(sample, plus, +1)
+                self.perturb_into(sample, minus, -1)
             total += sample.length
             same += int((plus == minus).sum())
         return same / total if total else math.nan

@@ -9,6 +9,7 @@ import copy
 import os
 from dataclasses import dataclass
 
+from .. import nvme
 from ..errors import ConfigError
 from .choose import Choice, Request, plan_for
 from .configs import dtype_of, read_for_plan
@@ -115,6 +116,7 @@ def _measure(model_config, config: dict, plan: MemoryPlan, dtype, steps: int) ->
         os.environ.setdefault(name, "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     init_distributed()
+    nvme.prepare(config)  # Transformers partitions the model before an engine could check
     before = PeakMemory().report()["resident_baseline"]
     keep = HfDeepSpeedConfig(config)  # Transformers builds into partitions as long as this lives
     model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
