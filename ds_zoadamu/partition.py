@@ -6,7 +6,7 @@ A parameter is flattened and padded to a multiple of the world size; rank r hold
 ``ds_tensor.ds_numel``. The padding is uninitialised memory, so a ``Partition`` covers the real elements only.
 
 With ``offload_param`` to NVMe a partition of 1 MiB or more lies in a file. DeepSpeed's rule, which its prefetches rely on: as
-long as the parameter is gathered its partition stays in one of a few swap buffers, and ``param.partition`` gives the buffer back.
+long as a parameter is gathered its partition stays in one of a few swap buffers; ``param.partition`` gives the buffer back.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -63,8 +63,8 @@ class Partition:
     def weight(self) -> torch.Tensor:
         """The stored values of [start, stop), without padding: a 1-D view, on the CPU where the parameter is offloaded.
 
-        Read it inside ``loaded()`` and change it inside ``writable()``. Elsewhere there is nothing to see of a partition on NVMe:
-        RuntimeError.
+        Read it inside ``loaded()`` and change it inside ``writable()``. Elsewhere, of a partition on NVMe, there is
+        nothing to see: RuntimeError.
         """
         if self.param.ds_tensor.status != PartitionedParamStatus.AVAILABLE:
             raise RuntimeError(f"the partition of {self.name!r} lies on NVMe; read it inside partition.loaded()")
