@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from deepspeed.utils import logger
+from torch.utils.cpp_extension import get_default_build_root
 
 from . import collective
 from .errors import ConfigError
@@ -156,20 +158,22 @@ def _claim(path: Path) -> None:
 
 
 def _load_operator() -> None:
-    """Build or load ``async_io``. The linker decides: DeepSpeed's own ``is_compatible`` asks no more."""
+    """Load DeepSpeed's ``async_io``, or build it."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    builder = AsyncIOBuilder()
-    reason = "libaio's library and headers are missing"
+    if collective.rank() == 0:
+        cache = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+        logger.info(
+            "loading DeepSpeed's async_io operator; its first use on a machine builds it, in some minutes. If that does not "
+            f"end, another build was killed half-way: remove the files named 'lock' under {cache}"
+        )
     try:
-        if builder.is_compatible(verbose=False):
-            builder.load(verbose=False)
-            return
-    except Exception as error:  # whatever a compiler, a linker or DeepSpeed's version checks raise
+        AsyncIOBuilder().load(verbose=False)
+    except Exception as error:  # whatever a compiler, a linker or DeepSpeed's checks of versions raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    raise ConfigError(
-        f'{_WHERE}.device is "nvme", and DeepSpeed\'s async_io operator cannot be built: {reason}. Install libaio '
-        "(Debian, Ubuntu: apt-get install libaio-dev; Fedora: dnf install libaio-devel), a C++ compiler and ninja"
-        + (", and the CUDA toolkit (nvcc)" if torch.cuda.is_available() else "")
-        + ', or use "device": "cpu"'
-    )
+        raise ConfigError(
+            f'{_WHERE}.device is "nvme", and DeepSpeed\'s async_io operator cannot be built: {reason}. Install libaio '
+            "(Debian, Ubuntu: apt-get install libaio-dev; Fedora: dnf install libaio-devel), a C++ compiler and ninja"
+            + (", and the CUDA toolkit (nvcc)" if torch.cuda.is_available() else "")
+            + ', or use "device": "cpu"'
+        ) from error

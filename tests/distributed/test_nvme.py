@@ -3,11 +3,14 @@
 import os
 from pathlib import Path
 
+import deepspeed
 import pytest
 import torch
 import transformers
 
 import ds_zoadamu
+from ds_zoadamu import nvme
+from ds_zoadamu.digest import weights_digest
 
 from .harness import run_ranks
 from .jobs import as_bytes, config, engine_for, my_share, whole_model
@@ -46,8 +49,6 @@ class WideModel(torch.nn.Module):
 @pytest.fixture(scope="module", autouse=True)
 def operator():
     """DeepSpeed's ``async_io``, built once: with it a rank starts in no time."""
-    from ds_zoadamu import nvme
-
     try:
         nvme._load_operator()
     except ds_zoadamu.ConfigError as error:
@@ -115,7 +116,7 @@ def _train(rank, world_size, device, drive, dtype, momentum):
 
     def loss_fn(module, batch):
         result = module(**batch).loss, torch.tensor(1.0)
-        seen.append({k: v for k, v in stored_bytes(engine).items()})
+        seen.append(stored_bytes(engine))
         return result
 
     engine = engine_on(device, drive, world_size, dtype, momentum, accumulation, loss_fn=loss_fn)
@@ -135,8 +136,9 @@ def _train(rank, world_size, device, drive, dtype, momentum):
     return files, kept, losses, held, weights
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("dtype,momentum", [("fp32", "fp32"), ("bf16", "int8"), ("bf16", "replay")])
+@pytest.mark.parametrize(
+    "world_size,dtype,momentum", [(1, "fp32", "fp32"), (2, "fp32", "int8"), (2, "bf16", "int8"), (1, "bf16", "replay")]
+)
 def test_a_run_has_the_same_bits_on_nvme_as_in_memory(drive, world_size, dtype, momentum):
     runs = {device: run_ranks(world_size, _train, device, drive, dtype, momentum) for device in ("none", "cpu", "nvme")}
     for rank in range(world_size):
@@ -144,3 +146,131 @@ def test_a_run_has_the_same_bits_on_nvme_as_in_memory(drive, world_size, dtype, 
         assert runs["none"][rank][0] == runs["cpu"][rank][0] == []
         assert runs["nvme"][rank][1:] == runs["none"][rank][1:] == runs["cpu"][rank][1:]
         assert runs["nvme"][rank][1] == [True] * STEPS
+
+
+def _trained_with(rank, world_size, drive, changes):
+    settings = config(world_size, zero=zero_section("nvme", drive, **changes), params=TIMES)
+    engine = engine_for(WideModel(), settings)
+    losses = [engine.train_batch(batch) for batch in batches_for(STEPS)]
+    engine.empty_partition_cache()
+    try:
+        whole = [p for n, p in engine.module.named_parameters() if n in ON_NVME]
+        with deepspeed.zero.GatheredParameters(whole):
+            gathered = "all at once"
+    except RuntimeError as error:
+        gathered = str(error)
+    return losses, gathered
+
+
+def test_few_buffers_do_and_too_few_are_named(drive):
+    one, four = (run_ranks(1, _trained_with, drive, {"buffer_count": count})[0] for count in (1, 4))
+    assert one[0] == four[0]
+    assert four[1] == "all at once"
+    assert "3 partitions" in one[1] and "1 of 1 buffers" in one[1] and "buffer_count" in one[1]
+
+
+# --- from one place to another
+
+
+def _first_run(rank, world_size, device, drive, folder):
+    engine, batches = engine_on(device, drive, world_size, "bf16"), batches_for(10)
+    engine.open_journal(folder / "journal.jsonl")
+    for step in range(3):
+        engine.train_batch(batches[step])
+        if step == 1:
+            engine.save_checkpoint(folder)
+    digest = weights_digest(engine)
+    engine.close_journal()
+    return digest, engine.train_batch(batches[3]), weights_digest(engine)
+
+
+def _resumed(rank, world_size, device, drive, folder, checkpoints):
+    engine, batches = engine_on(device, drive, world_size, "bf16"), batches_for(10)
+    resumed = engine.resume(folder / "journal.jsonl", folder if checkpoints else None)
+    engine.close_journal()
+    digest = weights_digest(engine)
+    return (resumed.step, resumed.replayed), (digest, engine.train_batch(batches[3]), weights_digest(engine))
+
+
+@pytest.mark.parametrize("world_size,first,then", [(2, "nvme", "none"), (1, "cpu", "nvme")])
+def test_checkpoint_and_journal_go_on_elsewhere(drive, world_size, first, then):
+    expected = run_ranks(world_size, _first_run, first, drive / "drive", drive)
+    for checkpoints, replayed in ((True, 1), (False, 3)):
+        found = run_ranks(world_size, _resumed, then, drive / "drive", drive, checkpoints)
+        assert found == [((3, replayed), answer) for answer in expected]
+
+
+def _saved(rank, world_size, device, drive, base, target):
+    settings = config(world_size, zero=zero_section(device, drive), params=TIMES, bf16={"enabled": True})
+    engine = engine_for(ds_zoadamu.load_causal_lm(str(base), config=settings), settings)
+    files = swapped_out(engine)
+    for batch in batches_for(2):
+        engine.train_batch(batch)
+    ds_zoadamu.save_pretrained(engine, target)
+    return len(files)
+
+
+def test_save_pretrained_writes_the_same_model(drive):
+    base = transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            vocab_size=11,
+            hidden_size=512,
+            ffn_dim=2049,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            word_embed_proj_dim=512,
+            pad_token_id=1,
+            bos_token_id=2,
+            eos_token_id=2,
+        )  # fmt: skip
+    )
+    base.to(torch.bfloat16).save_pretrained(drive / "base")
+    in_files = {device: run_ranks(2, _saved, device, drive, drive / "base", drive / device) for device in ("none", "nvme")}
+    assert in_files == {"none": [0, 0], "nvme": [4, 4]}  # fc1 and fc2 of two layers
+    written = {device: (drive / device / "model.safetensors").read_bytes() for device in ("none", "nvme")}
+    assert written["none"] == written["nvme"] != (drive / "base" / "model.safetensors").read_bytes()
+
+
+# --- what is refused, on all ranks, before the model is touched
+
+
+def _refused(rank, world_size, zero, environment):
+    """The message, and whether the model was left alone; ``zero`` has a section for each rank."""
+    os.environ.update(environment)
+    model = WideModel()
+    with pytest.raises(ds_zoadamu.ConfigError) as caught:
+        engine_for(model, config(world_size, zero=zero[rank]))
+    return str(caught.value), not any(hasattr(p, "ds_id") for p in model.parameters())
+
+
+def _messages(zero: list[dict], environment: dict | None = None) -> list[str]:
+    answers = run_ranks(len(zero), _refused, zero, environment or {})
+    assert all(untouched for _, untouched in answers)
+    return [message for message, _ in answers]
+
+
+def test_a_path_that_cannot_be_written_on_one_rank_is_named_on_all(drive):
+    (drive / "file").touch()
+    messages = _messages([zero_section("nvme", drive), zero_section("nvme", drive / "file" / "below")])
+    assert all("nvme_path" in m and "below" in m and "cannot be written" in m for m in messages)
+    assert messages[0].startswith("rank 1: ")
+
+
+def test_an_operator_that_cannot_be_built_is_named_with_what_to_install(drive):
+    # A compiler that is not there is what a machine without one has.
+    (message,) = _messages([zero_section("nvme", drive)], {"CC": "/none", "TORCH_EXTENSIONS_DIR": str(drive / "empty")})
+    assert "async_io" in message and "apt-get install libaio-dev" in message
+
+
+def test_buffers_smaller_than_a_partition_and_large_persistent_parameters_are_refused(drive):
+    (message,) = _messages([zero_section("nvme", drive, buffer_size=1000)])
+    assert "buffer_size is 1000" in message and "'up.weight' has 1051137" in message
+    (message,) = _messages([zero_section("nvme", drive) | {"stage3_param_persistence_threshold": 1e6}])
+    assert "stage3_param_persistence_threshold is 1e+06" in message and "below 262144" in message
+
+
+def test_a_drive_in_use_by_another_process_is_refused(drive):
+    nvme._claim(drive)
+    (message,) = _messages([zero_section("nvme", drive)])
+    assert "another running process uses" in message

@@ -1,0 +1,22 @@
+"""A run whose partitions are copied to the device of the arithmetic in small chunks, as offloaded ones are on a GPU."""
+
+from functools import partial
+
+from .harness import run_ranks
+from .jobs import as_bytes, config, engine_for, whole_model
+from .models import OddModel, odd_batches
+
+
+def _run(rank, world_size, chunked):
+    from ds_zoadamu.chunks import chunks_on
+    from ds_zoadamu.optimizers import base
+
+    if chunked:  # the function itself; a CPU gives no reason of its own to copy
+        base.chunks_on = partial(chunks_on, chunk=16, copy=True)
+    engine = engine_for(OddModel(), config(world_size, params={"momentum": {"dtype": "int8"}, "num_perturbations": 2}))
+    losses = [engine.train_batch(batch) for batch in odd_batches(3)]
+    return losses, engine.optimizer.coinciding_share(), as_bytes(whole_model(engine))
+
+
+def test_a_run_in_chunks_is_bit_identical():
+    assert run_ranks(2, _run, True) == run_ranks(2, _run, False)
