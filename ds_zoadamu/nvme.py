@@ -9,7 +9,7 @@ import contextlib
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from .errors import ConfigError
 
 _WHERE = "zero_optimization.offload_param"
 DEFAULT_BUFFER_COUNT, DEFAULT_BUFFER_SIZE = 5, 10**8  # DeepSpeed 0.19.8; the size is in elements
+_ALIGNED_BYTES = 1024
 _MIN_FILE_BYTES = 1 << 20  # DeepSpeed 0.19.8: MIN_AIO_BYTES; a larger aio.block_size takes its place
 
 
@@ -32,6 +33,14 @@ def wants_nvme(config: dict) -> bool:
 def smallest_file_bytes(config: dict) -> int:
     """Bytes below which a partition stays in host memory."""
     return max(_MIN_FILE_BYTES, int((config.get("aio") or {}).get("block_size", 0)))
+
+
+def buffer_bytes(config: dict) -> int:
+    """Bytes of page-locked host memory that each rank's swap buffers take."""
+    section, itemsize = config["zero_optimization"]["offload_param"], _itemsize(config)
+    size = int(section.get("buffer_size", DEFAULT_BUFFER_SIZE))
+    aligned = _ALIGNED_BYTES * int((config.get("aio") or {}).get("intra_op_parallelism", 1)) // itemsize
+    return int(section.get("buffer_count", DEFAULT_BUFFER_COUNT)) * -(-size // aligned) * aligned * itemsize
 
 
 def check_settings(config: dict) -> None:
@@ -67,16 +76,16 @@ def prepare(config: dict) -> None:
         _load_operator()
 
 
-def check_partition_sizes(config: dict, named_numels: Iterator[tuple[str, int]]) -> None:
+def check_partition_sizes(config: dict, named_numels: Iterable[tuple[str, int]], world_size: int) -> None:
     """Raises ConfigError for a parameter (name, elements) whose partition goes to NVMe and is larger than the buffers."""
     size = int(config["zero_optimization"]["offload_param"].get("buffer_size", DEFAULT_BUFFER_SIZE))
     smallest = smallest_file_bytes(config) // _itemsize(config)
     for name, numel in named_numels:
-        needed = -(-numel // collective.world_size())
+        needed = -(-numel // world_size)
         if needed > size and needed >= smallest:
             raise ConfigError(
-                f"{_WHERE}.buffer_size is {size} elements; the partition of {name!r} has {needed} on {collective.world_size()} "
-                f"rank(s): set buffer_size to {needed} or more"
+                f"{_WHERE}.buffer_size is {size} elements; the partition of {name!r} has {needed} on {world_size} rank(s): set "
+                f"buffer_size to {needed} or more"
             )
 
 

@@ -186,7 +186,8 @@ def reject_empty(module: torch.nn.Module) -> None:
 def reject_too_large(module: torch.nn.Module, config: dict) -> None:
     """Raise ConfigError where a partition would go to NVMe and is larger than the swap buffers. Before partitioning."""
     if wants_nvme(config):
-        check_partition_sizes(config, ((name, getattr(p, "ds_numel", p.numel())) for name, p in module.named_parameters()))
+        numels = ((name, getattr(p, "ds_numel", p.numel())) for name, p in module.named_parameters())
+        check_partition_sizes(config, numels, dist.get_world_size())
 
 
 def lift_scalars(module: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -30,11 +30,26 @@ has_gpu() {
     { command -v nvidia-smi > /dev/null && nvidia-smi -L 2> /dev/null | grep -q GPU; } || [ -e /dev/kfd ]
 }
 
+# DeepSpeed builds its operator for NVMe offload against libaio. Nothing else needs it, so its absence is no failure.
+install_libaio() {
+    local as_root=""
+    if [ -e /usr/include/libaio.h ] || ! command -v apt-get > /dev/null; then
+        return 0
+    fi
+    if [ "$(id -u)" -ne 0 ]; then
+        as_root="sudo -n"
+    fi
+    quiet_apt() { $as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq "$@" > /dev/null 2>&1; }
+    quiet_apt install -y libaio-dev || { quiet_apt update && quiet_apt install -y libaio-dev; } ||
+        echo "setup: libaio-dev could not be installed; offload to NVMe is left out, its tests are skipped" >&2
+}
+
 install() {
     local python
     python=$(find_python) || stop "Python 3.10 or newer is needed, found: $("${PYTHON:-python3}" --version 2>&1 | head -n 1 || true)." \
         "Install one, or name one with PYTHON=/path/to/python3"
     echo "setup: installing into $venv (some minutes, once)"
+    install_libaio
     "$python" -m venv "$venv" || stop "cannot make a virtual environment with $python; on Debian and Ubuntu: apt install python3-venv"
     # Without a GPU the small build must come first: the project's own requirement would fetch any.
     if ! has_gpu; then

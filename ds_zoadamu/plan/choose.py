@@ -6,7 +6,7 @@ from ..errors import ConfigError
 from ..optimizers.zo_adamu import MomentumConfig
 from ..schedules import Schedule
 from .gathers import GatherSettings
-from .memory import MemoryPlan, Model, plan_memory
+from .memory import MemoryPlan, Model, Nvme, plan_memory
 
 MODES = ("int8", "replay")
 """In the order of preference: int8 costs no extra noise; replay stores nothing."""
@@ -15,7 +15,9 @@ LARGEST_MICRO_BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the user has and wants. capacity, reserve, host_memory in bytes; momentum, micro_batch: None to have them chosen."""
+    """What the user has and wants. capacity, reserve, host_memory in bytes; momentum, micro_batch: None to have them chosen.
+
+    ``drive``: of a JSON that offloads to NVMe; ``offload`` is True then."""
 
     world_size: int
     capacity: int
@@ -24,6 +26,7 @@ class Request:
     momentum: str | None = None
     accumulation: int = 1
     offload: bool = False
+    drive: Nvme | None = None
     host_memory: int | None = None
     reserve: int | None = None
     settings: GatherSettings = GatherSettings()
@@ -54,7 +57,7 @@ def plan_for(model: Model, request: Request, momentum: str, micro_batch: int, of
     return plan_memory(
         model, world_size=request.world_size, capacity=request.capacity, momentum=momentum, micro_batch=micro_batch,
         length=request.length, settings=request.settings, accumulation=request.accumulation,
-        offload=offload, reserve=request.reserve,
+        offload=offload, reserve=request.reserve, drive=request.drive,
     )  # fmt: skip
 
 
@@ -95,11 +98,20 @@ def _largest_batch(model: Model, request: Request, plan: MemoryPlan, offload: bo
 
 
 def _host_notes(plan: MemoryPlan, request: Request, offload: bool) -> tuple[str, ...]:
-    if not offload or request.host_memory is None:
+    if not offload:
         return ()
+    on_drive = (
+        (f"weights and momentum lie on NVMe, {plan.on_drive / 1e9:.1f} GB, beside {plan.host / 1e9:.1f} GB of host memory",)
+        if request.drive
+        else ()
+    )
+    if request.host_memory is None:
+        return on_drive
     if plan.host > request.host_memory:
         return (f"does not fit the host: it needs {plan.host / 1e9:.1f} GB and has {request.host_memory / 1e9:.1f} GB",)
-    return (f"weights and momentum lie in host memory: {plan.host / 1e9:.1f} of {request.host_memory / 1e9:.1f} GB",)
+    return on_drive or (
+        f"weights and momentum lie in host memory: {plan.host / 1e9:.1f} of {request.host_memory / 1e9:.1f} GB",
+    )
 
 
 def _notes(request: Request, choice: Choice, tried: list[Choice]) -> tuple[str, ...]:

@@ -6,10 +6,11 @@ import os
 
 from ..config import read_config
 from ..errors import ConfigError
+from ..nvme import check_partition_sizes
 from .choose import Choice, Request, check_mode, choose
 from .configs import dtype_of, matching_config, options_of, read_for_plan, write_config
 from .gathers import GatherSettings
-from .memory import GB, Model
+from .memory import GB, Model, Nvme
 from .models import load_config
 from .report import full_report
 from .step_time import HARDWARE, Hardware, StepTime, estimate_step
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--efficiency", help="share of the arithmetic that is reached (default: 0.5, an assumption)")
     group.add_argument("--link-gb", help="GB a second that a GPU receives from the others")
     group.add_argument("--link-efficiency", help="share of that which is reached (default: 0.7, an assumption)")
+    group.add_argument("--drive-gb", help="GB a second of the NVMe drive, for all GPUs together (default: 7, an assumption)")
     group.add_argument("--instructions", help="32-bit instructions, 1e12 a second")
 
 
@@ -130,7 +132,8 @@ def make_plan(args: argparse.Namespace) -> tuple[Model, Request, Choice, Hardwar
         micro_batch=batch,
         momentum=momentum,
         accumulation=config.get("gradient_accumulation_steps", 1),
-        offload=(config["zero_optimization"].get("offload_param") or {}).get("device", "none") == "cpu",
+        offload=(config["zero_optimization"].get("offload_param") or {}).get("device", "none") != "none",
+        drive=Nvme.from_config(config),
         host_memory=None if args.host_memory is None else int(gigabytes("--host-memory", args.host_memory, 1e6) * GB),
         reserve=None if args.reserve is None else int(number("--reserve", args.reserve, 0.0, capacity / GB) * GB),
         settings=GatherSettings.from_config(config),
@@ -139,6 +142,8 @@ def make_plan(args: argparse.Namespace) -> tuple[Model, Request, Choice, Hardwar
     )
     check_mode(momentum, request.window, options.momentum)
     model = Model.build(args.model, model_config, dtype_of(config))
+    if request.drive is not None:
+        check_partition_sizes(config, ((size.name, size.numel) for size in model.sizes), world_size)
     return model, request, choose(model, request), hardware
 
 
@@ -157,7 +162,7 @@ def _hardware(args: argparse.Namespace) -> Hardware:
         raise ConfigError(
             f"--gpu {args.gpu}: not known; known are {', '.join(HARDWARE)}; choose the nearest and override its figures"
         )
-    names = {"tflops": 1e5, "efficiency": 1.0, "link_gb": 1e5, "link_efficiency": 1.0, "instructions": 1e5}
+    names = {"tflops": 1e5, "efficiency": 1.0, "link_gb": 1e5, "link_efficiency": 1.0, "drive_gb": 1e5, "instructions": 1e5}
     given = {name: getattr(args, name) for name in names}
     return HARDWARE[key].with_overrides(
         **{n: None if v is None else number("--" + n.replace("_", "-"), v, 0.0, names[n], above=True) for n, v in given.items()}

@@ -84,9 +84,15 @@ def matching_config(base: dict | None, model: Model, choice: Choice) -> dict[str
     params["momentum"] = {**params.get("momentum", {}), "dtype": choice.plan.momentum_mode}
     for key in ("bf16", "fp16"):
         config.setdefault(key, {})["enabled"] = key == model.dtype
-    if choice.offload:
-        config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": True}
+    place_offload(config, choice)
     return config
+
+
+def place_offload(config: dict, choice: Choice) -> None:
+    """Give ``config`` the offload that the plan decided on; one that it has already stays, be it to NVMe."""
+    zero = config["zero_optimization"]
+    if choice.offload and (zero.get("offload_param") or {}).get("device", "none") == "none":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
 
 
 def write_config(path: str, config: dict) -> None:

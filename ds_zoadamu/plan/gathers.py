@@ -14,6 +14,7 @@ peak:
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
+from ..chunks import CHUNK_ON_GPU
 from ..errors import ConfigError
 from .sizes import ParameterSize
 from .trace import ForwardTrace
@@ -86,6 +87,11 @@ class _Buffer:
         self.owners -= 1
         if self.owners == 0:
             self.ledger[self.kind] -= self.size
+
+
+def copied_numel(partition_numel: int) -> int:
+    """Elements of an offloaded partition that are on the device at once: one chunk is let go when the next has been copied."""
+    return min(partition_numel, 2 * CHUNK_ON_GPU)
 
 
 class _Handle:
@@ -248,8 +254,8 @@ class GatherSimulation:
         if self.perturbed and size.trained:
             self.perturbed_numel += size.real_numel(0, self.world_size)
             buffer = _Buffer(self.ledger, "temporaries", part * self.itemsize)
-            if self.offload:  # the stored partition and its momentum are copied to the device for the arithmetic
-                self._note(part * (self.itemsize + self.momentum_itemsize))
+            if self.offload:  # the stored partition and its momentum come to the device in chunks
+                self._note(copied_numel(part) * (self.itemsize + self.momentum_itemsize))
             return buffer
         return _Buffer(self.ledger, "temporaries", part * self.itemsize) if self.offload else None
 

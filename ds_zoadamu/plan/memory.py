@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .gathers import GatherSettings, gather_use
+from .. import nvme
+from .gathers import GatherSettings, copied_numel, gather_use
 from .sizes import (
     ITEMSIZE,
     MOMENTUM_BYTES,
@@ -17,6 +18,26 @@ from .sizes import (
 from .trace import ForwardTrace, trace_forward
 
 GB = 10**9
+
+
+@dataclass(frozen=True)
+class Nvme:
+    """Offload to NVMe under a JSON: partitions of ``smallest_file`` bytes or more go there, with their momentum; each rank
+    keeps ``buffers`` bytes of swap buffers in host memory, page-locked."""
+
+    smallest_file: int
+    buffers: int
+
+    @classmethod
+    def from_config(cls, config: dict) -> "Nvme | None":
+        """None where the JSON sends nothing to NVMe. Raises ConfigError."""
+        return cls(nvme.smallest_file_bytes(config), nvme.buffer_bytes(config)) if nvme.wants_nvme(config) else None
+
+    def takes(self, size: ParameterSize, world_size: int, itemsize: int) -> bool:
+        """Whether a parameter's partitions go to the drive."""
+        return size.partition_numel(world_size) * itemsize >= self.smallest_file
+
+
 RESERVE_SHARE = 0.05
 """Share of a GPU left to what cannot be counted: CUDA context, NCCL and cuBLAS workspaces, fragmentation. A margin, not a
 measurement."""
@@ -56,8 +77,8 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """What a rank needs. All in bytes on one GPU (rank 0's, which is the largest), except ``host``: on the machine, for all its
-    ranks.
+    """What a rank needs. All in bytes on one GPU (rank 0's, which is the largest), except ``host`` and ``on_drive``: on the
+    machine, for all its ranks.
 
     weights: partitions with padding, and buffers. momentum: as stored. gathered: parameters and gather buffers, and
     temporaries: perturbed partitions, and activations: with logits and loss, at the moment of their largest sum. reserve: what
@@ -76,6 +97,7 @@ class MemoryPlan:
     reserve: int
     capacity: int
     host: int = 0
+    on_drive: int = 0
     live_numel: int = 0
     traffic_numel: int = 0
     perturbed_numel: int = 0
@@ -104,11 +126,12 @@ class MemoryPlan:
 def plan_memory(
     model: Model, *, world_size: int, capacity: int, momentum: str, micro_batch: int, length: int,
     settings: GatherSettings | None = None, accumulation: int = 1, offload: bool = False, reserve: int | None = None,
+    drive: Nvme | None = None,
 ) -> MemoryPlan:  # fmt: skip
     """The plan of ZO-AdaMU on ``world_size`` GPUs of ``capacity`` bytes each.
 
-    Args: ``momentum``: fp32, bf16, fp16, int8 or replay. ``offload``: weights and momentum in host memory (offload_param,
-    device cpu). ``reserve``: bytes, by default RESERVE_SHARE of the capacity.
+    Args: ``momentum``: fp32, bf16, fp16, int8 or replay. ``offload``: weights and momentum off the GPU (offload_param): in host
+    memory, or those that a ``drive`` takes on that. ``reserve``: bytes, by default RESERVE_SHARE of the capacity.
     """
     sizes, itemsize = model.sizes, model.itemsize
     use = gather_use(
@@ -117,7 +140,9 @@ def plan_memory(
     )  # fmt: skip
     weights = weight_bytes(sizes, world_size, itemsize)
     stored = momentum_bytes(sizes, 0, world_size, momentum)
-    every_rank = sum(momentum_bytes(sizes, rank, world_size, momentum) for rank in range(world_size))
+    on_drive = [size for size in sizes if offload and drive is not None and drive.takes(size, world_size, itemsize)]
+    files = _every_rank(on_drive, world_size, itemsize, momentum)
+    elsewhere = _every_rank(sizes, world_size, itemsize, momentum) - files
     return MemoryPlan(
         world_size=world_size,
         momentum_mode=momentum,
@@ -131,14 +156,21 @@ def plan_memory(
         activations=use.activations,
         reserve=int(RESERVE_SHARE * capacity) if reserve is None else reserve,
         capacity=capacity,
-        host=world_size * weights + every_rank if offload else 0,
+        host=elsewhere + (0 if drive is None else world_size * drive.buffers) if offload else 0,
+        on_drive=files,
         live_numel=use.live_numel,
         traffic_numel=use.traffic_numel,
         perturbed_numel=use.perturbed_numel,
     )
 
 
+def _every_rank(sizes: Sequence[ParameterSize], world_size: int, itemsize: int, momentum: str) -> int:
+    """Weights and momentum of all ranks together."""
+    momenta = sum(momentum_bytes(sizes, rank, world_size, momentum) for rank in range(world_size))
+    return world_size * weight_bytes(sizes, world_size, itemsize) + momenta
+
+
 def _update_copy(sizes: Sequence[ParameterSize], world_size: int, element_bytes: int, use) -> int:
-    """Offloaded, the update copies one partition and its momentum to the device; by then the gathers' memory is free again."""
+    """Offloaded, the update copies partitions and momentum to the device in chunks; by then the gathers' memory is free."""
     largest = max((size.partition_numel(world_size) for size in sizes if size.trained), default=0)
-    return max(0, largest * element_bytes - use.total)
+    return max(0, copied_numel(largest) * element_bytes - use.total)

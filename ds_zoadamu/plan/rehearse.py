@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from .. import nvme
 from ..errors import ConfigError
 from .choose import Choice, Request, plan_for
-from .configs import dtype_of, read_for_plan
+from .configs import dtype_of, place_offload, read_for_plan
 from .memory import GB, MemoryPlan, Model
 from .models import load_config
 from .sizes import TORCH_DTYPES, momentum_bytes, weight_bytes
@@ -95,8 +95,7 @@ def _config(args: argparse.Namespace, request: Request, choice: Choice, hidden: 
         **config["optimizer"]["params"].get("momentum", {}),
         "dtype": choice.plan.momentum_mode,
     }
-    if choice.offload:
-        config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": True}
+    place_offload(config, choice)
     return config
 
 

@@ -45,15 +45,16 @@ def verdict(choice: Choice) -> str:
     return f"DOES NOT FIT by {gb(-plan.spare)} GB a GPU, {what}"
 
 
-def time_report(time: StepTime, hardware: Hardware, accumulation: int) -> list[str]:
+def time_report(time: StepTime, hardware: Hardware, accumulation: int, on_drive: bool = False) -> list[str]:
     """Lines of the estimated seconds, with the figures behind them."""
     lines = [
         f"one step, estimated: {time.overlapped:.2f} s (gathers hidden as well as can be) to {time.total:.2f} s (not hidden), "
         f"{accumulation} micro-batch{'es' if accumulation > 1 else ''} a GPU",
         f"  two forwards {time.forward:.2f} s, gathers {time.gather:.2f} s, noise and update {time.noise:.2f} s"
-        + (f", host memory {time.host:.2f} s" if time.host else ""),
+        + (f", {'NVMe' if on_drive else 'host memory'} {time.host:.2f} s" if time.host else ""),
         f"  from {hardware.name}: {hardware.tflops:g} TFLOPS x {hardware.efficiency:g}, links {hardware.link_gb:g} GB/s x "
-        f"{hardware.link_efficiency:g}, {hardware.instructions:g}e12 instructions/s x {hardware.efficiency:g}",
+        f"{hardware.link_efficiency:g}, {hardware.instructions:g}e12 instructions/s x {hardware.efficiency:g}"
+        + (f", drive {hardware.drive_gb:g} GB/s" if on_drive else ""),
     ]
     return lines
 
@@ -69,5 +70,5 @@ def full_report(model: Model, request: Request, choice: Choice, time: StepTime, 
         f"gathered at once: at most {choice.plan.live_numel:,} elements; replay's K would be {request.window} "
         f"(max_window {request.momentum_config.max_window})"
     )
-    lines += time_report(time, hardware, request.accumulation)
+    lines += time_report(time, hardware, request.accumulation, bool(choice.plan.on_drive))
     return "\n".join(lines)

@@ -18,6 +18,7 @@ class Hardware:
 
     memory_gb: decimal. tflops: dense 16-bit matrix arithmetic. link_gb: GB a second that a GPU receives from the others of its
     machine. instructions: 1e12 32-bit instructions a second (cores x boost clock). host_gb: GB a second from host memory.
+    drive_gb: GB a second of the NVMe drive, for all GPUs together.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Hardware:
     # Assumptions, not figures of a vendor; --efficiency and --link-efficiency set them.
     efficiency: float = 0.5
     link_efficiency: float = 0.7
+    drive_gb: float = 7.0  # of one PCIe 4 x4 drive, which the GPUs share
 
     def with_overrides(self, **given: float | None) -> "Hardware":
         """With the figures that are not None."""
@@ -91,10 +93,11 @@ def estimate_step(
     elements = passes * plan.perturbed_numel + trained
     from_host = 0.0
     if offload:  # each gather reads the partitions, the update reads and writes them
-        per_element = plan.host / max(1, plan.world_size) / max(1, trained)
-        from_host = (
-            (passes * plan.perturbed_numel + 2 * trained) * per_element / (hardware.host_gb * 1e9 * hardware.link_efficiency)
-        )
+        moved = (passes * plan.perturbed_numel + 2 * trained) / max(1, trained)
+        if plan.on_drive:
+            from_host = moved * plan.on_drive / (hardware.drive_gb * 1e9)
+        else:
+            from_host = moved * plan.host / max(1, plan.world_size) / (hardware.host_gb * 1e9 * hardware.link_efficiency)
     return StepTime(
         forward=flop / (hardware.tflops * 1e12 * hardware.efficiency),
         gather=received / (hardware.link_gb * 1e9 * hardware.link_efficiency),

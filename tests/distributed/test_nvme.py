@@ -1,6 +1,9 @@
 """Partitions on NVMe give the same bits as partitions in memory: real ranks, real files, DeepSpeed's own operator."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import deepspeed
@@ -12,7 +15,7 @@ import ds_zoadamu
 from ds_zoadamu import nvme
 from ds_zoadamu.digest import weights_digest
 
-from .harness import run_ranks
+from .harness import free_port, run_ranks
 from .jobs import as_bytes, config, engine_for, my_share, whole_model
 
 WIDTH, STEPS = 513, 4
@@ -148,6 +151,21 @@ def test_a_run_has_the_same_bits_on_nvme_as_in_memory(drive, world_size, dtype, 
         assert runs["nvme"][rank][1] == [True] * STEPS
 
 
+def _read_ahead(rank, world_size, drive):
+    engine = engine_for(WideModel(), config(world_size, zero=zero_section("nvme", drive, buffer_count=1), params=TIMES))
+    (batch,) = batches_for(1)
+    losses = [engine.eval_batch(batch)]
+    later = dict(engine.module.named_parameters())["frozen.weight"]
+    later.nvme_swapper.swap_in([later], async_op=True)  # as DeepSpeed does, of a parameter that is not the next one
+    losses.append(engine.eval_batch(batch))
+    return losses
+
+
+def test_what_was_read_too_early_makes_room(drive):
+    ((plain, crowded),) = run_ranks(1, _read_ahead, drive)
+    assert plain == crowded
+
+
 def _trained_with(rank, world_size, drive, changes):
     settings = config(world_size, zero=zero_section("nvme", drive, **changes), params=TIMES)
     engine = engine_for(WideModel(), settings)
@@ -230,6 +248,21 @@ def test_save_pretrained_writes_the_same_model(drive):
     assert in_files == {"none": [0, 0], "nvme": [4, 4]}  # fc1 and fc2 of two layers
     written = {device: (drive / device / "model.safetensors").read_bytes() for device in ("none", "nvme")}
     assert written["none"] == written["nvme"] != (drive / "base" / "model.safetensors").read_bytes()
+
+
+def test_a_rehearsal_runs_on_nvme(drive):
+    path = drive / "ds.json"
+    zero = {"stage": 3, **zero_section("nvme", drive, buffer_count=2, buffer_size=40_000_000)}
+    optimizer = {"type": "ZOAdaMU", "params": {"lr": 1e-6, "total_steps": 9}}
+    path.write_text(json.dumps({"zero_optimization": zero, "optimizer": optimizer, "bf16": {"enabled": True}}))
+    command = ["ds_zoadamu.plan", "--model", "opt-125m", "--config", path, "--batch", "1", "--seq", "8", "--rehearse"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "--rehearse-layers", "1"], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr  # 0: weights and momentum are those planned, to the byte
+    assert "rehearsal: 2 steps" in done.stdout
+    assert len(list(drive.rglob("*.swp"))) == 8  # two embeddings and the six matrices of a layer
 
 
 # --- what is refused, on all ranks, before the model is touched

@@ -8,9 +8,10 @@ import torch
 import transformers
 
 from ds_zoadamu import ConfigError, check_config
+from ds_zoadamu.chunks import CHUNK_ON_GPU
 from ds_zoadamu.plan.__main__ import main
 from ds_zoadamu.plan.gathers import GatherSettings, gather_use
-from ds_zoadamu.plan.memory import Model, plan_memory
+from ds_zoadamu.plan.memory import Model, Nvme, plan_memory
 from ds_zoadamu.plan.models import OPT_SHAPES, load_config, opt_config
 from ds_zoadamu.plan.sizes import ParameterSize, meta_model, momentum_bytes, parameter_sizes, weight_bytes
 from ds_zoadamu.plan.step_time import HARDWARE, estimate_step
@@ -169,6 +170,33 @@ def test_offload_moves_weights_and_momentum_to_the_host():
     assert moved.weights == model.buffers and moved.momentum == 0
     assert moved.host == 2 * (plan.weights - model.buffers) + model.numel
     assert plan.host == 0
+
+
+def test_offload_to_nvme_keeps_small_partitions_and_the_buffers_in_host_memory():
+    model = Model.build("x", opt_config("125m"), "bf16")
+    offload_param = {"device": "nvme", "nvme_path": "/drive", "buffer_count": 3, "buffer_size": 1000}
+    drive = Nvme.from_config({"zero_optimization": {"offload_param": offload_param}, "bf16": {"enabled": True}})
+    assert drive == Nvme(smallest_file=2**20, buffers=3 * 1024 * 2)  # each aligned to 1024 bytes
+    common = {"world_size": 2, "capacity": 10**10, "momentum": "int8", "micro_batch": 1, "length": 64, "offload": True}
+    host, nvme = plan_memory(model, **common), plan_memory(model, **common, drive=drive)
+    # Two ranks: half of each large matrix in bf16, and its momentum. fc1, fc2 of 12 layers and the two embeddings; the
+    # projections of attention are 768 x 768, 0.59 MB a rank.
+    large = 24 * 768 * 3072 + 50272 * 768 + 2050 * 768
+    assert nvme.on_drive == 3 * large and host.on_drive == 0
+    assert nvme.host == host.host - nvme.on_drive + 2 * drive.buffers
+    assert nvme.total == host.total
+    hardware = HARDWARE["a100-80gb"]
+    moved = (2 * nvme.perturbed_numel + 2 * model.numel / 2) / (model.numel / 2)
+    assert estimate_step(model, nvme, hardware, offload=True).host == pytest.approx(moved * nvme.on_drive / 7e9)
+
+
+def test_an_offloaded_partition_is_copied_to_the_device_in_chunks():
+    model = Model.build("x", opt_config("125m"), "bf16")
+    common = {"world_size": 1, "capacity": 10**10, "momentum": "fp32", "micro_batch": 1, "length": 8}
+    plan, moved = plan_memory(model, **common), plan_memory(model, **common, offload=True)
+    # The embedding has more than two chunks; the copies of weight and momentum come on top of its temporary.
+    assert 50272 * 768 > 2 * CHUNK_ON_GPU
+    assert moved.gathered + moved.temporaries <= plan.gathered + plan.temporaries + 2 * CHUNK_ON_GPU * (2 + 4)
 
 
 def test_step_time_by_hand():
