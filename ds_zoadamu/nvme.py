@@ -6,8 +6,11 @@ page-locked host memory and written back by its ``async_io`` operator. Partition
 """
 
 import contextlib
+import ctypes
 import fcntl
+import mmap
 import os
+import resource
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -72,7 +75,8 @@ def prepare(config: dict) -> None:
         _check_persistence(config)
         folder = Path(config["zero_optimization"]["offload_param"]["nvme_path"])
         _check_folder(folder)
-        _claim(folder)
+        if _claim(folder):  # else this process has been here before, and the buffers may be there already
+            _check_page_locking(buffer_bytes(config))
         _load_operator()
 
 
@@ -150,11 +154,14 @@ _claimed: dict[Path, int] = {}
 """Lock files that this process holds open, until it ends however it ends."""
 
 
-def _claim(path: Path) -> None:
-    """DeepSpeed names its files by rank and parameter, and empties their folder when it starts: two runs cannot share one."""
+def _claim(path: Path) -> bool:
+    """Keep other processes away: DeepSpeed names its files by rank and parameter, and empties their folder when it starts.
+
+    False where this process has claimed the folder before.
+    """
     lock = path.resolve() / f".rank{collective.rank()}.lock"
     if lock in _claimed:
-        return
+        return False
     handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -164,6 +171,25 @@ def _claim(path: Path) -> None:
             f"{_WHERE}.nvme_path is {str(path)!r}, which another running process uses; give each run a folder of its own"
         ) from None
     _claimed[lock] = handle
+    return True
+
+
+def _check_page_locking(num_bytes: int) -> None:
+    """DeepSpeed 0.19.8 would go on with a null pointer. The limit does not bind everyone, so it is tried."""
+    try:
+        with mmap.mmap(-1, num_bytes) as region:  # closing it unlocks it
+            start = ctypes.c_char.from_buffer(region)
+            failed = ctypes.CDLL(None, use_errno=True).mlock(ctypes.byref(start), ctypes.c_size_t(num_bytes))
+            del start  # else the region could not be closed
+            if failed:
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    except OSError as error:
+        limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+        raise ConfigError(
+            f"{_WHERE}: buffer_count x buffer_size are {num_bytes} bytes, which cannot be page-locked: {error.strerror} (limit "
+            f"{'none' if limit == resource.RLIM_INFINITY else limit}). Raise it (ulimit -l), or lower buffer_count or "
+            "buffer_size"
+        ) from error
 
 
 def _load_operator() -> None:
