@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
-
 from . import nvme
 from .errors import ConfigError
 from .optimizers import OPTIMIZERS
