@@ -85,6 +85,11 @@ def deepspeed_config(**changes):
     "changes,words",
     [
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "floppy"}}}, ["offload_param.device is 'floppy'"]),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, ["nvme_path is None", "a folder"]),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/x", "buffer_count": 0}}},
+            ["buffer_count is 0", ">= 1"],
+        ),
         ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, ["zero_quantized_weights"]),
         ({"zero_optimization": {}}, ["stage is 0"]),
         ({"torch_autocast": {"enabled": True}}, ["torch_autocast", '"bf16"']),
