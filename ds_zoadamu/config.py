@@ -78,7 +78,7 @@ def check_deepspeed_settings(config: dict) -> None:
     stage = zero.get("stage", 0)
     if stage != 3:
         raise ConfigError(
-            f"zero_optimization.stage is {stage!r}; a zeroth-order step needs ZeRO-3 partitions: set it to 3 (also for one rank)"
+            f"zero_optimization.stage is {stage!r}; a zeroth-order step needs ZeRO-3 partitions: set it to 3, also for one rank"
         )
 
     def device_of(key: str) -> str:
