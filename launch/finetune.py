@@ -8,13 +8,15 @@ The JSON's optimizer decides: "ZOAdaMU" trains with forward passes only, "AdamW"
 
 from ds_zoadamu.training.arguments import finetune_parser
 from ds_zoadamu.training.main import run_script
+from ds_zoadamu.training.profile import profile
 from ds_zoadamu.training.run import finetune
 from ds_zoadamu.training.search import find_lr
 
 
 def main() -> None:
     args = finetune_parser().parse_args()
-    run_script(lambda: find_lr(args) if args.find_lr else finetune(args))
+    task = find_lr if args.find_lr else profile if args.profile_steps else finetune
+    run_script(lambda: task(args))
 
 
 if __name__ == "__main__":

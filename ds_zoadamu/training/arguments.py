@@ -110,6 +110,13 @@ def finetune_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--find_lr_values", type=float, nargs="+", metavar="LR", default=[1e-6, 3e-6, 1e-5, 3e-5, 1e-4])
     group.add_argument("--find_eps_values", type=float, nargs="+", metavar="EPS", default=[1e-3])
+    group = parser.add_argument_group("profile")
+    group.add_argument(
+        "--profile_steps",
+        type=int,
+        metavar="N",
+        help="instead of a full run, measure N steps (time, its parts, collectives, memory) and write profile.json",
+    )
     return deepspeed.add_config_arguments(parser)
 
 
@@ -139,6 +146,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         "per_device_eval_batch_size",
         "save_total_limit",
         "journal_fsync_every",
+        "profile_steps",
     )
     for name in positive:
         value = getattr(args, name, None)

@@ -8,11 +8,15 @@ import shutil
 from importlib import metadata
 from pathlib import Path
 
+import torch
+from deepspeed import comm as dist
+
 from ds_zoadamu.tasks import InputError
 
 METRICS, RESULTS, CURVES, SEARCH, BEST, MODEL = "metrics.jsonl", "results.json", "curves.png", "find_lr.json", "best", "model"
+PROFILE = "profile.json"
 JOURNAL, CHECKPOINTS = "journal.jsonl", "checkpoints"
-_OURS = (METRICS, RESULTS, CURVES, SEARCH, BEST, MODEL, JOURNAL, CHECKPOINTS)
+_OURS = (METRICS, RESULTS, CURVES, SEARCH, PROFILE, BEST, MODEL, JOURNAL, CHECKPOINTS)
 _PACKAGES = ("ds_zoadamu", "deepspeed", "torch", "transformers", "datasets", "numpy")
 
 
@@ -109,6 +113,19 @@ def _finite(value):
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def quantiles(seconds: list[float]) -> dict[str, float]:
+    """median, p10 and p90 of at least one number."""
+    times = torch.tensor(seconds, dtype=torch.float64)
+    return {name: times.quantile(q).item() for name, q in (("median", 0.5), ("p10", 0.1), ("p90", 0.9))}
+
+
+def of_all_ranks(numbers: dict) -> list[dict]:
+    """The numbers of each rank, in the order of ranks. All ranks call it."""
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, numbers)
+    return gathered
 
 
 def environment() -> dict:

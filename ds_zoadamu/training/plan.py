@@ -83,11 +83,12 @@ def read_model_input(args: Namespace) -> ModelInput:
     )
 
 
-def make_plan(args: Namespace) -> Plan:
+def make_plan(args: Namespace, ranks: int | None = None) -> Plan:
     """Reads and checks arguments, DeepSpeed JSON, task, data and tokenizer; writes nothing, loads no weights.
 
     Args:
         args: of `finetune_parser`.
+        ranks: for how many ranks (default: those the launcher started).
 
     Raises:
         InputError, ConfigError: what is wrong, where, and the remedy.
@@ -103,8 +104,17 @@ def make_plan(args: Namespace) -> Plan:
         )
     check_stage(config, args.deepspeed_config)
     model_input = read_model_input(args)
-    config = fill_auto(config, args, world_size=world_size(), hidden_size=model_input.hidden_size)
+    config = fill_auto(config, args, world_size=ranks or world_size(), hidden_size=model_input.hidden_size)
     check_config(config)
+    return encode_splits(args, config, model_input)
+
+
+def encode_splits(args: Namespace, config: dict, model_input: ModelInput) -> Plan:
+    """The plan of a run whose configuration is filled; reads the data.
+
+    Raises:
+        InputError: as `load_splits`.
+    """
     data_seed = args.seed if args.data_seed is None else args.data_seed
     splits = load_splits(model_input.task, args.data_dir, num_train=args.num_train, num_dev=args.num_dev, seed=data_seed)
     return Plan(

@@ -7,7 +7,6 @@ from argparse import Namespace
 from dataclasses import asdict
 
 import numpy
-import torch
 from deepspeed import comm as dist
 from deepspeed.utils import logger
 from tqdm import tqdm
@@ -16,8 +15,8 @@ from ds_zoadamu.digest import weights_digest
 from ds_zoadamu.hf import load_weights, save_pretrained
 from ds_zoadamu.tasks import Evaluation, evaluate
 from ds_zoadamu.training.curves import draw_curves
-from ds_zoadamu.training.memory import PeakMemory
-from ds_zoadamu.training.output import BEST, CHECKPOINTS, CURVES, RESULTS, OutputDirectory, environment
+from ds_zoadamu.training.memory import PeakMemory, stored_bytes
+from ds_zoadamu.training.output import BEST, CHECKPOINTS, CURVES, RESULTS, OutputDirectory, environment, of_all_ranks, quantiles
 from ds_zoadamu.training.plan import Plan, make_plan, rank
 from ds_zoadamu.training.progress import Progress, begin_or_resume, better
 from ds_zoadamu.training.steps import Stepper, make_stepper
@@ -40,12 +39,15 @@ def finetune(args: Namespace) -> dict:
         for split in ("dev", "test")
     }
     seconds, best_step, best = _train(plan, stepper, output, progress)
+    peak = memory.report()  # before the best model is loaded
+    last = progress.evaluations.get(("test", args.max_steps)) or _evaluate(plan, stepper, output, "test", args.max_steps)
+    after = last
     if best_step != args.max_steps:
         load_weights(stepper.engine, output.best)
-    after = _evaluate(plan, stepper, output, "test", step=best_step)
+        after = _evaluate(plan, stepper, output, "test", step=best_step)
     dist.barrier()  # rank 0 may have been the one to read the best model: all have it before it is renamed
     output.promote_best()
-    results = _results(plan, stepper, before, best_step, best, after, seconds, memory)
+    results = _results(plan, stepper, before, (best_step, best, after), last, seconds, peak)
     output.write_json(RESULTS, results)
     if rank() == 0:
         title = f"{plan.model_input.task.name}, {args.model_name_or_path}, {plan.config['optimizer']['type']}"
@@ -97,10 +99,8 @@ def _evaluate(plan: Plan, stepper: Stepper, output: OutputDirectory, split: str,
     return result
 
 
-def _results(plan, stepper, before, best_step, best, after, seconds, memory) -> dict:
-    args = plan.args
-    # The first step pays for caches and traces.
-    times = torch.tensor(seconds[1:] or seconds, dtype=torch.float64)
+def _results(plan, stepper, before, best_model, last, seconds, peak) -> dict:
+    args, (best_step, best, after) = plan.args, best_model
     return {
         "task": plan.model_input.task.name,
         "model": args.model_name_or_path,
@@ -114,6 +114,7 @@ def _results(plan, stepper, before, best_step, best, after, seconds, memory) -> 
             "dev_majority": plan.dev_majority,
             "test_before": before["test"].accuracy,
             "test_after": after.accuracy,
+            "test_last": last.accuracy,
             "test_majority": plan.test_majority,
         },
         "loss": {
@@ -121,30 +122,16 @@ def _results(plan, stepper, before, best_step, best, after, seconds, memory) -> 
             "dev_best": best.loss,
             "test_before": before["test"].loss,
             "test_after": after.loss,
+            "test_last": last.loss,
         },
         "num_examples": {"train": len(plan.train), "dev": len(plan.dev), "test": len(plan.test)},
-        "seconds_a_step": {name: times.quantile(q).item() for name, q in (("median", 0.5), ("p10", 0.1), ("p90", 0.9))},
+        "seconds_a_step": quantiles(seconds[1:] or seconds),  # the first step pays for caches and traces
+        "passes_a_step": stepper.passes_a_step,
         "skipped_steps": stepper.engine.skipped_steps,
         "weights_sha256": weights_digest(stepper.engine) if stepper.journaled else None,
-        "ranks": _of_all_ranks({**memory.report(), **_stored_bytes(stepper.engine)}),
+        "ranks": of_all_ranks({**peak, **stored_bytes(stepper.engine)}),
         **environment(),
         "command": shlex.join(sys.argv),
         "arguments": vars(args),
         "config": plan.config,
     }
-
-
-def _stored_bytes(engine) -> dict[str, int]:
-    """Bytes that persist on this rank; DeepSpeed's own optimizers tell only their state."""
-    if hasattr(engine.optimizer, "memory_bytes"):
-        return {f"{name}_bytes": value for name, value in engine.memory_bytes().items()}
-    state = engine.basic_optimizer.state.values()
-    tensors = [value for values in state for value in values.values() if torch.is_tensor(value)]
-    return {"optimizer_state_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors)}
-
-
-def _of_all_ranks(numbers: dict) -> list[dict]:
-    """The numbers of each rank, in the order of ranks."""
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, numbers)
-    return gathered

@@ -21,6 +21,8 @@ class Stepper(Protocol):
     engine: "ds_zoadamu.ZeroOrderEngine"
     journaled: bool
     """Whether its steps can be written to a journal."""
+    passes_a_step: dict[str, int]
+    """Passes over a step's examples: {"forward": ..., "backward": ...}."""
 
     def step(self) -> dict:
         """Makes one step; returns its record for metrics.jsonl, with at least `loss`, `lr` and a gradient figure."""
@@ -56,6 +58,7 @@ class _ForwardOnly:
 
     def __init__(self, engine, dataloader):
         self.engine = engine
+        self.passes_a_step = {"forward": 2 * getattr(engine.optimizer.config, "num_perturbations", 1), "backward": 0}
         self._batches = repeat(dataloader)
 
     def step(self) -> dict:
@@ -68,6 +71,7 @@ class _WithBackward:
     """DeepSpeed's own optimizers, for comparison and pre-training; sees the same micro-batches in the same order."""
 
     journaled = False
+    passes_a_step = {"forward": 1, "backward": 1}
 
     def __init__(self, engine, dataloader):
         self.engine = engine

@@ -1,0 +1,176 @@
+"""What a step costs: its time, the parts of its time, its collectives and the memory it takes, without any evaluation."""
+
+import shlex
+import sys
+import time
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+from ds_zoadamu import kernels
+from ds_zoadamu.training.memory import PeakMemory, stored_bytes
+from ds_zoadamu.training.output import JOURNAL, PROFILE, OutputDirectory, environment, of_all_ranks, quantiles
+from ds_zoadamu.training.plan import make_plan, rank
+from ds_zoadamu.training.steps import Stepper, make_stepper
+
+_WARM_UP = 3  # DeepSpeed records the order of gathers in the first pass and prefetches by it from then on
+Section = tuple[Any, str, str]
+"""An object, the name of its function, and the part of a step that the function is."""
+
+
+class SectionClock:
+    """Seconds spent in each part of a step, without the parts inside it. The device is waited for at every border."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._inner: list[float] = []
+
+    @contextmanager
+    def on(self, sections: Sequence[Section]) -> Iterator[None]:
+        """Inside, the functions are timed."""
+        stored = [(owner, name, vars(owner).get(name)) for owner, name, _ in sections]
+        for owner, name, part in sections:
+            setattr(owner, name, self.timed(getattr(owner, name), part))
+        try:
+            yield
+        finally:
+            for owner, name, before in stored:
+                if before is None:  # a method of the class, which the timed one has covered
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, before)
+
+    def timed(self, function: Callable, part: str) -> Callable:
+        """The function, with its time counted for a part."""
+
+        def run(*args, **kwargs):
+            get_accelerator().synchronize()
+            begin = time.perf_counter()
+            self._inner.append(0.0)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                get_accelerator().synchronize()
+                seconds = time.perf_counter() - begin
+                self.seconds[part] += seconds - self._inner.pop()
+                if self._inner:
+                    self._inner[-1] += seconds
+
+        return run
+
+
+def profile(args: Namespace) -> dict:
+    """Measures --profile_steps steps of a run at its schedule's plateau; returns what profile.json holds. All ranks call it.
+
+    Takes the steps three times: plainly for time and memory, then by parts, then under DeepSpeed's comms logger, since both
+    make a step longer.
+
+    Raises:
+        InputError, ConfigError: before a model is loaded or a file written.
+    """
+    output = OutputDirectory(args.output_dir, writes=rank() == 0, overwrite=args.overwrite_output_dir)
+    plan = make_plan(args)
+    memory = PeakMemory()
+    stepper = make_stepper(args.model_name_or_path, plan.config, plan.train, plan.model_input.collate, args.seed)
+    output.begin()
+    if stepper.journaled:
+        stepper.engine.open_journal(output.path / JOURNAL, fsync_every=args.journal_fsync_every)
+        _move_to_plateau(stepper.engine)
+    for _ in range(_WARM_UP):
+        stepper.step()
+    seconds = [_seconds(stepper.step) for _ in range(args.profile_steps)]
+    measured = {
+        "steps": args.profile_steps,
+        "seconds_a_step": quantiles(seconds),
+        "passes_a_step": stepper.passes_a_step,
+        "ranks": of_all_ranks({**memory.report(), **stored_bytes(stepper.engine)}),
+        "split_seconds": _split(stepper, args.profile_steps),
+        "collectives": _collectives(stepper, args.profile_steps),
+    }
+    results = {
+        **measured,
+        "optimizer": plan.config["optimizer"]["type"],
+        "world_size": dist.get_world_size(),
+        **environment(),
+        "command": shlex.join(sys.argv),
+        "arguments": vars(args),
+        "config": plan.config,
+    }
+    output.write_json(PROFILE, results)
+    if rank() == 0:
+        print(f"{args.profile_steps} steps measured: {results['seconds_a_step']['median']:.4f} s a step", flush=True)
+    return results
+
+
+def _move_to_plateau(engine) -> None:
+    """Sets the step to the schedule's plateau, where replayed momentum costs most; the journal goes on from there."""
+    plateau = getattr(engine.optimizer.config, "t2", 0)
+    engine.optimizer.step_count = plateau
+    if engine._journal is not None:
+        engine._journal.last_step = plateau
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    get_accelerator().synchronize()
+    begin = time.perf_counter()
+    function()
+    get_accelerator().synchronize()
+    return time.perf_counter() - begin
+
+
+def _split(stepper: Stepper, steps: int) -> dict[str, float]:
+    """Mean seconds a step on this rank by part: gather, forward, backward, perturb, update, journal, other."""
+    clock, engine = SectionClock(), stepper.engine
+    sections: list[Section] = [(PartitionedParameterCoordinator, "fetch_sub_module", "gather")]
+    if stepper.journaled:
+        sections += [
+            (engine, "loss_fn", "forward"),
+            (kernels, "perturb_", "perturb"),
+            (engine.optimizer, "step", "update"),
+            (engine, "_before_update", "journal"),
+        ]
+    else:
+        sections += [(engine, "forward", "forward"), (engine, "backward", "backward"), (engine, "step", "update")]
+    step = clock.timed(stepper.step, "other")
+    with clock.on(sections):
+        for _ in range(steps):
+            step()
+    return {part: seconds / steps for part, seconds in clock.seconds.items()}
+
+
+def _collectives(stepper: Stepper, steps: int) -> dict:
+    """What DeepSpeed's comms logger sees in a step on this rank.
+
+    Returns:
+        by_operation: name -> {calls, message_bytes} a step, as logged: of a gather the tensor that a rank gives, of a
+        reduce-scatter the tensor that is scattered. sent_bytes: what a rank sends for them in a ring, a step.
+    """
+    logger = deepspeed.comm.comm.comms_logger
+    logger.reset_data()
+    deepspeed.comm.configure(enabled=True, prof_all=True, verbose=False, debug=False)
+    try:
+        for _ in range(steps):
+            stepper.step()
+    finally:
+        deepspeed.comm.configure(enabled=False, prof_all=False)
+    by_operation, sent, ranks = {}, 0.0, dist.get_world_size()
+    for name, sizes in logger.get_raw_data().items():
+        calls, size = sum(entry[0] for entry in sizes.values()), sum(bytes_ * entry[0] for bytes_, entry in sizes.items())
+        by_operation[name] = {"calls": calls / steps, "message_bytes": size / steps}
+        sent += size / steps * _sent_share(name, ranks)
+    return {"by_operation": by_operation, "sent_bytes": sent}
+
+
+def _sent_share(operation: str, ranks: int) -> float:
+    """Bytes that a rank sends for each byte of the logged message, with a ring of ranks."""
+    if operation.startswith(("all_gather", "allgather")):
+        return ranks - 1.0
+    share = (ranks - 1.0) / ranks
+    return 2.0 * share if "all_reduce" in operation else share
