@@ -1,0 +1,1 @@
+"""Optimizers side by side: what launch/benchmark.py does."""
