@@ -1,0 +1,103 @@
+"""The command line of launch/benchmark.py, and the part of it that every run is given."""
+
+import argparse
+from collections.abc import Sequence
+
+from ds_zoadamu.tasks import InputError
+from ds_zoadamu.training.arguments import add_task_arguments
+
+# Arguments that launch/finetune.py knows too; they are the same for every run.
+_SHARED = (
+    "model_name_or_path", "task", "template", "label_words", "label_column", "data_dir", "max_length",
+    "per_device_eval_batch_size", "bf16", "fp16", "num_train", "num_dev", "data_seed", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "eval_steps",
+)  # fmt: skip
+
+
+def benchmark_parser() -> argparse.ArgumentParser:
+    """All arguments of launch/benchmark.py."""
+    parser = argparse.ArgumentParser(
+        description="Train one model on one task with several optimizers, each in processes of its own, and compare them.",
+        epilog="The same command again goes on where an interrupted benchmark stopped; docs/benchmark.md explains the report.",
+    )
+    add_task_arguments(parser)
+    group = parser.add_argument_group("contenders")
+    group.add_argument(
+        "--configs", nargs="*", metavar="NAME=FILE", help="DeepSpeed JSONs to compare, beside the plain MeZO loop (plain-mezo)"
+    )
+    group.add_argument(
+        "--contenders",
+        nargs="*",
+        metavar="NAME",
+        help="which of --configs and of the built-in ones: zoadamu-fp32, -bf16, -fp16, -int8, -replay, mezo, adamw, plain-mezo "
+        "(default: --configs and plain-mezo; without --configs all built-in ones)",
+    )
+    group.add_argument("--ranks", type=int, default=2, help="of every contender but plain-mezo (default: %(default)s)")
+    group.add_argument("--threads", type=int, help="CPU threads a rank; plain-mezo gets those of all (default: cores / ranks)")
+    group = parser.add_argument_group("budget, the same for all: one of these")
+    group.add_argument("--max_steps", type=int, help="optimizer steps")
+    group.add_argument("--max_items", type=int, help="training examples seen")
+    group.add_argument("--max_seconds", type=float, help="of training; steps are derived from the profile of each contender")
+    group = parser.add_argument_group("learning rates")
+    group.add_argument(
+        "--lr_grid",
+        nargs="+",
+        metavar="[NAME=]LR,LR,...",
+        default=["1e-5,3e-5,1e-4"],
+        help="for all contenders, or for those whose name matches NAME (* stands for anything); the later entry counts. With "
+        "more than one value the best is chosen by development loss in trials (default: %(default)s)",
+    )
+    group.add_argument(
+        "--zo_eps_grid", nargs="+", metavar="[NAME=]EPS,...", default=["1e-3"], help="as --lr_grid, for those without gradients"
+    )
+    group.add_argument("--trial_steps", type=int, help="length of a trial (default: a quarter of the contender's budget)")
+    group = parser.add_argument_group("examples and batches")
+    group.add_argument("--num_train", type=int, default=1000, help="training examples (default: %(default)s)")
+    group.add_argument("--num_dev", type=int, default=500, help="development examples (default: %(default)s)")
+    group.add_argument("--data_seed", type=int, help="seed of their draw (default: each run's seed)")
+    group.add_argument("--per_device_train_batch_size", type=int, help="examples in a micro-batch (default: 8)")
+    group.add_argument("--gradient_accumulation_steps", type=int, help="micro-batches a rank takes in a step (default: 1)")
+    group.add_argument("--eval_steps", type=int, help="steps between evaluations (default: a tenth of the budget)")
+    group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each; trials use the first (%(default)s)")
+    group = parser.add_argument_group("measurement and output")
+    group.add_argument("--profile_steps", type=int, default=10, help="steps measured for time, memory, collectives (%(default)s)")
+    group.add_argument("--target_accuracy", type=float, help="report the seconds until the development accuracy is this high")
+    group.add_argument("--master_port", type=int, help="of every run's process group (default: a free one each time)")
+    group.add_argument("--output_dir", required=True, help="a run's folder each, results.json, report.md and the plots")
+    return parser
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Refuses numbers that cannot work, and a budget that is not one.
+
+    Raises:
+        InputError: names the argument, its value and the bound.
+    """
+    for name in ("ranks", "threads", "profile_steps", "trial_steps", "num_train", "num_dev"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} must be at least 1, got {value}")
+    given = [name for name in ("max_steps", "max_items", "max_seconds") if getattr(args, name) is not None]
+    if len(given) != 1:
+        raise InputError(f"give one of --max_steps, --max_items, --max_seconds; got {', '.join(given) or 'none of them'}")
+    amount = getattr(args, given[0])
+    if not 0 < amount < float("inf"):
+        raise InputError(f"--{given[0]} is {amount}, a budget of nothing; give a finite number above 0")
+    if args.target_accuracy is not None and not 0 < args.target_accuracy <= 1:
+        raise InputError(f"--target_accuracy must be above 0 and at most 1, got {args.target_accuracy}")
+    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
+        raise InputError(f"--seeds are {args.seeds}; give different numbers >= 0")
+
+
+def shared_arguments(args: argparse.Namespace, without: Sequence[str] = ()) -> list[str]:
+    """The command line of launch/finetune.py as far as it is the same for every run; some arguments may be left out."""
+    words: list[str] = []
+    for name in _SHARED:
+        if name in without:
+            continue
+        value = getattr(args, name)
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None and value is not False:
+            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words

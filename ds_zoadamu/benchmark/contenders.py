@@ -1,0 +1,106 @@
+"""Who takes part: DeepSpeed JSONs by name, and the plain MeZO loop."""
+
+import copy
+import re
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
+from ds_zoadamu.config import MOMENTUM_DTYPES, OPTIMIZER_TYPES, read_config, zeroth_order_type
+from ds_zoadamu.tasks import InputError
+from ds_zoadamu.training.plan import check_stage
+
+PLAIN = "plain-mezo"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A name and the DeepSpeed JSON behind it; None is the plain MeZO loop, which needs none."""
+
+    name: str
+    config: dict | None
+
+    @property
+    def plain(self) -> bool:
+        return self.config is None
+
+    @property
+    def zeroth_order(self) -> bool:
+        return self.config is None or zeroth_order_type(self.config) is not None
+
+
+def choose_contenders(args: Namespace, configs: Path) -> list[Contender]:
+    """The contenders that --configs and --contenders ask for.
+
+    Args:
+        configs: folder of the built-in JSONs.
+
+    Raises:
+        InputError, ConfigError: no contender, an unknown name, a JSON that cannot be read, an unknown optimizer.
+    """
+    given = _given(args.configs)
+    if args.contenders is None and args.configs is not None:
+        names = [*given, PLAIN]
+    else:
+        names = list(_built_in(configs)) if args.contenders is None else args.contenders
+    if not names:
+        raise InputError("--contenders is empty; name at least one, or leave it out for all")
+    if len(set(names)) < len(names):
+        raise InputError(f"--contenders names one twice: {', '.join(names)}")
+    known: Mapping[str, dict | None] = {**_built_in(configs), **given}
+    for name in names:
+        if name not in known:
+            raise InputError(f"unknown contender {name!r}; known: {', '.join(known)}; give others with --configs NAME=FILE")
+    return [_checked(Contender(name, known[name])) for name in names]
+
+
+def _given(entries: list[str] | None) -> dict[str, dict]:
+    if entries == []:
+        raise InputError("--configs has no value; give NAME=FILE for each DeepSpeed JSON, or leave it out for the built-in ones")
+    found: dict[str, dict] = {}
+    for entry in entries or ():
+        name, separator, path = entry.partition("=")
+        if not separator or not _NAME.fullmatch(name):
+            raise InputError(f"--configs {entry!r}: write NAME=FILE, NAME of letters, digits, '.', '_' and '-'")
+        if name in found or name == PLAIN:
+            raise InputError(f"--configs: the name {name!r} is taken; give another")
+        found[name] = read_config(path)
+    return found
+
+
+def _built_in(folder: Path) -> dict[str, dict | None]:
+    zoadamu = read_config(folder / "cpu-small_zoadamu.json")
+    contenders: dict[str, dict | None] = {}
+    for dtype in MOMENTUM_DTYPES:
+        config = contenders[f"zoadamu-{dtype}"] = copy.deepcopy(zoadamu)
+        config["optimizer"]["params"]["momentum"] = {"dtype": dtype}
+    if "MeZO" in OPTIMIZER_TYPES:
+        contenders["mezo"] = read_config(folder / "cpu-small_mezo.json")
+    return {**contenders, "adamw": read_config(folder / "cpu-small_adamw.json"), PLAIN: None}
+
+
+def _checked(contender: Contender) -> Contender:
+    """Raises InputError for an optimizer that nobody knows or whose settings would not follow the benchmark's."""
+    if contender.plain:
+        return contender
+    name, config = contender.name, contender.config
+    section = config.get("optimizer")
+    kind = section.get("type") if isinstance(section, dict) else None
+    if zeroth_order_type({"optimizer": {"type": kind}}) is None and str(kind).lower() not in DEEPSPEED_OPTIMIZERS:
+        known = [*OPTIMIZER_TYPES, *DEEPSPEED_OPTIMIZERS]
+        raise InputError(f"{name}: optimizer.type is {kind!r}; known: {', '.join(known)}")
+    check_stage(config, name)
+    if contender.zeroth_order:
+        for key in ("seed", "total_steps"):
+            value = section.get("params", {}).get(key)
+            if value != "auto":
+                raise InputError(
+                    f'{name}: optimizer.params.{key} is {value!r}, the benchmark gives every run its own; set it to "auto"'
+                )
+    elif "gradient_clipping" not in config:
+        raise InputError(f'{name}: gradient_clipping is missing, DeepSpeed would clip at 1.0; set it, or "auto" for 1.0')
+    return contender

@@ -1,0 +1,93 @@
+"""What must be equal between contenders, checked before anything runs."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+
+from ds_zoadamu.benchmark.arguments import shared_arguments
+from ds_zoadamu.benchmark.contenders import Contender
+from ds_zoadamu.benchmark.grid import Point
+from ds_zoadamu.config import check_config
+from ds_zoadamu.errors import ConfigError
+from ds_zoadamu.tasks import InputError
+from ds_zoadamu.training.arguments import check_arguments, finetune_parser
+from ds_zoadamu.training.auto_config import DEFAULT_MICRO_BATCH_SIZE, fill_auto
+from ds_zoadamu.training.plan import ModelInput, Plan, encode_splits, read_model_input
+
+_EQUAL = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "precision")
+
+
+def check_settings(args: Namespace, contenders: Sequence[Contender], grids: dict[str, list[Point]]) -> dict:
+    """Checks task, data, model and every contender's filled configuration; loads no weights, writes nothing.
+
+    Returns:
+        batch (the settings that are equal for all), num_examples and the majority classes' accuracies.
+
+    Raises:
+        InputError, ConfigError: what is wrong, in which contender, and the remedy.
+    """
+    run_args = finetune_args(args, max_steps=args.max_steps or 1)
+    check_arguments(run_args)
+    model_input = read_model_input(run_args)
+    filled = {c.name: _filled(args, c, grids[c.name], model_input) for c in contenders if not c.plain}
+    batch = _equal({name: _batch_settings(config) for name, config in filled.items()}) or _plain_batch(args)
+    plan: Plan = encode_splits(finetune_args(args, max_steps=1, seed=args.seeds[0]), {}, model_input)
+    if batch["train_batch_size"] > len(plan.train):
+        raise InputError(f"--num_train {len(plan.train)} is less than one step's {batch['train_batch_size']} examples")
+    return {
+        "batch": batch,
+        "num_examples": {name: len(getattr(plan, name)) for name in ("train", "dev", "test")},
+        "majority": {"dev": plan.dev_majority, "test": plan.test_majority},
+    }
+
+
+def finetune_args(args: Namespace, point: Point | None = None, **more: object) -> Namespace:
+    """launch/finetune.py's own reading of a run's arguments."""
+    words = [*shared_arguments(args), *(point.arguments if point else []), "--output_dir", args.output_dir]
+    for name, value in more.items():
+        words += [f"--{name}", str(value)]
+    return finetune_parser().parse_args(words)
+
+
+def _filled(args: Namespace, contender: Contender, points: Sequence[Point], model_input: ModelInput) -> dict:
+    """The configuration of the last point; all of them and all seeds are checked."""
+    try:
+        for seed in args.seeds:
+            for point in points:
+                run_args = finetune_args(args, point, max_steps=args.max_steps or 1000, seed=seed)
+                config = fill_auto(contender.config, run_args, world_size=args.ranks, hidden_size=model_input.hidden_size)
+                check_config(config)
+    except (InputError, ConfigError) as error:
+        raise type(error)(f"{contender.name}: {error}") from error
+    return config
+
+
+def _batch_settings(config: dict) -> dict:
+    def enabled(section: str) -> bool:
+        return bool(config.get(section, {}).get("enabled"))
+
+    precision = "bf16" if enabled("bf16") else "fp16" if enabled("fp16") else "fp32"
+    return {**{name: config.get(name) for name in _EQUAL[:-1]}, "precision": precision}
+
+
+def _equal(settings: dict[str, dict]) -> dict | None:
+    """The settings that all share; None where there are none. Raises InputError."""
+    differences = []
+    for key in _EQUAL:
+        values = {name: each[key] for name, each in settings.items()}
+        if len(set(values.values())) > 1:
+            differences.append(f"{key} is " + ", ".join(f"{value} in {name}" for name, value in values.items()))
+    if differences:
+        raise InputError(
+            "contenders differ in what must be equal: "
+            + "; ".join(differences)
+            + '. Make them equal, or "auto" in every JSON and give --per_device_train_batch_size, --gradient_accumulation_steps, '
+            "--bf16 or --fp16"
+        )
+    return next(iter(settings.values()), None)
+
+
+def _plain_batch(args: Namespace) -> dict:
+    """Where the plain loop is alone."""
+    micro, accumulation = args.per_device_train_batch_size or DEFAULT_MICRO_BATCH_SIZE, args.gradient_accumulation_steps or 1
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    return dict(zip(_EQUAL, (micro * accumulation * args.ranks, micro, accumulation, precision), strict=True))
