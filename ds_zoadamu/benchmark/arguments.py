@@ -58,9 +58,13 @@ def benchmark_parser() -> argparse.ArgumentParser:
     group.add_argument("--per_device_train_batch_size", type=int, help="examples in a micro-batch (default: 8)")
     group.add_argument("--gradient_accumulation_steps", type=int, help="micro-batches a rank takes in a step (default: 1)")
     group.add_argument("--eval_steps", type=int, help="steps between evaluations (default: a tenth of the budget)")
-    group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each; trials use the first (%(default)s)")
+    group.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each; trials use the first (%(default)s)"
+    )
     group = parser.add_argument_group("measurement and output")
-    group.add_argument("--profile_steps", type=int, default=10, help="steps measured for time, memory, collectives (%(default)s)")
+    group.add_argument(
+        "--profile_steps", type=int, default=10, help="steps measured for time, memory, collectives (%(default)s)"
+    )
     group.add_argument("--target_accuracy", type=float, help="report the seconds until the development accuracy is this high")
     group.add_argument("--master_port", type=int, help="of every run's process group (default: a free one each time)")
     group.add_argument("--output_dir", required=True, help="a run's folder each, results.json, report.md and the plots")

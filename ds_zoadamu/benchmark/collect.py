@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Iterable, Sequence
 
-from ds_zoadamu.benchmark.runs import FINISHED, Outcome
+from ds_zoadamu.benchmark.outcomes import FINISHED, Outcome
 
 BACKWARD_IN_FORWARDS = 2
 """What a backward pass counts as, in forward passes: it makes two products for every one of a forward."""
@@ -90,7 +90,11 @@ def summary(outcomes: dict[int, Outcome], items_a_step: int, target: float | Non
     summed = {
         "status": {str(seed): {"status": o.status, "reason": o.reason} for seed, o in outcomes.items()},
         "curves": {key: mean_curve(curves, key) for key in ("loss", "accuracy")},
-        **{f"{kind}_{name}": spread(o.results[kind][name] for o in finished) for kind in ("accuracy", "loss") for name in _NAMES},
+        **{
+            f"{kind}_{name}": spread(o.results[kind][name] for o in finished)
+            for kind in ("accuracy", "loss")
+            for name in _NAMES
+        },
     }
     if finished:
         # The median of a run, then the mean over runs: a machine that was busy for a while shows in the spread.

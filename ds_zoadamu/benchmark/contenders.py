@@ -9,7 +9,9 @@ from pathlib import Path
 
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
-from ds_zoadamu.config import MOMENTUM_DTYPES, OPTIMIZER_TYPES, read_config, zeroth_order_type
+from ds_zoadamu.config import read_config, zeroth_order_type
+from ds_zoadamu.optimizers import OPTIMIZERS
+from ds_zoadamu.optimizers.zo_adamu import MOMENTUM_DTYPES
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.plan import check_stage
 
@@ -60,7 +62,9 @@ def choose_contenders(args: Namespace, configs: Path) -> list[Contender]:
 
 def _given(entries: list[str] | None) -> dict[str, dict]:
     if entries == []:
-        raise InputError("--configs has no value; give NAME=FILE for each DeepSpeed JSON, or leave it out for the built-in ones")
+        raise InputError(
+            "--configs has no value; give NAME=FILE for each DeepSpeed JSON, or leave it out for the built-in ones"
+        )
     found: dict[str, dict] = {}
     for entry in entries or ():
         name, separator, path = entry.partition("=")
@@ -78,8 +82,7 @@ def _built_in(folder: Path) -> dict[str, dict | None]:
     for dtype in MOMENTUM_DTYPES:
         config = contenders[f"zoadamu-{dtype}"] = copy.deepcopy(zoadamu)
         config["optimizer"]["params"]["momentum"] = {"dtype": dtype}
-    if "MeZO" in OPTIMIZER_TYPES:
-        contenders["mezo"] = read_config(folder / "cpu-small_mezo.json")
+    contenders["mezo"] = read_config(folder / "cpu-small_mezo.json")
     return {**contenders, "adamw": read_config(folder / "cpu-small_adamw.json"), PLAIN: None}
 
 
@@ -91,12 +94,13 @@ def _checked(contender: Contender) -> Contender:
     section = config.get("optimizer")
     kind = section.get("type") if isinstance(section, dict) else None
     if zeroth_order_type({"optimizer": {"type": kind}}) is None and str(kind).lower() not in DEEPSPEED_OPTIMIZERS:
-        known = [*OPTIMIZER_TYPES, *DEEPSPEED_OPTIMIZERS]
+        known = [*OPTIMIZERS, *DEEPSPEED_OPTIMIZERS]
         raise InputError(f"{name}: optimizer.type is {kind!r}; known: {', '.join(known)}")
     check_stage(config, name)
     if contender.zeroth_order:
-        for key in ("seed", "total_steps"):
-            value = section.get("params", {}).get(key)
+        params = section.get("params", {})
+        for key in ("seed", *({"total_steps"} & params.keys())):
+            value = params.get(key)
             if value != "auto":
                 raise InputError(
                     f'{name}: optimizer.params.{key} is {value!r}, the benchmark gives every run its own; set it to "auto"'

@@ -39,7 +39,8 @@ def make_grids(args: Namespace, contenders: Sequence[Contender]) -> dict[str, li
     with_eps = [c.name for c in contenders if c.zeroth_order]
     epses = _by_name("--zo_eps_grid", args.zo_eps_grid, with_eps) if with_eps else {}
     grids = {
-        c.name: [Point(lr, eps) for eps in (epses[c.name] if c.zeroth_order else [None]) for lr in lrs[c.name]] for c in contenders
+        c.name: [Point(lr, eps) for eps in (epses[c.name] if c.zeroth_order else [None]) for lr in lrs[c.name]]
+        for c in contenders
     }
     if len({len(points) for points in grids.values()}) > 1:
         counts = ", ".join(f"{name} {len(points)}" for name, points in grids.items())
@@ -60,7 +61,9 @@ def _by_name(option: str, entries: Sequence[str], names: Sequence[str]) -> dict[
         values = _numbers(option, text)
         found.update(dict.fromkeys(matching, values))
     if missing := [name for name in names if name not in found]:
-        raise InputError(f"{option} has no values for {', '.join(missing)}; add {missing[0]}=..., or a list without a name for all")
+        raise InputError(
+            f"{option} has no values for {', '.join(missing)}; add {missing[0]}=..., or a list without a name for all"
+        )
     return found
 
 

@@ -1,27 +1,19 @@
-"""One run of one contender: its command, its folder, and how it ended. Whole or not at all."""
+"""One run of one contender: its command and its folder, which is there whole or not at all."""
 
 import json
 import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ds_zoadamu.benchmark.arguments import shared_arguments
 from ds_zoadamu.benchmark.contenders import Contender
 from ds_zoadamu.benchmark.grid import Point
-from ds_zoadamu.training.output import BEST, CHECKPOINTS, METRICS, MODEL, PROFILE, RESULTS
-
-OUTCOME, LOG = "outcome.json", "log.txt"
-FINISHED, OUT_OF_MEMORY, DIVERGED, FAILED = "finished", "out of memory", "diverged", "failed"
-# What PyTorch on CPU and on GPU, Python, and the launcher of a rank that the kernel killed say.
-_MEMORY_SIGNS = ("OutOfMemoryError", "out of memory", "can't allocate memory", "MemoryError", "return code = -9")
-_SECONDS_TO_END = 20.0
+from ds_zoadamu.benchmark.outcomes import FAILED, LOG, OUTCOME, Outcome, judge, read_outcome
+from ds_zoadamu.benchmark.processes import execute, free_port
+from ds_zoadamu.training.output import BEST, CHECKPOINTS, MODEL
 
 
 @dataclass(frozen=True)
@@ -42,24 +34,6 @@ class Run:
     threads: int
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended.
-
-    Attributes:
-        status: "finished", "out of memory", "diverged" or "failed".
-        reason: the last words of a run that did not finish.
-        results: of results.json or profile.json; empty without one.
-        metrics: lines of metrics.jsonl.
-    """
-
-    status: str
-    reason: str
-    commit: str
-    results: dict
-    metrics: list[dict]
-
-
 class Runner:
     """Starts runs under the deepspeed launcher, or reads those that have ended.
 
@@ -73,11 +47,11 @@ class Runner:
     def __init__(self, args: Namespace, batch: dict, repository: Path, commit: str):
         self._args, self._batch, self._repository, self._commit = args, batch, repository, commit
         self.output = Path(args.output_dir)
-        self._threads = args.threads or max(1, len(os.sched_getaffinity(0)) // args.ranks)
+        self.threads = args.threads or max(1, len(os.sched_getaffinity(0)) // args.ranks)
 
     def plan(self, kind: str, contender: Contender, point: Point, steps: int, seed: int, *more: str) -> Run:
         """The run of a kind: "profile", "trial" or "run"."""
-        args, ranks, threads = self._args, self._args.ranks, self._threads
+        args, ranks, threads = self._args, self._args.ranks, self.threads
         if contender.plain:
             # It takes all micro-batches of a step by itself, and all threads.
             own = ("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16")
@@ -98,17 +72,18 @@ class Runner:
         """Where the benchmark keeps its copy of a contender's JSON."""
         return self.output / "configs" / f"{contender.name}.json"
 
-    def outcome(self, run: Run) -> Outcome:
-        """Of a run that has ended, or else runs it now. A run that failed for another reason than memory or divergence is
-        tried again.
-        """
-        if (known := read_outcome(run.folder)) and known.status != FAILED:
-            return known
+    def ended(self, run: Run) -> Outcome | None:
+        """Of a run that needs not be run again: all but those that failed for another reason than memory or divergence."""
+        known = read_outcome(run.folder)
+        return known if known and known.status != FAILED else None
+
+    def execute(self, run: Run) -> Outcome:
+        """Runs it now. Its folder gets its name when the run has ended."""
         writing = run.folder.with_name(run.folder.name + ".running")
         for folder in (writing, run.folder):
             shutil.rmtree(folder, ignore_errors=True)
         writing.mkdir(parents=True)
-        status_code = _execute(self._command(run, writing), self._environment(run), writing / LOG)
+        status_code = execute(self._command(run, writing), self._environment(run), writing / LOG)
         log = (writing / LOG).read_text(errors="replace")
         status, reason = judge(status_code, log, writing)
         for name in (MODEL, BEST, CHECKPOINTS):  # as large as the model, and nobody asks for them
@@ -119,74 +94,10 @@ class Runner:
         return read_outcome(run.folder)
 
     def _command(self, run: Run, folder: Path) -> list[str]:
-        port = str(self._args.master_port or _free_port())
+        port = str(self._args.master_port or free_port())
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(run.ranks), "--master_port", port]
         return [*launcher, str(self._repository / "launch" / run.script), *run.arguments, "--output_dir", str(folder / "out")]
 
     def _environment(self, run: Run) -> dict[str, str]:
         path = os.pathsep.join([str(self._repository), *filter(None, [os.environ.get("PYTHONPATH")])])
         return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(run.threads), "TOKENIZERS_PARALLELISM": "false"}
-
-
-def read_outcome(folder: Path) -> Outcome | None:
-    """Of the run in a folder; None where it has not ended."""
-    if not (folder / OUTCOME).exists():
-        return None
-    about, out = json.loads((folder / OUTCOME).read_text()), folder / "out"
-    found = next((out / name for name in (RESULTS, PROFILE) if (out / name).exists()), None)
-    metrics = (out / METRICS).read_text().splitlines() if (out / METRICS).exists() else []
-    return Outcome(
-        status=about["status"],
-        reason=about["reason"],
-        commit=about["commit"],
-        results=json.loads(found.read_text()) if found else {},
-        metrics=[json.loads(line) for line in metrics],
-    )
-
-
-def judge(status_code: int, log: str, folder: Path) -> tuple[str, str]:
-    """(status, reason) of a run that has ended, from its exit status, what it printed, and its results."""
-    if status_code == 0:
-        results = folder / "out" / RESULTS
-        # JSON has no NaN: a loss that is not finite was written as null.
-        if results.exists() and json.loads(results.read_text())["loss"]["test_last"] is None:
-            return DIVERGED, "the loss at the last step is not finite"
-        return FINISHED, ""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    for status, signs in ((DIVERGED, ("NonFiniteLossError",)), (OUT_OF_MEMORY, _MEMORY_SIGNS)):
-        if telling := [line for line in lines if any(sign in line for sign in signs)]:
-            return status, telling[-1]
-    telling = [line for line in lines if "rror" in line] or lines or [f"exit status {status_code}"]
-    return FAILED, telling[0]
-
-
-def _execute(command: Sequence[str], environment: dict[str, str], log: Path) -> int:
-    """Runs a command with its output in a file; whatever ends this process's wait also ends the command and its children."""
-    with open(log, "w") as file:
-        process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
-        )
-        try:
-            return process.wait()
-        finally:
-            if process.poll() is None:
-                _end(process)
-
-
-def _end(process: subprocess.Popen) -> None:
-    os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(_SECONDS_TO_END)
-    except subprocess.TimeoutExpired:
-        pass
-    try:
-        os.killpg(process.pid, signal.SIGKILL)  # also ranks that outlived the launcher
-    except ProcessLookupError:
-        pass
-    process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]

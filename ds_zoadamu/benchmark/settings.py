@@ -80,8 +80,8 @@ def _equal(settings: dict[str, dict]) -> dict | None:
         raise InputError(
             "contenders differ in what must be equal: "
             + "; ".join(differences)
-            + '. Make them equal, or "auto" in every JSON and give --per_device_train_batch_size, --gradient_accumulation_steps, '
-            "--bf16 or --fp16"
+            + '. Make them equal, or "auto" in every JSON and give --per_device_train_batch_size, '
+            "--gradient_accumulation_steps, --bf16 or --fp16"
         )
     return next(iter(settings.values()), None)
 

@@ -140,6 +140,7 @@ def environment() -> dict:
         "versions": {"python": platform.python_version(), **versions},
         "platform": platform.platform(),
         "processor": _processor(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "num_cpus": len(os.sched_getaffinity(0)),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
     }

@@ -1,0 +1,62 @@
+"""The benchmark's own folder: whether it may be written, and whether what is there belongs to the same benchmark."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ds_zoadamu.tasks import InputError
+
+SETTINGS = "settings.json"
+
+
+def check_folder(path: Path) -> None:
+    """Writes nothing.
+
+    Raises:
+        InputError: the folder is a file, cannot be written, or holds something else.
+    """
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise InputError(f"--output_dir {path}: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"--output_dir {path}: no permission to write in {existing}")
+    if path.exists() and any(path.iterdir()) and not (path / SETTINGS).exists():
+        raise InputError(f"--output_dir {path} holds files but no benchmark ({SETTINGS}); give another folder")
+
+
+def claim_folder(path: Path, settings: Mapping[str, Any], configs: Mapping[str, dict]) -> None:
+    """Makes the folder with the settings and the contenders' JSONs, or finds the same ones there.
+
+    Seeds, grids, budget and contenders may grow: only what every run depends on must be the same.
+
+    Raises:
+        InputError: names the settings that differ from those of the benchmark that is there.
+    """
+    found = _read(path / SETTINGS)
+    differing = [
+        f"{key} is {settings[key]!r}, was {found[key]!r}" for key in settings if key in found and found[key] != settings[key]
+    ]
+    for name, config in configs.items():
+        if (known := _read(path / "configs" / f"{name}.json")) and known != config:
+            differing.append(f"the JSON of {name} is another one")
+    if differing:
+        raise InputError(
+            f"--output_dir {path} holds a benchmark with other settings: {'; '.join(differing)}. Give another folder"
+        )
+    (path / "configs").mkdir(parents=True, exist_ok=True)
+    write_json(path / SETTINGS, dict(settings))
+    for name, config in configs.items():
+        write_json(path / "configs" / f"{name}.json", config)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file in one go."""
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

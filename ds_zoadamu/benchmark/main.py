@@ -1,0 +1,125 @@
+"""A benchmark from its command line to its report."""
+
+import datetime
+import shlex
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+
+from ds_zoadamu.benchmark.arguments import check_numbers, shared_arguments
+from ds_zoadamu.benchmark.collect import cost, summary
+from ds_zoadamu.benchmark.contenders import choose_contenders
+from ds_zoadamu.benchmark.folder import check_folder, claim_folder, write_json
+from ds_zoadamu.benchmark.grid import make_grids
+from ds_zoadamu.benchmark.outcomes import FAILED, FINISHED, Outcome
+from ds_zoadamu.benchmark.phases import Phases
+from ds_zoadamu.benchmark.plots import draw_cost, draw_curves
+from ds_zoadamu.benchmark.report import markdown
+from ds_zoadamu.benchmark.runs import Runner
+from ds_zoadamu.benchmark.settings import check_settings
+
+RESULTS, REPORT = "results.json", "report.md"
+_ENVIRONMENT = ("versions", "platform", "processor", "num_cpus", "accelerator")
+
+
+def benchmark(args: Namespace, repository: Path) -> int:
+    """Runs what `benchmark_parser` says, or the rest of it; writes results.json, report.md and the plots.
+
+    Args:
+        repository: the folder of launch/ and ds_configs/.
+
+    Returns:
+        1 where a run failed for another reason than memory or divergence, else 0.
+
+    Raises:
+        InputError, ConfigError: before anything runs or is written.
+    """
+    check_numbers(args)
+    contenders = choose_contenders(args, repository / "ds_configs")
+    grids = make_grids(args, contenders)
+    common = check_settings(args, contenders, grids)
+    output, items = Path(args.output_dir), common["batch"]["train_batch_size"]
+    check_folder(output)
+    runner = Runner(args, common["batch"], repository, _commit(repository))
+    settings = {
+        "arguments": shared_arguments(args),
+        "ranks": args.ranks,
+        "threads": runner.threads,
+        "profile_steps": args.profile_steps,
+    }
+    claim_folder(output, settings, {c.name: c.config for c in contenders if not c.plain})
+
+    phases = Phases(args, runner, items, lambda text: print(text, flush=True))
+    profiles = phases.profiles(contenders, grids)
+    able = [c for c in contenders if profiles[c.name].status == FINISHED]
+    steps = {c.name: phases.steps(profiles[c.name]) for c in able}
+    searches = {c.name: phases.search(c, grids[c.name], steps[c.name]) for c in able}
+    chosen = {name: point for name, (point, _) in searches.items()}
+    finals = phases.finals(able, chosen, steps)
+
+    results = {
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(sys.argv),
+        "settings": {**settings, **common, "seeds": args.seeds, "target_accuracy": args.target_accuracy},
+        "budget": {name: getattr(args, name) for name in ("max_steps", "max_items", "max_seconds") if getattr(args, name)},
+        "environment": _environment([*profiles.values(), *(o for by_seed in finals.values() for o in by_seed.values())]),
+        "contenders": {},
+    }
+    for c in contenders:
+        entry = {"optimizer": c.config["optimizer"]["type"] if c.config else "plain MeZO", "config": c.config}
+        profile = profiles[c.name]
+        entry |= {"status": profile.status, "reason": profile.reason, "grid": [vars(point) for point in grids[c.name]]}
+        if profile.status == FINISHED:
+            point, trials = searches[c.name]
+            entry |= {"cost": cost(profile, items), "steps": steps[c.name], "chosen": point and vars(point), "trials": trials}
+            entry |= _status_of_search(point, trials) | {"runs": summary(finals[c.name], items, args.target_accuracy)}
+        results["contenders"][c.name] = entry
+    _write(output, results)
+    return int(_any_failed(results["contenders"]))
+
+
+def _status_of_search(point: object, trials: list[dict]) -> dict:
+    if point is not None:
+        return {}
+    return {
+        "status": trials[0]["status"] if len({t["status"] for t in trials}) == 1 else "diverged",
+        "reason": "in every trial",
+    }
+
+
+def _write(output: Path, results: dict) -> None:
+    write_json(output / RESULTS, results)
+    plots = [name for name, draw in (("curves.png", draw_curves), ("cost.png", draw_cost)) if draw(results, output / name)]
+    text = markdown(results, plots)
+    (output / REPORT).write_text(text, encoding="utf-8")
+    print(text)
+    if not plots:
+        print("no plots: Matplotlib is not installed (pip install ds_zoadamu[plots])", file=sys.stderr)
+
+
+def _environment(outcomes: list[Outcome]) -> dict:
+    """Of the first run that tells; the commits of all."""
+    first: Mapping = next((o.results for o in outcomes if o.results), {})
+    return {**{key: first.get(key) for key in _ENVIRONMENT}, "commits": sorted({o.commit for o in outcomes})}
+
+
+def _any_failed(contenders: Mapping[str, dict]) -> bool:
+    statuses = [entry["status"] for entry in contenders.values()]
+    for entry in contenders.values():
+        statuses += [trial["status"] for trial in entry.get("trials", ())]
+        statuses += [run["status"] for run in entry.get("runs", {}).get("status", {}).values()]
+    return FAILED in statuses
+
+
+def _commit(repository: Path) -> str:
+    """Of the code, with "+" where files differ from it; "unknown" without a repository."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(repository), *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

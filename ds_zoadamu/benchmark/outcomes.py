@@ -1,0 +1,62 @@
+"""How a run ended, as its folder tells."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ds_zoadamu.training.output import METRICS, PROFILE, RESULTS
+
+OUTCOME, LOG = "outcome.json", "log.txt"
+FINISHED, OUT_OF_MEMORY, DIVERGED, FAILED = "finished", "out of memory", "diverged", "failed"
+# What PyTorch on CPU and on GPU, Python, and the launcher of a rank that the kernel killed say.
+_MEMORY_SIGNS = ("OutOfMemoryError", "out of memory", "can't allocate memory", "MemoryError", "return code = -9")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        status: "finished", "out of memory", "diverged" or "failed".
+        reason: the last words of a run that did not finish.
+        results: of results.json or profile.json; empty without one.
+        metrics: lines of metrics.jsonl.
+    """
+
+    status: str
+    reason: str
+    commit: str
+    results: dict
+    metrics: list[dict]
+
+
+def read_outcome(folder: Path) -> Outcome | None:
+    """Of the run in a folder; None where it has not ended."""
+    if not (folder / OUTCOME).exists():
+        return None
+    about, out = json.loads((folder / OUTCOME).read_text()), folder / "out"
+    found = next((out / name for name in (RESULTS, PROFILE) if (out / name).exists()), None)
+    metrics = (out / METRICS).read_text().splitlines() if (out / METRICS).exists() else []
+    return Outcome(
+        status=about["status"],
+        reason=about["reason"],
+        commit=about["commit"],
+        results=json.loads(found.read_text()) if found else {},
+        metrics=[json.loads(line) for line in metrics],
+    )
+
+
+def judge(status_code: int, log: str, folder: Path) -> tuple[str, str]:
+    """(status, reason) of a run that has ended, from its exit status, what it printed, and its results."""
+    if status_code == 0:
+        results = folder / "out" / RESULTS
+        # JSON has no NaN: a loss that is not finite was written as null.
+        if results.exists() and json.loads(results.read_text())["loss"]["test_last"] is None:
+            return DIVERGED, "the loss at the last step is not finite"
+        return FINISHED, ""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    for status, signs in ((DIVERGED, ("NonFiniteLossError",)), (OUT_OF_MEMORY, _MEMORY_SIGNS)):
+        if telling := [line for line in lines if any(sign in line for sign in signs)]:
+            return status, telling[-1]
+    telling = [line for line in lines if "rror" in line] or lines or [f"exit status {status_code}"]
+    return FAILED, telling[0]

@@ -1,0 +1,88 @@
+"""What a benchmark runs, in order: profiles, trials of the grid, then every seed with the chosen values."""
+
+import math
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+
+from ds_zoadamu.benchmark.contenders import Contender
+from ds_zoadamu.benchmark.grid import Point
+from ds_zoadamu.benchmark.outcomes import FINISHED, Outcome
+from ds_zoadamu.benchmark.runs import Run, Runner
+
+Say = Callable[[str], None]
+_PROFILED_RUN = 1000  # steps; its schedule ends at the same values whatever the length
+
+
+class Phases:
+    """Runs the runs, or reads those that have ended.
+
+    Args:
+        args: of `benchmark_parser`.
+        runner: starts a run.
+        items_a_step: training examples of one step.
+        say: prints a line.
+    """
+
+    def __init__(self, args: Namespace, runner: Runner, items_a_step: int, say: Say):
+        self._args, self._runner, self._items, self._say = args, runner, items_a_step, say
+
+    def profiles(self, contenders: Sequence[Contender], grids: Mapping[str, Sequence[Point]]) -> dict[str, Outcome]:
+        """What a step of each contender costs; the lr does not matter."""
+        count, found = self._args.profile_steps, {}
+        for c in contenders:
+            more = ("--profile_steps", str(count))
+            run = self._runner.plan("profile", c, grids[c.name][0], _PROFILED_RUN, self._args.seeds[0], *more)
+            found[c.name] = self._outcome(run)
+        return found
+
+    def steps(self, profile: Outcome) -> int:
+        """Optimizer steps of the budget; at least one."""
+        if self._args.max_steps is not None:
+            return self._args.max_steps
+        if self._args.max_items is not None:
+            return max(1, self._args.max_items // self._items)
+        return max(1, int(self._args.max_seconds / profile.results["seconds_a_step"]["median"]))
+
+    def search(self, contender: Contender, points: Sequence[Point], budget: int) -> tuple[Point | None, list[dict]]:
+        """The point with the lowest development loss at a trial's end, and all trials; None where no trial finished.
+
+        One point needs no trial. The test set is not looked at.
+        """
+        if len(points) == 1:
+            return points[0], []
+        steps, trials = self.trial_steps(budget), []
+        for point in points:
+            run = self._runner.plan("trial", contender, point, steps, self._args.seeds[0], "--eval_steps", str(steps))
+            outcome = self._outcome(run)
+            last = [e for e in outcome.metrics if e["kind"] == "eval" and e["split"] == "dev" and e["step"] == steps]
+            scores = {"dev_loss": last[0]["loss"], "dev_accuracy": last[0]["accuracy"]} if last else {}
+            trials.append({"lr": point.lr, "zo_eps": point.zo_eps, "steps": steps, "status": outcome.status, **scores})
+        finished = [
+            (trial["dev_loss"], index)
+            for index, trial in enumerate(trials)
+            if trial["status"] == FINISHED and trial.get("dev_loss") is not None and math.isfinite(trial["dev_loss"])
+        ]
+        return (points[min(finished)[1]] if finished else None), trials
+
+    def trial_steps(self, budget: int) -> int:
+        return self._args.trial_steps or max(1, budget // 4)
+
+    def finals(
+        self, contenders: Sequence[Contender], chosen: Mapping[str, Point | None], steps: Mapping[str, int]
+    ) -> dict[str, dict[int, Outcome]]:
+        """Every seed of every contender, the contenders in turn, so that a machine whose speed drifts favours none."""
+        found: dict[str, dict[int, Outcome]] = {c.name: {} for c in contenders}
+        for seed in self._args.seeds:
+            for c in contenders:
+                if (point := chosen[c.name]) is not None:
+                    found[c.name][seed] = self._outcome(self._runner.plan("run", c, point, steps[c.name], seed))
+        return found
+
+    def _outcome(self, run: Run) -> Outcome:
+        what = f"{run.contender.name} {run.folder.name}"
+        known = self._runner.ended(run)
+        self._say(f"{what}: {'has ended before' if known else 'runs'}")
+        outcome = known or self._runner.execute(run)
+        if outcome.status != FINISHED:
+            self._say(f"{what}: {outcome.status}: {outcome.reason}")
+        return outcome

@@ -1,0 +1,162 @@
+"""results.json as Markdown tables."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from ds_zoadamu.benchmark.outcomes import FINISHED
+
+PARTS = ("gather", "forward", "backward", "perturb", "update", "journal", "other")
+
+
+def markdown(results: dict, plots: Sequence[str] = ()) -> str:
+    """The report.
+
+    Args:
+        results: what results.json holds.
+        plots: names of the plots beside it.
+    """
+    sections = [_head(results), _reached(results), _cost(results), _split(results), _trials(results), _surroundings(results)]
+    sections += [f"![{name.removesuffix('.png')}]({name})" for name in plots]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _head(results: dict) -> str:
+    settings, batch = results["settings"], results["settings"]["batch"]
+    examples, accuracy = settings["num_examples"], settings["majority"]["test"]
+    (kind, amount), *_ = results["budget"].items()
+    finished = [entry["runs"] for entry in results["contenders"].values() if entry.get("runs", {}).get("accuracy_test_before")]
+    zero_shot = f"{finished[0]['accuracy_test_before']['mean']:.4f}" if finished else "not measured"
+    return (
+        f"# Benchmark, {results['date']}\n\n"
+        f"Budget {amount:g} {kind.removeprefix('max_')} a run, {batch['train_batch_size']} examples a step, "
+        f"{batch['precision']}, seeds {', '.join(map(str, settings['seeds']))}. {examples['train']} training, {examples['dev']} development and "
+        f"{examples['test']} test examples.\n\n"
+        f"Test accuracy without training (zero-shot): {zero_shot}. Majority class: {accuracy:.4f}."
+    )
+
+
+def _reached(results: dict) -> str:
+    target = results["settings"]["target_accuracy"]
+    columns: list[tuple[str, Callable[[dict], str]]] = [
+        ("lr", lambda e: _chosen(e, "lr")),
+        ("zo_eps", lambda e: _chosen(e, "zo_eps")),
+        ("steps", lambda e: f"{e['steps']:,}" if "steps" in e else ""),
+        ("passes", lambda e: _or_empty(e["runs"].get("passes"), "{:,.0f}")),
+        ("runs", _status),
+        ("test accuracy at the end", lambda e: _spread(e["runs"]["accuracy_test_last"])),
+        ("test accuracy, best on development", lambda e: _spread(e["runs"]["accuracy_test_after"])),
+        ("test loss at the end", lambda e: _spread(e["runs"]["loss_test_last"])),
+        ("seconds of training", lambda e: _spread(e["runs"].get("seconds_of_training"), 1)),
+    ]
+    if target is not None:
+        columns.append((f"seconds to development accuracy {target:g}", _to_target))
+    return "## What it reached\n\nMean ± standard deviation over seeds.\n\n" + _table(results, columns)
+
+
+def _cost(results: dict) -> str:
+    def mb(key: str) -> Callable[[dict], str]:
+        return lambda e: f"{e['cost'][key] / 1e6:,.1f}"
+
+    columns: list[tuple[str, Callable[[dict], str]]] = [
+        ("ranks x threads", lambda e: f"{e['cost']['ranks']} x {e['cost']['threads']}"),
+        (
+            "seconds a step, median (p10, p90)",
+            lambda e: _quantiles(e["runs"].get("seconds_a_step") or e["cost"]["seconds_a_step"]),
+        ),
+        ("items a second", lambda e: f"{e['runs'].get('items_a_second') or e['cost']['items_a_second']:,.1f}"),
+        ("peak memory", mb("peak_bytes")),
+        ("weights", mb("weights_bytes")),
+        ("optimizer state", mb("optimizer_bytes")),
+        ("gradients", mb("gradients_bytes")),
+        ("sent a step", mb("sent_bytes")),
+    ]
+    peaks = {entry["cost"]["peak_of"] for entry in results["contenders"].values() if "cost" in entry}
+    note = f"MB (1e6 bytes) of the rank that has most; peak memory: {' or '.join(sorted(peaks))}, loading and steps.\n\n"
+    return "## What it cost\n\n" + note + _table(results, columns)
+
+
+def _split(results: dict) -> str:
+    used = [p for p in PARTS if any(p in e["cost"]["split_seconds"] for e in results["contenders"].values() if "cost" in e)]
+
+    def part(name: str) -> Callable[[dict], str]:
+        return lambda e: _or_empty(e["cost"]["split_seconds"].get(name), "{:.1f}", 1e3)
+
+    return "## A step by its parts\n\nMilliseconds on rank 0.\n\n" + _table(results, [(name, part(name)) for name in used])
+
+
+def _trials(results: dict) -> str:
+    rows = []
+    for name, entry in results["contenders"].items():
+        for trial in entry.get("trials", ()):
+            chosen = entry["chosen"] is not None and all(trial[key] == entry["chosen"][key] for key in ("lr", "zo_eps"))
+            loss, accuracy = (_or_empty(trial.get(key), "{:.4f}") for key in ("dev_loss", "dev_accuracy"))
+            score = (loss, accuracy) if trial["status"] == FINISHED else (trial["status"], "")
+            rows.append(
+                (name, f"{trial['lr']:g}", _or_empty(trial["zo_eps"], "{:g}"), trial["steps"], *score, "x" if chosen else "")
+            )
+    if not rows:
+        return ""
+    header = ("contender", "lr", "zo_eps", "steps", "development loss", "development accuracy", "chosen")
+    return f"## Trials\n\nWith seed {results['settings']['seeds'][0]}; the test set was not looked at.\n\n" + _rows(
+        header, rows
+    )
+
+
+def _surroundings(results: dict) -> str:
+    e = results["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in (e["versions"] or {}).items())
+    lines = [
+        f"    {results['command']}",
+        "",
+        f"{e['processor']}, {e['num_cpus']} CPUs, accelerator: {e['accelerator']}. {versions}. "
+        f"Commit {', '.join(e['commits'])}.",
+    ]
+    if len(e["commits"]) > 1:
+        lines.append("The runs are of different commits.")
+    return "## How\n\n" + "\n".join(lines)
+
+
+def _table(results: dict, columns: Sequence[tuple[str, Callable[[dict], str]]]) -> str:
+    rows = []
+    for name, entry in results["contenders"].items():
+        if "cost" in entry and (entry["runs"]["status"] or entry["status"] == FINISHED):
+            rows.append((name, *(cell(entry) for _, cell in columns)))
+        else:
+            where = entry["reason"] or "while its step was measured"
+            rows.append((name, f"**{entry['status']}**: {where}"[:120].replace("|", "\\|"), *[""] * (len(columns) - 1)))
+    return _rows(("contender", *(title for title, _ in columns)), rows)
+
+
+def _rows(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _status(entry: dict) -> str:
+    statuses = [run["status"] for run in entry["runs"]["status"].values()]
+    counts = {status: statuses.count(status) for status in statuses}
+    return ", ".join(f"{count} {status}" if status == FINISHED else f"**{count} {status}**" for status, count in counts.items())
+
+
+def _chosen(entry: dict, key: str) -> str:
+    return _or_empty(entry["chosen"] and entry["chosen"][key], "{:g}")
+
+
+def _to_target(entry: dict) -> str:
+    reached = [seconds for seconds in entry["runs"]["seconds_to_target"]["seconds"] if seconds is not None]
+    count = len(entry["runs"]["seconds_to_target"]["seconds"])
+    return f"{sum(reached) / len(reached):.1f} ({len(reached)} of {count} runs)" if reached else f"never ({count} runs)"
+
+
+def _spread(values: dict | None, digits: int = 4) -> str:
+    if values is None:
+        return ""
+    mean = f"{values['mean']:.{digits}f}"
+    return mean if values["sd"] is None else f"{mean} ± {values['sd']:.{digits}f}"
+
+
+def _quantiles(seconds: dict) -> str:
+    return f"{seconds['median']:.3f} ({seconds['p10']:.3f}, {seconds['p90']:.3f})"
+
+
+def _or_empty(value: float | None, form: str, factor: float = 1) -> str:
+    return "" if value is None else form.format(value * factor)
