@@ -28,8 +28,8 @@ def _head(results: dict) -> str:
     return (
         f"# Benchmark, {results['date']}\n\n"
         f"Budget {amount:g} {kind.removeprefix('max_')} a run, {batch['train_batch_size']} examples a step, "
-        f"{batch['precision']}, seeds {', '.join(map(str, settings['seeds']))}. {examples['train']} training, {examples['dev']} development and "
-        f"{examples['test']} test examples.\n\n"
+        f"{batch['precision']}, seeds {', '.join(map(str, settings['seeds']))}. {examples['train']} training, "
+        f"{examples['dev']} development and {examples['test']} test examples.\n\n"
         f"Test accuracy without training (zero-shot): {zero_shot}. Majority class: {accuracy:.4f}."
     )
 

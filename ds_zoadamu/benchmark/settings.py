@@ -1,5 +1,6 @@
 """What must be equal between contenders, checked before anything runs."""
 
+import itertools
 from argparse import Namespace
 from collections.abc import Sequence
 
@@ -51,14 +52,19 @@ def finetune_args(args: Namespace, point: Point | None = None, **more: object) -
 def _filled(args: Namespace, contender: Contender, points: Sequence[Point], model_input: ModelInput) -> dict:
     """The configuration of the last point; all of them and all seeds are checked."""
     try:
-        for seed in args.seeds:
-            for point in points:
-                run_args = finetune_args(args, point, max_steps=args.max_steps or 1000, seed=seed)
-                config = fill_auto(contender.config, run_args, world_size=args.ranks, hidden_size=model_input.hidden_size)
-                check_config(config)
+        for seed, steps, point in itertools.product(args.seeds, _lengths(args), points):
+            run_args = finetune_args(args, point, max_steps=steps, seed=seed)
+            config = fill_auto(contender.config, run_args, world_size=args.ranks, hidden_size=model_input.hidden_size)
+            check_config(config)
     except (InputError, ConfigError) as error:
         raise type(error)(f"{contender.name}: {error}") from error
     return config
+
+
+def _lengths(args: Namespace) -> set[int]:
+    """Steps of a run and of a trial, as far as they are known before the profiles."""
+    steps = args.max_steps or 1000
+    return {steps, args.trial_steps or max(1, steps // 4)}
 
 
 def _batch_settings(config: dict) -> dict:
