@@ -6,6 +6,7 @@
 Started without a launcher. Interrupted, the same command goes on. What the report says: docs/benchmark.md.
 """
 
+import signal
 import sys
 from pathlib import Path
 
@@ -17,11 +18,15 @@ from ds_zoadamu.tasks import InputError
 
 def main() -> int:
     args = benchmark_parser().parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run's processes end with this one
     try:
         return benchmark(args, Path(__file__).resolve().parents[1])
     except (InputError, ConfigError) as error:
         print(f"{sys.argv[0]}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{sys.argv[0]}: interrupted; the same command goes on with what is left", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """The benchmark's own folder: whether it may be written, and whether what is there belongs to the same benchmark."""
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ds_zoadamu.tasks import InputError
 
-SETTINGS = "settings.json"
+SETTINGS, _LOCK = "settings.json", ".lock"
 
 
 def check_folder(path: Path) -> None:
@@ -22,8 +24,24 @@ def check_folder(path: Path) -> None:
         raise InputError(f"--output_dir {path}: {existing} is a file, not a folder")
     if not os.access(existing, os.W_OK):
         raise InputError(f"--output_dir {path}: no permission to write in {existing}")
-    if path.exists() and any(path.iterdir()) and not (path / SETTINGS).exists():
+    if path.exists() and {p.name for p in path.iterdir()} - {_LOCK} and not (path / SETTINGS).exists():
         raise InputError(f"--output_dir {path} holds files but no benchmark ({SETTINGS}); give another folder")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Inside, no other benchmark works in the folder; it is given up when this process ends, however it ends.
+
+    Raises:
+        InputError: another one does.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / _LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"--output_dir {path}: another benchmark works there now; wait for it or stop it") from None
+        yield
 
 
 def claim_folder(path: Path, settings: Mapping[str, Any], configs: Mapping[str, dict]) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ds_zoadamu.benchmark.arguments import check_numbers, shared_arguments
 from ds_zoadamu.benchmark.collect import cost, summary
-from ds_zoadamu.benchmark.contenders import choose_contenders
-from ds_zoadamu.benchmark.folder import check_folder, claim_folder, write_json
+from ds_zoadamu.benchmark.contenders import Contender, choose_contenders
+from ds_zoadamu.benchmark.folder import check_folder, claim_folder, locked, write_json
 from ds_zoadamu.benchmark.grid import make_grids
 from ds_zoadamu.benchmark.outcomes import FAILED, FINISHED, Outcome
 from ds_zoadamu.benchmark.phases import Phases
@@ -49,35 +49,39 @@ def benchmark(args: Namespace, repository: Path) -> int:
         "threads": runner.threads,
         "profile_steps": args.profile_steps,
     }
-    claim_folder(output, settings, {c.name: c.config for c in contenders if not c.plain})
+    with locked(output):
+        claim_folder(output, settings, {c.name: c.config for c in contenders if not c.plain})
+        phases = Phases(args, runner, items, lambda text: print(text, flush=True))
+        results = {
+            "date": datetime.date.today().isoformat(),
+            "command": shlex.join(sys.argv),
+            "settings": {**settings, **common, "seeds": args.seeds, "target_accuracy": args.target_accuracy},
+            "budget": {name: getattr(args, name) for name in ("max_steps", "max_items", "max_seconds") if getattr(args, name)},
+            **_run_all(args, phases, contenders, grids, items),
+        }
+        _write(output, results)
+    return int(_any_failed(results["contenders"]))
 
-    phases = Phases(args, runner, items, lambda text: print(text, flush=True))
+
+def _run_all(args: Namespace, phases: Phases, contenders: list[Contender], grids: dict, items: int) -> dict:
+    """All phases; returns environment and contenders of results.json."""
     profiles = phases.profiles(contenders, grids)
     able = [c for c in contenders if profiles[c.name].status == FINISHED]
     steps = {c.name: phases.steps(profiles[c.name]) for c in able}
     searches = {c.name: phases.search(c, grids[c.name], steps[c.name]) for c in able}
-    chosen = {name: point for name, (point, _) in searches.items()}
-    finals = phases.finals(able, chosen, steps)
-
-    results = {
-        "date": datetime.date.today().isoformat(),
-        "command": shlex.join(sys.argv),
-        "settings": {**settings, **common, "seeds": args.seeds, "target_accuracy": args.target_accuracy},
-        "budget": {name: getattr(args, name) for name in ("max_steps", "max_items", "max_seconds") if getattr(args, name)},
-        "environment": _environment([*profiles.values(), *(o for by_seed in finals.values() for o in by_seed.values())]),
-        "contenders": {},
-    }
+    finals = phases.finals(able, {name: point for name, (point, _) in searches.items()}, steps)
+    entries = {}
     for c in contenders:
-        entry = {"optimizer": c.config["optimizer"]["type"] if c.config else "plain MeZO", "config": c.config}
         profile = profiles[c.name]
+        entry = {"optimizer": c.config["optimizer"]["type"] if c.config else "plain MeZO", "config": c.config}
         entry |= {"status": profile.status, "reason": profile.reason, "grid": [vars(point) for point in grids[c.name]]}
         if profile.status == FINISHED:
             point, trials = searches[c.name]
             entry |= {"cost": cost(profile, items), "steps": steps[c.name], "chosen": point and vars(point), "trials": trials}
             entry |= _status_of_search(point, trials) | {"runs": summary(finals[c.name], items, args.target_accuracy)}
-        results["contenders"][c.name] = entry
-    _write(output, results)
-    return int(_any_failed(results["contenders"]))
+        entries[c.name] = entry
+    outcomes = [*profiles.values(), *(outcome for by_seed in finals.values() for outcome in by_seed.values())]
+    return {"environment": _environment(outcomes), "contenders": entries}
 
 
 def _status_of_search(point: object, trials: list[dict]) -> dict:

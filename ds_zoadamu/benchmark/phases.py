@@ -46,7 +46,7 @@ class Phases:
     def search(self, contender: Contender, points: Sequence[Point], budget: int) -> tuple[Point | None, list[dict]]:
         """The point with the lowest development loss at a trial's end, and all trials; None where no trial finished.
 
-        One point needs no trial. The test set is not looked at.
+        One point needs no trial. A trial's accuracy on the test set plays no part.
         """
         if len(points) == 1:
             return points[0], []

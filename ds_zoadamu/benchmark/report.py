@@ -53,8 +53,8 @@ def _reached(results: dict) -> str:
 
 
 def _cost(results: dict) -> str:
-    def mb(key: str) -> Callable[[dict], str]:
-        return lambda e: f"{e['cost'][key] / 1e6:,.1f}"
+    def exact(key: str) -> Callable[[dict], str]:
+        return lambda e: f"{e['cost'][key]:,.0f}"
 
     columns: list[tuple[str, Callable[[dict], str]]] = [
         ("ranks x threads", lambda e: f"{e['cost']['ranks']} x {e['cost']['threads']}"),
@@ -63,14 +63,14 @@ def _cost(results: dict) -> str:
             lambda e: _quantiles(e["runs"].get("seconds_a_step") or e["cost"]["seconds_a_step"]),
         ),
         ("items a second", lambda e: f"{e['runs'].get('items_a_second') or e['cost']['items_a_second']:,.1f}"),
-        ("peak memory", mb("peak_bytes")),
-        ("weights", mb("weights_bytes")),
-        ("optimizer state", mb("optimizer_bytes")),
-        ("gradients", mb("gradients_bytes")),
-        ("sent a step", mb("sent_bytes")),
+        ("peak memory, MB", lambda e: f"{e['cost']['peak_bytes'] / 1e6:,.1f}"),
+        ("weights", exact("weights_bytes")),
+        ("optimizer state", exact("optimizer_bytes")),
+        ("gradients", exact("gradients_bytes")),
+        ("sent a step", exact("sent_bytes")),
     ]
     peaks = {entry["cost"]["peak_of"] for entry in results["contenders"].values() if "cost" in entry}
-    note = f"MB (1e6 bytes) of the rank that has most; peak memory: {' or '.join(sorted(peaks))}, loading and steps.\n\n"
+    note = f"Bytes of the rank that has most; peak memory: {' or '.join(sorted(peaks))}, loading and steps.\n\n"
     return "## What it cost\n\n" + note + _table(results, columns)
 
 
@@ -96,7 +96,7 @@ def _trials(results: dict) -> str:
     if not rows:
         return ""
     header = ("contender", "lr", "zo_eps", "steps", "development loss", "development accuracy", "chosen")
-    return f"## Trials\n\nWith seed {results['settings']['seeds'][0]}; the test set was not looked at.\n\n" + _rows(
+    return f"## Trials\n\nWith seed {results['settings']['seeds'][0]}; the lowest development loss is chosen.\n\n" + _rows(
         header, rows
     )
 

@@ -51,7 +51,7 @@ def stored_bytes(engine) -> dict[str, int]:
         return {f"{name}_bytes": value for name, value in engine.memory_bytes().items()}
     optimizer = engine.optimizer
     weights = sum(p.allocated_bytes for p in find_partitions(engine.module))
-    # DeepSpeed keeps fp32 weights beside fp32 partitions only as another name for the same memory.
+    # Where the partitions are fp32 on a GPU, DeepSpeed's master weights are another name for the same memory.
     shared = {t.untyped_storage().data_ptr() for t in optimizer.fp16_partitioned_groups_flat}
     masters = [t for t in optimizer.fp32_partitioned_groups_flat if t.untyped_storage().data_ptr() not in shared]
     states = [t for values in engine.basic_optimizer.state.values() for t in values.values() if torch.is_tensor(t)]

@@ -96,7 +96,8 @@ def test_a_run_leaves_metrics_results_curves_and_a_model(run):
     best = results["best_step"]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     assert all(line["seconds"] > 0 and line["projected_grad"] is not None for line in steps)
-    assert set(evals) == {("dev", 0), ("test", 0), ("dev", 3), ("dev", 6), ("test", best)}
+    assert set(evals) == {("dev", 0), ("test", 0), ("dev", 3), ("dev", 6), ("test", best), ("test", 6)}
+    assert results["accuracy"]["test_last"] == evals["test", 6]["accuracy"] and results["passes_a_step"]["forward"] == 2
     assert results["accuracy"]["test_after"] == evals["test", best]["accuracy"]
     assert results["accuracy"]["dev_best"] == max(evals["dev", 3]["accuracy"], evals["dev", 6]["accuracy"])
     assert evals["test", 0]["num_examples"] == 21 and evals["dev", 0]["num_examples"] == 13
