@@ -21,7 +21,8 @@ def draw_curves(records: Sequence[dict], path: Path, title: str, majority: float
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    steps = [record for record in records if record["kind"] == "step" and not record.get("skipped")]
+    # A loss that was not finite stands in metrics.jsonl as null.
+    steps = [r for r in records if r["kind"] == "step" and not r.get("skipped") and r["loss"] is not None]
     evals = [record for record in records if record["kind"] == "eval" and record["split"] == "dev"]
     numbers = [record["step"] for record in steps]
     figure = Figure(figsize=(13, 4), layout="constrained")
