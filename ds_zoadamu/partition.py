@@ -171,6 +171,12 @@ def find_partitions(module: torch.nn.Module) -> list[Partition]:
     return partitions
 
 
+def stored_weight_bytes(module: torch.nn.Module) -> int:
+    """Bytes of this rank's partitions of all parameters, frozen ones too, padding included, in memory or on NVMe; tied ones
+    once."""
+    return sum(p.ds_tensor.ds_numel * p.dtype.itemsize for p in module.parameters())
+
+
 def reject_empty(module: torch.nn.Module) -> None:
     """Raise ConfigError for a parameter of 0 elements on several ranks: DeepSpeed 0.19.8 fails in the middle of a gather."""
     if dist.get_world_size() == 1:

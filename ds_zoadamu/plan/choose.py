@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from ..errors import ConfigError
-from ..optimizers.zo_adamu import MomentumConfig
-from ..schedules import Schedule
+from ..optimizers.options import RuleConfig
+from ..optimizers.zo_adamu import ZOAdaMUConfig
 from .gathers import GatherSettings
 from .memory import MemoryPlan, Model, Nvme, plan_memory
 
@@ -17,7 +16,9 @@ LARGEST_MICRO_BATCH = 64
 class Request:
     """What the user has and wants. capacity, reserve, host_memory in bytes; momentum, micro_batch: None to have them chosen.
 
-    ``drive``: of a JSON that offloads to NVMe; ``offload`` is True then."""
+    ``drive``: of a JSON that offloads to NVMe; ``offload`` is True then. ``rule``, ``options``: the update rule by name, and
+    its parsed options.
+    """
 
     world_size: int
     capacity: int
@@ -30,13 +31,30 @@ class Request:
     host_memory: int | None = None
     reserve: int | None = None
     settings: GatherSettings = GatherSettings()
-    schedule: Schedule
-    momentum_config: MomentumConfig = MomentumConfig()
+    rule: str = "ZOAdaMU"
+    options: RuleConfig
+
+    @property
+    def num_perturbations(self) -> int:
+        return self.options.num_perturbations
+
+    @property
+    def has_momentum(self) -> bool:
+        """MeZO's perturbation is made of noise alone."""
+        return isinstance(self.options, ZOAdaMUConfig)
 
     @property
     def window(self) -> int:
-        """Replay's K at the plateau of the schedule: steps before the present one whose noise is made again."""
-        return self.schedule.plateau_window(self.momentum_config.window_tolerance)
+        """Replay's K at the plateau of the schedule: steps before the present one whose noise is made again. 0 without
+        momentum."""
+        if not self.has_momentum:
+            return 0
+        return self.options.schedule.plateau_window(self.options.momentum.window_tolerance)
+
+    @property
+    def max_window(self) -> int:
+        """The largest K that the options allow."""
+        return self.options.momentum.max_window if self.has_momentum else 0
 
 
 @dataclass(frozen=True)
@@ -57,7 +75,7 @@ def plan_for(model: Model, request: Request, momentum: str, micro_batch: int, of
     return plan_memory(
         model, world_size=request.world_size, capacity=request.capacity, momentum=momentum, micro_batch=micro_batch,
         length=request.length, settings=request.settings, accumulation=request.accumulation,
-        offload=offload, reserve=request.reserve, drive=request.drive,
+        offload=offload, reserve=request.reserve, drive=request.drive, num_perturbations=request.num_perturbations,
     )  # fmt: skip
 
 
@@ -79,13 +97,15 @@ def choose(model: Model, request: Request) -> Choice:
             if choice.fits:
                 if request.micro_batch is None:
                     choice = replace(choice, plan=_largest_batch(model, request, plan, offload))
-                return replace(choice, notes=choice.notes + _notes(request, choice, tried))
+                return replace(choice, notes=_rule_notes(request) + choice.notes + _notes(request, choice, tried))
     best = max(tried, key=lambda c: (not c.offload, c.plan.spare))
-    return replace(best, notes=best.notes + _remedies(model, request, best))
+    return replace(best, notes=_rule_notes(request) + best.notes + _remedies(model, request, best))
 
 
 def _open_modes(request: Request) -> tuple[str, ...]:
-    return MODES if request.window <= request.momentum_config.max_window else MODES[:1]
+    if not request.has_momentum:
+        return ("none",)
+    return MODES if request.window <= request.max_window else MODES[:1]
 
 
 def _largest_batch(model: Model, request: Request, plan: MemoryPlan, offload: bool) -> MemoryPlan:
@@ -123,13 +143,24 @@ def _notes(request: Request, choice: Choice, tried: list[Choice]) -> tuple[str, 
     return tuple(notes)
 
 
+def _rule_notes(request: Request) -> tuple[str, ...]:
+    """What is not the usual ZO-AdaMU with one perturbation."""
+    count = request.num_perturbations
+    notes = [] if request.has_momentum else [f"{request.rule} has no momentum: nothing lies beside the weights"]
+    if count > 1:
+        momenta = f" and {count} momenta" if request.has_momentum else ""
+        notes.append(f"num_perturbations is {count}: a step has {2 * count} forwards{momenta}")
+    return tuple(notes)
+
+
 def _remedies(model: Model, request: Request, best: Choice) -> tuple[str, ...]:
     notes = []
-    if request.momentum is None and request.window > request.momentum_config.max_window:
-        notes.append(
-            f"replay is left out: it needs K = {request.window} steps of noise, "
-            f"max_window is {request.momentum_config.max_window}"
-        )
+    if request.momentum is None and request.window > request.max_window:
+        notes.append(f"replay is left out: it needs K = {request.window} steps of noise, max_window is {request.max_window}")
+    if request.num_perturbations > 1 and best.plan.momentum > 0:
+        one = replace(request, options=replace(request.options, num_perturbations=1))
+        if plan_for(model, one, best.plan.momentum_mode, best.plan.micro_batch, best.offload).fits:
+            notes.append("it fits with num_perturbations 1")
     for world_size in (2**k for k in range(11)):
         if world_size > request.world_size:
             if plan_for(
@@ -140,12 +171,3 @@ def _remedies(model: Model, request: Request, best: Choice) -> tuple[str, ...]:
     if request.host_memory is None and not best.offload:
         notes.append("or give --host-memory GB to consider weights in host memory")
     return tuple(notes)
-
-
-def check_mode(mode: str | None, window: int, momentum: MomentumConfig) -> None:
-    """Raises ConfigError where replay is asked for and its window is too long."""
-    if mode == "replay" and window > momentum.max_window:
-        raise ConfigError(
-            f"momentum.dtype is 'replay', which needs K = {window} steps of noise; "
-            f"max_window is {momentum.max_window}: raise it or use int8"
-        )

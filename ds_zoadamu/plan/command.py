@@ -7,7 +7,8 @@ import os
 from ..config import read_config
 from ..errors import ConfigError
 from ..nvme import check_partition_sizes
-from .choose import Choice, Request, check_mode, choose
+from .adapters import read_adapter
+from .choose import Choice, Request, choose
 from .configs import dtype_of, matching_config, options_of, read_for_plan, write_config
 from .gathers import GatherSettings
 from .memory import GB, Model, Nvme
@@ -22,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command. Numbers are read as text, so that their errors are ours."""
     parser.add_argument(
         "--model", help="facebook/opt-125m ... facebook/opt-175b (built in), a folder with config.json, or a hub name"
+    )
+    parser.add_argument(
+        "--adapter", metavar="FOLDER", help="train a PEFT adapter only: folder with its adapter_config.json (needs peft)"
     )
     parser.add_argument("--gpus", default="1", help="number of GPUs, of one machine (default: %(default)s)")
     parser.add_argument("--gpu-memory", help="of each GPU, decimal GB (default: that of --gpu)")
@@ -137,11 +141,11 @@ def make_plan(args: argparse.Namespace) -> tuple[Model, Request, Choice, Hardwar
         host_memory=None if args.host_memory is None else int(gigabytes("--host-memory", args.host_memory, 1e6) * GB),
         reserve=None if args.reserve is None else int(number("--reserve", args.reserve, 0.0, capacity / GB) * GB),
         settings=GatherSettings.from_config(config),
-        schedule=options.schedule,
-        momentum_config=options.momentum,
+        rule=config["optimizer"]["type"],
+        options=options,
     )
-    check_mode(momentum, request.window, options.momentum)
-    model = Model.build(args.model, model_config, dtype_of(config))
+    adapter = None if args.adapter is None else read_adapter(args.adapter)
+    model = Model.build(args.model, model_config, dtype_of(config), adapter)
     if request.drive is not None:
         check_partition_sizes(config, ((size.name, size.numel) for size in model.sizes), world_size)
     return model, request, choose(model, request), hardware
@@ -153,6 +157,7 @@ def _step_time(model: Model, request: Request, choice: Choice, hardware: Hardwar
     return estimate_step(
         model, choice.plan, hardware, accumulation=request.accumulation, window=window,
         layers=getattr(text, "num_hidden_layers", 0), hidden=getattr(text, "hidden_size", 0), offload=choice.offload,
+        num_perturbations=request.num_perturbations,
     )  # fmt: skip
 
 

@@ -7,9 +7,12 @@ from typing import Any
 
 from ..config import check_config, check_deepspeed_settings, read_config, zeroth_order_type
 from ..errors import ConfigError
-from ..optimizers.zo_adamu import ZOAdaMUConfig
+from ..optimizers import OPTIMIZERS
+from ..optimizers.options import RuleConfig
 from .choose import Choice
 from .memory import Model
+
+_SECTIONS = ("optimizer", "zero_optimization", "bf16", "fp16", "scheduler")
 
 
 def read_for_plan(
@@ -22,9 +25,13 @@ def read_for_plan(
     contradiction.
     """
     config = template() if path is None else dict(read_config(path))
+    for section in _SECTIONS:
+        if not isinstance(config.get(section, {}), dict):
+            raise ConfigError(f"{path}: {section} is {config[section]!r}; it must be an object")
     if zeroth_order_type(config) is None:
         named = config.get("optimizer", {}).get("type")
-        raise ConfigError(f'{path}: optimizer.type is {named!r}; the plan is for "ZOAdaMU": set it, or leave out --config')
+        rules = " or ".join(f'"{rule}"' for rule in OPTIMIZERS)
+        raise ConfigError(f"{path}: optimizer.type is {named!r}; the plan is for {rules}: set it, or leave out --config")
     check_deepspeed_settings({**config, "gradient_clipping": 0.0})  # before anything is filled; "auto" clipping becomes 0
     from ..training.auto_config import fill_auto
 
@@ -47,9 +54,9 @@ def dtype_of(config: dict) -> str:
     return next((key for key in ("bf16", "fp16") if config.get(key, {}).get("enabled") is True), "fp32")
 
 
-def options_of(config: dict) -> ZOAdaMUConfig:
-    """The parsed optimizer section of a filled configuration."""
-    return ZOAdaMUConfig.parse(config["optimizer"].get("params", {}))
+def options_of(config: dict) -> RuleConfig:
+    """The parsed options of a filled configuration's rule."""
+    return OPTIMIZERS[config["optimizer"]["type"]].config_class.parse(config["optimizer"].get("params", {}))
 
 
 def template(dtype: str = "bf16") -> dict[str, Any]:
@@ -75,13 +82,12 @@ def template(dtype: str = "bf16") -> dict[str, Any]:
 
 def matching_config(base: dict | None, model: Model, choice: Choice) -> dict[str, Any]:
     """``base`` (the user's JSON as it was given, or the template) with what the plan decided: momentum, micro-batch, dtype,
-    offload."""
+    offload. The rule and its other options stay."""
     config = json.loads(json.dumps(template() if base is None else base))
     config["train_micro_batch_size_per_gpu"] = choice.plan.micro_batch
     if base is not None and isinstance(config.get("train_batch_size"), int):
         config["train_batch_size"] = "auto"
-    params = config["optimizer"].setdefault("params", {})
-    params["momentum"] = {**params.get("momentum", {}), "dtype": choice.plan.momentum_mode}
+    set_momentum(config, choice.plan.momentum_mode)
     for key in ("bf16", "fp16"):
         config.setdefault(key, {})["enabled"] = key == model.dtype
     place_offload(config, choice)
@@ -93,6 +99,13 @@ def place_offload(config: dict, choice: Choice) -> None:
     zero = config["zero_optimization"]
     if choice.offload and (zero.get("offload_param") or {}).get("device", "none") == "none":
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+
+
+def set_momentum(config: dict, mode: str) -> None:
+    """Write the storage of the momentum into ``config``; nothing for "none", of a rule that has no such option."""
+    if mode != "none":
+        params = config["optimizer"].setdefault("params", {})
+        params["momentum"] = {**params.get("momentum", {}), "dtype": mode}
 
 
 def write_config(path: str, config: dict) -> None:

@@ -3,11 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from .. import nvme
+from .adapters import with_adapter
 from .gathers import GatherSettings, copied_numel, gather_use
 from .sizes import (
     ITEMSIZE,
     MOMENTUM_BYTES,
+    TORCH_DTYPES,
     ParameterSize,
     buffer_bytes,
     meta_model,
@@ -55,14 +59,22 @@ class Model:
     _traces: dict = field(default_factory=dict)
 
     @classmethod
-    def build(cls, name: str, config, dtype: str) -> "Model":
-        """From a Transformers configuration, on the meta device. Raises ConfigError."""
+    def build(cls, name: str, config, dtype: str, adapter=None) -> "Model":
+        """From a Transformers configuration, and a PEFT configuration where only ``adapter`` is trained; on the meta device.
+        Raises ConfigError."""
         module = meta_model(config, dtype)
+        if adapter is not None:
+            with torch.device("meta"):
+                module = with_adapter(module, adapter, TORCH_DTYPES[dtype])
         return cls(name, module, parameter_sizes(module), buffer_bytes(module), dtype)
 
     @property
     def numel(self) -> int:
         return sum(size.numel for size in self.sizes)
+
+    @property
+    def trained_numel(self) -> int:
+        return sum(size.numel for size in self.sizes if size.trained)
 
     @property
     def itemsize(self) -> int:
@@ -126,12 +138,13 @@ class MemoryPlan:
 def plan_memory(
     model: Model, *, world_size: int, capacity: int, momentum: str, micro_batch: int, length: int,
     settings: GatherSettings | None = None, accumulation: int = 1, offload: bool = False, reserve: int | None = None,
-    drive: Nvme | None = None,
+    drive: Nvme | None = None, num_perturbations: int = 1,
 ) -> MemoryPlan:  # fmt: skip
-    """The plan of ZO-AdaMU on ``world_size`` GPUs of ``capacity`` bytes each.
+    """The plan of a zeroth-order run on ``world_size`` GPUs of ``capacity`` bytes each.
 
-    Args: ``momentum``: fp32, bf16, fp16, int8 or replay. ``offload``: weights and momentum off the GPU (offload_param): in host
-    memory, or those that a ``drive`` takes on that. ``reserve``: bytes, by default RESERVE_SHARE of the capacity.
+    Args: ``momentum``: fp32, bf16, fp16, int8, replay, or none for MeZO; one is stored for each of ``num_perturbations``,
+    whose forwards follow one another and so share their memory. ``offload``: weights and momentum off the GPU (offload_param):
+    in host memory, or those that a ``drive`` takes on that. ``reserve``: bytes, by default RESERVE_SHARE of the capacity.
     """
     sizes, itemsize = model.sizes, model.itemsize
     use = gather_use(
@@ -139,10 +152,10 @@ def plan_memory(
         accumulation=accumulation, offload=offload, momentum_itemsize=MOMENTUM_BYTES[momentum],
     )  # fmt: skip
     weights = weight_bytes(sizes, world_size, itemsize)
-    stored = momentum_bytes(sizes, 0, world_size, momentum)
+    stored = momentum_bytes(sizes, 0, world_size, momentum, num_perturbations)
     on_drive = [size for size in sizes if offload and drive is not None and drive.takes(size, world_size, itemsize)]
-    files = _every_rank(on_drive, world_size, itemsize, momentum)
-    elsewhere = _every_rank(sizes, world_size, itemsize, momentum) - files
+    files = _every_rank(on_drive, world_size, itemsize, momentum, num_perturbations)
+    elsewhere = _every_rank(sizes, world_size, itemsize, momentum, num_perturbations) - files
     return MemoryPlan(
         world_size=world_size,
         momentum_mode=momentum,
@@ -152,7 +165,7 @@ def plan_memory(
         momentum=0 if offload else stored,
         gathered=use.gathered,
         temporaries=use.temporaries
-        + (_update_copy(sizes, world_size, itemsize + MOMENTUM_BYTES[momentum], use) if offload else 0),
+        + (_update_copy(sizes, world_size, itemsize + num_perturbations * MOMENTUM_BYTES[momentum], use) if offload else 0),
         activations=use.activations,
         reserve=int(RESERVE_SHARE * capacity) if reserve is None else reserve,
         capacity=capacity,
@@ -164,13 +177,13 @@ def plan_memory(
     )
 
 
-def _every_rank(sizes: Sequence[ParameterSize], world_size: int, itemsize: int, momentum: str) -> int:
-    """Weights and momentum of all ranks together."""
-    momenta = sum(momentum_bytes(sizes, rank, world_size, momentum) for rank in range(world_size))
+def _every_rank(sizes: Sequence[ParameterSize], world_size: int, itemsize: int, momentum: str, num_perturbations: int) -> int:
+    """Weights and momenta of all ranks together."""
+    momenta = sum(momentum_bytes(sizes, rank, world_size, momentum, num_perturbations) for rank in range(world_size))
     return world_size * weight_bytes(sizes, world_size, itemsize) + momenta
 
 
 def _update_copy(sizes: Sequence[ParameterSize], world_size: int, element_bytes: int, use) -> int:
-    """Offloaded, the update copies partitions and momentum to the device in chunks; by then the gathers' memory is free."""
+    """Offloaded, the update copies partitions and momenta to the device in chunks; by then the gathers' memory is free."""
     largest = max((size.partition_numel(world_size) for size in sizes if size.trained), default=0)
     return max(0, copied_numel(largest) * element_bytes - use.total)

@@ -11,17 +11,20 @@ from dataclasses import dataclass
 
 from .. import nvme
 from ..errors import ConfigError
+from .adapters import read_adapter, with_adapter
 from .choose import Choice, Request, plan_for
-from .configs import dtype_of, place_offload, read_for_plan
+from .configs import dtype_of, place_offload, read_for_plan, set_momentum
 from .memory import GB, MemoryPlan, Model
 from .models import load_config
-from .sizes import TORCH_DTYPES, momentum_bytes, weight_bytes
+from .sizes import TORCH_DTYPES, buffer_bytes, momentum_bytes, weight_bytes
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Bytes on this rank: planned by item, and ``measured``: weights, momentum, and the peak of the allocator (GPU) or of
-    resident memory (CPU)."""
+    """Bytes on this rank: planned by item, and ``measured``: weights (frozen ones too), momentum, buffers, and the peak of the
+    allocator (GPU) or of resident memory (CPU)."""
+
+    ITEMS = ("weights", "momentum", "buffers")
 
     plan: MemoryPlan
     expected: dict[str, int]
@@ -31,14 +34,14 @@ class Rehearsal:
 
     @property
     def exact(self) -> bool:
-        """Weights and momentum are what was planned, to the byte."""
-        return all(self.measured[key] == self.expected[key] for key in ("weights", "momentum"))
+        """Weights, momentum and buffers are what was planned, to the byte."""
+        return all(self.measured[key] == self.expected[key] for key in self.ITEMS)
 
     def text(self) -> str:
         """The comparison, one line an item."""
         losses = ", ".join(f"{loss:.4f}" for loss in self.losses)
         lines = [f"rehearsal: {len(self.losses)} steps, losses {losses}", f"{'':10s} {'planned GB':>12s} {'measured GB':>12s}"]
-        for key in ("weights", "momentum"):
+        for key in self.ITEMS:
             lines.append(f"{key:10s} {self.expected[key] / GB:12.6f} {self.measured[key] / GB:12.6f}")
         planned, peak = self.plan.counted, self.measured["peak"]
         lines.append(
@@ -74,14 +77,16 @@ def rehearse(args: argparse.Namespace, request: Request, choice: Choice, layers:
     model_config = reduced(load_config(args.model), layers)
     config = _config(args, request, choice, getattr(model_config.get_text_config(), "hidden_size", None))
     dtype = dtype_of(config)
-    small = Model.build(args.model, model_config, dtype)
+    adapter = None if args.adapter is None else read_adapter(args.adapter)
+    small = Model.build(args.model, model_config, dtype, adapter)
     plan = plan_for(small, request, choice.plan.momentum_mode, choice.plan.micro_batch, choice.offload)
     rank = int(os.environ.get("RANK", "0"))
     expected = {
-        "weights": weight_bytes([s for s in small.sizes if s.trained], world_size, small.itemsize),
-        "momentum": momentum_bytes(small.sizes, rank, world_size, plan.momentum_mode),
+        "weights": weight_bytes(small.sizes, world_size, small.itemsize),
+        "momentum": momentum_bytes(small.sizes, rank, world_size, plan.momentum_mode, request.num_perturbations),
+        "buffers": small.buffers,
     }
-    measured, kind, losses = _measure(model_config, config, plan, TORCH_DTYPES[dtype], steps)
+    measured, kind, losses = _measure(model_config, adapter, config, plan, TORCH_DTYPES[dtype], steps)
     return Rehearsal(plan, expected, measured, kind, losses)
 
 
@@ -91,15 +96,14 @@ def _config(args: argparse.Namespace, request: Request, choice: Choice, hidden: 
     config = read_for_plan(
         args.config, world_size=request.world_size, hidden=hidden, steps=steps, dtype=args.dtype, micro_batch=batch
     )
-    config["optimizer"]["params"]["momentum"] = {
-        **config["optimizer"]["params"].get("momentum", {}),
-        "dtype": choice.plan.momentum_mode,
-    }
+    set_momentum(config, choice.plan.momentum_mode)
     place_offload(config, choice)
     return config
 
 
-def _measure(model_config, config: dict, plan: MemoryPlan, dtype, steps: int) -> tuple[dict[str, int], str, tuple[float, ...]]:
+def _measure(
+    model_config, adapter, config: dict, plan: MemoryPlan, dtype, steps: int
+) -> tuple[dict[str, int], str, tuple[float, ...]]:
     import torch
     from deepspeed.accelerator import get_accelerator
     from transformers import AutoModelForCausalLM
@@ -107,6 +111,7 @@ def _measure(model_config, config: dict, plan: MemoryPlan, dtype, steps: int) ->
 
     from ..distributed import init_distributed
     from ..engine import initialize
+    from ..partition import stored_weight_bytes
     from ..training.memory import PeakMemory
 
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -119,6 +124,8 @@ def _measure(model_config, config: dict, plan: MemoryPlan, dtype, steps: int) ->
     before = PeakMemory().report()["resident_baseline"]
     keep = HfDeepSpeedConfig(config)  # Transformers builds into partitions as long as this lives
     model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    if adapter is not None:
+        model = with_adapter(model, adapter, dtype)
     engine = initialize(model=model, config=config)[0]
     del keep
     generator = torch.Generator().manual_seed(0)
@@ -127,7 +134,11 @@ def _measure(model_config, config: dict, plan: MemoryPlan, dtype, steps: int) ->
     mask = torch.ones_like(ids)
     mask[:, 0] = 0  # with padding the mask cannot be skipped: the larger case, which is the one planned
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids}
-    held = engine.memory_bytes()
+    held = {
+        "weights": stored_weight_bytes(engine.module),
+        "momentum": engine.memory_bytes()["momentum"],
+        "buffers": buffer_bytes(engine.module),
+    }
     accumulation = engine.gradient_accumulation_steps()
     memory = PeakMemory()  # the peak counts from here on: random initialisation is no part of the real job
     losses = tuple(engine.train_batch(iter([batch] * accumulation)) for _ in range(steps))

@@ -37,7 +37,8 @@ def memory_report(model: Model, plan: MemoryPlan, exact: bool) -> list[str]:
 def verdict(choice: Choice) -> str:
     """One line: fits, or by how much not."""
     plan = choice.plan
-    what = f"momentum {plan.momentum_mode}, micro-batch {plan.micro_batch} x {plan.length} tokens"
+    momentum = "no momentum" if plan.momentum_mode == "none" else f"momentum {plan.momentum_mode}"
+    what = f"{momentum}, micro-batch {plan.micro_batch} x {plan.length} tokens"
     if choice.fits:
         return f"fits, {gb(plan.spare)} GB to spare: {what}"
     if plan.fits:
@@ -45,12 +46,15 @@ def verdict(choice: Choice) -> str:
     return f"DOES NOT FIT by {gb(-plan.spare)} GB a GPU, {what}"
 
 
-def time_report(time: StepTime, hardware: Hardware, accumulation: int, on_drive: bool = False) -> list[str]:
+def time_report(
+    time: StepTime, hardware: Hardware, accumulation: int, num_perturbations: int = 1, on_drive: bool = False
+) -> list[str]:
     """Lines of the estimated seconds, with the figures behind them."""
+    forwards = "two" if num_perturbations == 1 else 2 * num_perturbations
     lines = [
         f"one step, estimated: {time.overlapped:.2f} s (gathers hidden as well as can be) to {time.total:.2f} s (not hidden), "
         f"{accumulation} micro-batch{'es' if accumulation > 1 else ''} a GPU",
-        f"  two forwards {time.forward:.2f} s, gathers {time.gather:.2f} s, noise and update {time.noise:.2f} s"
+        f"  {forwards} forwards {time.forward:.2f} s, gathers {time.gather:.2f} s, noise and update {time.noise:.2f} s"
         + (f", {'NVMe' if on_drive else 'host memory'} {time.host:.2f} s" if time.host else ""),
         f"  from {hardware.name}: {hardware.tflops:g} TFLOPS x {hardware.efficiency:g}, links {hardware.link_gb:g} GB/s x "
         f"{hardware.link_efficiency:g}, {hardware.instructions:g}e12 instructions/s x {hardware.efficiency:g}"
@@ -63,12 +67,11 @@ def full_report(model: Model, request: Request, choice: Choice, time: StepTime, 
     """What `ds_zoadamu plan` prints."""
     exact = model.trace(choice.plan.micro_batch, choice.plan.length).exact
     partitions = f"{choice.plan.world_size} partition{'s' if choice.plan.world_size > 1 else ''}"
-    lines = [f"{model.name}: {model.numel:,} parameters, {model.dtype}, in {partitions}", verdict(choice)]
+    trained = "" if model.trained_numel == model.numel else f" ({model.trained_numel:,} of them trained)"
+    lines = [f"{model.name}: {model.numel:,} parameters{trained}, {model.dtype}, in {partitions}", verdict(choice)]
     lines += [f"  {note}" for note in choice.notes]
     lines += memory_report(model, choice.plan, exact)
-    lines.append(
-        f"gathered at once: at most {choice.plan.live_numel:,} elements; replay's K would be {request.window} "
-        f"(max_window {request.momentum_config.max_window})"
-    )
-    lines += time_report(time, hardware, request.accumulation, bool(choice.plan.on_drive))
+    window = f"; replay's K would be {request.window} (max_window {request.max_window})" if request.has_momentum else ""
+    lines.append(f"gathered at once: at most {choice.plan.live_numel:,} elements{window}")
+    lines += time_report(time, hardware, request.accumulation, request.num_perturbations, bool(choice.plan.on_drive))
     return "\n".join(lines)

@@ -9,8 +9,8 @@ from ..errors import ConfigError
 
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of one stored weight."""
-MOMENTUM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "replay": 0}
-"""Bytes of momentum beside each trained weight."""
+MOMENTUM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "replay": 0, "none": 0}
+"""Bytes of one momentum beside each trained weight; none: of a rule that has no momentum."""
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -55,9 +55,12 @@ def weight_bytes(sizes: Iterable[ParameterSize], world_size: int, itemsize: int)
     return itemsize * sum(size.partition_numel(world_size) for size in sizes)
 
 
-def momentum_bytes(sizes: Iterable[ParameterSize], rank: int, world_size: int, momentum: str) -> int:
-    """Bytes of momentum on one rank: of trained parameters, without padding. Rank 0 has the most."""
-    return MOMENTUM_BYTES[momentum] * sum(size.real_numel(rank, world_size) for size in sizes if size.trained)
+def momentum_bytes(
+    sizes: Iterable[ParameterSize], rank: int, world_size: int, momentum: str, num_perturbations: int = 1
+) -> int:
+    """Bytes of momentum on one rank: of trained parameters, without padding, one for each perturbation. Rank 0 has the most."""
+    numel = sum(size.real_numel(rank, world_size) for size in sizes if size.trained)
+    return num_perturbations * MOMENTUM_BYTES[momentum] * numel
 
 
 def buffer_bytes(module: torch.nn.Module) -> int:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from .memory import MemoryPlan, Model
+from .sizes import MOMENTUM_BYTES, weight_bytes
 
 NOISE_INSTRUCTIONS = 130
 """GPU instructions for one element's two normal numbers, counted from kernels/reference.py: half a Philox-4x32-10 (10 rounds of
@@ -77,27 +78,28 @@ def estimate_step(
     layers: int = 0,
     hidden: int = 0,
     offload: bool = False,
+    num_perturbations: int = 1,
 ) -> StepTime:
-    """Seconds of a step: two forwards of each micro-batch, their gathers, and noise for each gathered element and for the
-    update.
+    """Seconds of a step: two forwards of each micro-batch and perturbation, their gathers, and noise for each gathered element
+    and for the update along each perturbation.
 
     Args: ``window``: steps of noise that one direction takes (1, or 1 + K with replay at the plateau). ``layers``, ``hidden``:
     for the arithmetic of attention; 0 leaves it out.
     """
     tokens = plan.micro_batch * plan.length
-    passes = 2 * accumulation
+    passes = 2 * accumulation * num_perturbations
     # 2 flop for each weight and token; scores and their sum over the values: 4 hidden length for each token and layer.
     flop = passes * tokens * (2 * model.numel + 4 * layers * hidden * plan.length)
     received = passes * plan.traffic_numel * model.itemsize * (plan.world_size - 1) / plan.world_size
     trained = sum(size.real_numel(0, plan.world_size) for size in model.sizes if size.trained)
-    elements = passes * plan.perturbed_numel + trained
+    elements = passes * plan.perturbed_numel + num_perturbations * trained
     from_host = 0.0
-    if offload:  # each gather reads the partitions, the update reads and writes them
-        moved = (passes * plan.perturbed_numel + 2 * trained) / max(1, trained)
+    if offload:
+        moved = _moved_from_host(model, plan, passes, trained, num_perturbations)
         if plan.on_drive:
-            from_host = moved * plan.on_drive / (hardware.drive_gb * 1e9)
+            from_host = plan.world_size * moved * _share_on_drive(model, plan, num_perturbations) / (hardware.drive_gb * 1e9)
         else:
-            from_host = moved * plan.host / max(1, plan.world_size) / (hardware.host_gb * 1e9 * hardware.link_efficiency)
+            from_host = moved / (hardware.host_gb * 1e9 * hardware.link_efficiency)
     return StepTime(
         forward=flop / (hardware.tflops * 1e12 * hardware.efficiency),
         gather=received / (hardware.link_gb * 1e9 * hardware.link_efficiency),
@@ -106,3 +108,20 @@ def estimate_step(
         / (hardware.instructions * 1e12 * hardware.efficiency),
         host=from_host,
     )
+
+
+def _moved_from_host(model: Model, plan: MemoryPlan, passes: int, trained: int, num_perturbations: int) -> float:
+    """Bytes that a rank reads and writes in a step where its partitions are offloaded.
+
+    A gather reads the partitions, frozen ones too, and one momentum; the update reads and writes those that are trained, with
+    all their momenta.
+    """
+    momentum = MOMENTUM_BYTES[plan.momentum_mode]
+    gathers = passes * (plan.traffic_numel / plan.world_size * model.itemsize + plan.perturbed_numel * momentum)
+    return gathers + 2 * trained * (model.itemsize + num_perturbations * momentum)
+
+
+def _share_on_drive(model: Model, plan: MemoryPlan, num_perturbations: int) -> float:
+    """Of the stored bytes; small partitions stay in memory."""
+    weights = plan.world_size * weight_bytes(model.sizes, plan.world_size, model.itemsize)
+    return plan.on_drive / (weights + num_perturbations * MOMENTUM_BYTES[plan.momentum_mode] * model.trained_numel)

@@ -1,0 +1,61 @@
+"""PEFT adapters in the plan: the frozen model is partitioned and gathered plainly, the adapter alone is trained."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from ..errors import ConfigError
+
+
+def read_adapter(folder: str):
+    """The PEFT configuration of an adapter, from ``folder/adapter_config.json``; no weights are read.
+
+    Raises ConfigError: peft is not installed, the file cannot be read, or PEFT does not know what it describes.
+    """
+    path = Path(folder) / "adapter_config.json"
+    try:
+        given = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"--adapter: {path} cannot be read: {error.strerror}; name the adapter's folder") from error
+    except ValueError as error:
+        raise ConfigError(f"--adapter: {path} is not valid JSON: {error}") from error
+    if not isinstance(given, dict) or "peft_type" not in given:
+        raise ConfigError(f'--adapter: {path} has no "peft_type", so its kind is unknown; add it, for example "LORA"')
+    peft = _peft()
+    if given["peft_type"] not in list(peft.PeftType):
+        known = ", ".join(kind.value for kind in peft.PeftType)
+        raise ConfigError(f"--adapter: {path}: peft_type is {given['peft_type']!r}; PEFT {peft.__version__} knows {known}")
+    try:
+        adapter = peft.PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"--adapter: {path} is not a configuration that PEFT reads: {error}") from error
+    adapter.inference_mode = False  # as saved by PEFT it is true, which would freeze the adapter
+    return adapter
+
+
+def with_adapter(module: torch.nn.Module, adapter, dtype: torch.dtype) -> torch.nn.Module:
+    """``module`` wrapped by PEFT, everything but the adapter frozen, and the adapter in ``dtype``.
+
+    PEFT would keep a 16-bit model's adapter in fp32; DeepSpeed casts it where it casts the model. Raises ConfigError for an
+    adapter that does not fit the model.
+    """
+    try:
+        wrapped = _peft().get_peft_model(module, adapter, autocast_adapter_dtype=False)
+    except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+        message = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"--adapter: a {adapter.peft_type.value} adapter cannot be put on this model: {message}") from error
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    if not trained:
+        raise ConfigError(f"--adapter: a {adapter.peft_type.value} adapter leaves nothing to train in this model")
+    for param in trained:
+        param.data = param.data.to(dtype)
+    return wrapped
+
+
+def _peft():
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError('--adapter needs peft; install it with: pip install "ds_zoadamu[peft]"') from error
+    return peft
