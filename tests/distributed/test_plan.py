@@ -11,7 +11,8 @@ import torch
 import transformers
 
 from ds_zoadamu.plan.gathers import GatherSettings, gather_use
-from ds_zoadamu.plan.sizes import momentum_bytes, parameter_sizes, weight_bytes
+from ds_zoadamu.plan.memory import Model
+from ds_zoadamu.plan.sizes import buffer_bytes, momentum_bytes, parameter_sizes, weight_bytes
 from ds_zoadamu.plan.trace import trace_forward
 
 from .harness import free_port, run_ranks
@@ -42,40 +43,92 @@ def _untied_llama(dtype):
 MODELS = {"odd": OddModel, "opt": tiny_opt, "lora": _lora, "llama": _untied_llama}
 
 
-CASES = [
-    ("odd", "bf16", "int8"),
-    ("odd", "fp32", "fp32"),
-    ("opt", "bf16", "replay"),
-    ("llama", "bf16", "int8"),
-    ("lora", "bf16", "bf16"),
+CASES = [  # model, weights, momentum ("none": MeZO), perturbations a step
+    ("odd", "bf16", "int8", 3),
+    ("odd", "fp32", "fp32", 1),
+    ("opt", "bf16", "replay", 2),
+    ("llama", "bf16", "int8", 1),
+    ("lora", "bf16", "bf16", 2),
+    ("odd", "bf16", "none", 2),
 ]
+
+
+def _config(world_size, dtype, momentum, num_perturbations):
+    if momentum == "none":
+        rule = {"optimizer": {"type": "MeZO", "params": {"lr": 1e-2, "num_perturbations": num_perturbations}}}
+    else:
+        rule = {"params": {"momentum": {"dtype": momentum}, "num_perturbations": num_perturbations}}
+    return config(world_size, **rule, **PRECISIONS[dtype])
+
+
+def _bytes_held(engine) -> tuple[dict[str, int], int, int]:
+    """Of trained weights and momentum, of all weights, of buffers."""
+    everything = sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in engine.module.parameters())
+    return engine.memory_bytes(), everything, buffer_bytes(engine.module)
 
 
 def _held(rank, world_size, cases):
     held = []
-    for kind, dtype, momentum in cases:
-        engine = engine_for(
-            MODELS[kind](DTYPES[dtype]), config(world_size, params={"momentum": {"dtype": momentum}}, **PRECISIONS[dtype])
-        )
+    for kind, dtype, momentum, num_perturbations in cases:
+        engine = engine_for(MODELS[kind](DTYPES[dtype]), _config(world_size, dtype, momentum, num_perturbations))
         engine.train_batch(odd_batches(1)[0])
-        everything = sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in engine.module.parameters())
-        held.append((engine.memory_bytes(), everything))
+        held.append(_bytes_held(engine))
         engine.destroy()
     return held
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_weights_and_momentum_planned_are_those_held(world_size):
+def test_weights_momentum_and_buffers_planned_are_those_held(world_size):
     cases = CASES if world_size == 2 else CASES[1:4]
     cases = cases if importlib.util.find_spec("peft") else [case for case in cases if case[0] != "lora"]
     for rank, results in enumerate(run_ranks(world_size, _held, cases)):
-        for (kind, dtype, momentum), (held, everything) in zip(cases, results, strict=True):
-            sizes = parameter_sizes(MODELS[kind](torch.float32))
+        for (kind, dtype, momentum, count), (held, everything, buffers) in zip(cases, results, strict=True):
+            with torch.device("meta"):
+                model = MODELS[kind](DTYPES[dtype]) if kind != "odd" else None
+            sizes = parameter_sizes(model or OddModel())
             trained = [size for size in sizes if size.trained]
             assert everything == weight_bytes(sizes, world_size, ITEMSIZE[dtype])
             assert held["weights"] == weight_bytes(trained, world_size, ITEMSIZE[dtype])
-            assert held["momentum"] == momentum_bytes(sizes, rank, world_size, momentum)
+            assert held["momentum"] == momentum_bytes(sizes, rank, world_size, momentum, count)
+            assert buffers == (0 if kind == "odd" else buffer_bytes(model))
+            assert kind != "llama" or buffers > 0
             assert kind != "lora" or len(trained) < len(sizes)
+
+
+# 24601 x 511 (tied embeddings) + 129 x 512 (positions) + 4 (12 x 512^2 + 13 x 512) + 2 x 512 + 2 x 511 x 512 (in and out of the
+# embedding) = 25,770,983 parameters, with an odd vocabulary and an odd width of the embedding.
+OPT_25M = {
+    "vocab_size": 24_601, "hidden_size": 512, "ffn_dim": 2048, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "max_position_embeddings": 127, "word_embed_proj_dim": 511,
+}  # fmt: skip
+
+
+def _large(rank, world_size, adapter):
+    model = transformers.OPTForCausalLM(transformers.OPTConfig(**OPT_25M))
+    if adapter is not None:
+        import peft
+
+        model = peft.get_peft_model(model, adapter)  # its adapter is fp32 until DeepSpeed casts the model
+    engine = engine_for(model, _config(world_size, "bf16", "int8", 2))
+    ids = torch.arange(8).reshape(1, 8) + 3
+    engine.train_batch({"input_ids": ids, "labels": ids})
+    return _bytes_held(engine)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_planned_is_held_with_25_million_parameters(lora):
+    adapter = None
+    if lora:
+        peft = pytest.importorskip("peft")
+        adapter = peft.LoraConfig(r=5, target_modules=["q_proj", "fc1"], task_type="CAUSAL_LM")
+    planned = Model.build("opt-25m", transformers.OPTConfig(**OPT_25M), "bf16", adapter)
+    assert planned.numel - (planned.trained_numel if lora else 0) == 25_770_983
+    trained = [size for size in planned.sizes if size.trained]
+    for rank, (held, everything, buffers) in enumerate(run_ranks(2, _large, adapter)):
+        assert everything == weight_bytes(planned.sizes, 2, 2)
+        assert held["weights"] == weight_bytes(trained, 2, 2)
+        assert held["momentum"] == momentum_bytes(planned.sizes, rank, 2, "int8", 2)
+        assert buffers == planned.buffers
 
 
 def _live(rank, world_size, kind, accumulation):
