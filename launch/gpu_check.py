@@ -9,6 +9,8 @@
     opt-30b   a few steps with int8 momentum at the schedule's plateau: seconds and peak bytes
     opt-66b   the same with replayed momentum
 
+Beside each model's peak stands what `ds_zoadamu plan` says of it before the run.
+
 Each section is a process of its own with a time limit, so that one that fails, or runs out of memory, is a row that says so.
 """
 
@@ -43,6 +45,7 @@ MODELS = {  # momentum, bytes of it, sequences, length, rounds that are timed
 }
 REPLAYED_STEPS = 44  # the window of the default schedule's plateau
 FLOOR_GOAL, SUM_GOAL, STEP_GOAL, STEP_GOAL_8_RANKS = 0.70, 1.05, 1.25, 1.03
+PLAN_GOAL = 0.05  # of the planned bytes, between them and the allocator's peak
 
 
 def arguments() -> argparse.Namespace:
@@ -268,36 +271,75 @@ def run_kernels(device: Device) -> dict:
 # ---------------------------------------------------------------- whole steps
 
 
+def micro_batch(name: str, device: Device) -> tuple[int, int]:
+    """Sequences and their length."""
+    return (2, 16) if device.dry else MODELS[name][2:4]
+
+
+def shape(name: str, device: Device):
+    """The model's Transformers configuration."""
+    import transformers
+
+    hidden, layers, heads = SHAPES["dry" if device.dry else name]
+    return transformers.OPTConfig(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, ffn_dim=4 * hidden, word_embed_proj_dim=hidden,
+    )  # fmt: skip
+
+
 def build_engine(name: str, device: Device):
     """An engine on random weights, at the plateau of its schedule."""
     import torch
     import transformers
 
     import ds_zoadamu
+    from ds_zoadamu.distributed import init_distributed
 
-    momentum, _, batch, _, _ = MODELS[name]
-    hidden, layers, heads = SHAPES["dry" if device.dry else name]
+    init_distributed()  # else Transformers has DeepSpeed do it, which in a dry run compiles an operator for CPUs first
     total = 600
     config = {
-        "train_micro_batch_size_per_gpu": 2 if device.dry else batch,
+        "train_micro_batch_size_per_gpu": micro_batch(name, device)[0],
         "gradient_accumulation_steps": 1,
         "optimizer": {
             "type": "ZOAdaMU",
-            "params": {"lr": 1e-7, "total_steps": total, "momentum": {"dtype": momentum}},
+            "params": {"lr": 1e-7, "total_steps": total, "momentum": {"dtype": MODELS[name][0]}},
         },
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 3},
         "steps_per_print": 10**9,
     }
     keep_alive = transformers.integrations.HfDeepSpeedConfig(config)
-    shape = transformers.OPTConfig(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, ffn_dim=4 * hidden, word_embed_proj_dim=hidden,
-    )  # fmt: skip
-    model = transformers.AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_config(shape(name, device), dtype=torch.bfloat16)
     engine = ds_zoadamu.initialize(model=model, config=config)[0]
     del keep_alive
     engine.optimizer.step_count = 2 * total // 3
     return engine
+
+
+def plan_for(name: str, device: Device):
+    """What `ds_zoadamu plan` says of this run, under the same settings; made before any weight is."""
+    from ds_zoadamu.plan.memory import Model, plan_memory
+
+    model = Model.build(name, shape(name, device), "bf16")
+    batch, length = micro_batch(name, device)
+    return plan_memory(
+        model, world_size=1, capacity=device.total_bytes(), momentum=MODELS[name][0], micro_batch=batch, length=length
+    )
+
+
+def beside_the_plan(plan, held: dict[str, int], peak: int) -> tuple[list[str], bool, dict]:
+    """A row, whether the goal is met, and figures: planned bytes, and the allocator's peak in a step.
+
+    Raises Failed where weights or momentum are not the planned bytes exactly.
+    """
+    if held != {"weights": plan.weights, "momentum": plan.momentum}:
+        raise Failed(f"planned are weights {plan.weights} and momentum {plan.momentum}, held are {held}")
+    off = peak / plan.counted - 1
+    row = [
+        "  beside the plan", f"planned {plan.counted / 1e9:.2f} GB", f"allocator's peak {peak / 1e9:.2f} GB",
+        f"{off:+.1%} (goal {PLAN_GOAL:.0%})",
+    ]  # fmt: skip
+    figures = {item: getattr(plan, item) for item in plan.ITEMS} | {"counted": plan.counted, "peak_over_planned": off}
+    return row, abs(off) <= PLAN_GOAL, {"plan": figures}
 
 
 def kernel_seconds(engine, device: Device) -> dict[str, float]:
@@ -337,18 +379,18 @@ def wall_seconds(function: Callable[[], object], device: Device) -> float:
 def run_model(name: str, device: Device) -> dict:
     import torch
 
-    momentum, momentum_bytes, batch, length, rounds = MODELS[name]
+    momentum, momentum_bytes, _, _, rounds = MODELS[name]
+    batch, length = micro_batch(name, device)
     hidden, layers, _ = SHAPES[name]
     parameters = 12 * layers * hidden**2 + (50272 + 2050) * hidden
     needed = parameters * (2 + momentum_bytes) * 1.03 + 6e9
     if not device.dry and needed > device.total_bytes():
         reason = f"not run: needs about {needed / 1e9:.0f} GB, the card has {device.total_bytes() / 1e9:.0f} GB"
         return {"rows": [[f"{name}, {momentum}", reason]], "good": True, "needed_bytes": needed}
+    plan = plan_for(name, device)
     begin = time.perf_counter()
     engine = build_engine(name, device)
     build = time.perf_counter() - begin
-    if device.dry:
-        batch, length = 2, 16
     ids = torch.randint(3, 50000, (batch, length), generator=torch.Generator().manual_seed(0)).to(engine.device)
     inputs = {"input_ids": ids, "labels": ids}
     engine.module.eval()
@@ -356,18 +398,18 @@ def run_model(name: str, device: Device) -> dict:
     def two_forwards() -> None:
         with torch.no_grad():
             for _ in range(2):
-                engine.module(**inputs).loss.item()
+                engine.module(**inputs, use_cache=False).loss.item()  # a step keeps no keys and values either
 
     two_forwards()  # DeepSpeed records its trace in the first forward
     if name == "opt-13b":
         two_forwards()
         engine.train_batch(inputs)
-    device.peak_bytes(reset=True)
-    forwards, steps = [], []
+    forwards, steps, peak = [], [], 0
     for _ in range(rounds):
         forwards.append(wall_seconds(two_forwards, device))
+        device.peak_bytes(reset=True)
         steps.append(wall_seconds(lambda: engine.train_batch(inputs), device))
-    peak = device.peak_bytes()
+        peak = max(peak, device.peak_bytes())
     figures = {
         "parameters": sum(p.numel for p in engine.optimizer.partitions), "momentum": momentum, "batch": [batch, length],
         "build_seconds": build, "two_forwards_seconds": forwards, "step_seconds": steps, "peak_bytes": peak,
@@ -382,12 +424,14 @@ def run_model(name: str, device: Device) -> dict:
     ]]  # fmt: skip
     if not all(math.isfinite(x) for x in (engine.last_step.loss_plus, engine.last_step.loss_minus)):
         raise Failed(f"{name}: the loss is not finite: {engine.last_step}")
-    goal_met = True
+    row, goal_met, planned = beside_the_plan(plan, engine.memory_bytes(), peak)
+    rows.append(row)
+    figures |= planned
     if name == "opt-13b":
         alone = kernel_seconds(engine, device)
         own = sum(alone.values())
         figures |= {"kernel_seconds": alone, "of_sum": step / (two + own), "at_8_ranks": 1 + own / 8 / two}
-        goal_met = step / two <= STEP_GOAL and step / (two + own) <= SUM_GOAL and 1 + own / 8 / two <= STEP_GOAL_8_RANKS
+        goal_met &= step / two <= STEP_GOAL and step / (two + own) <= SUM_GOAL and 1 + own / 8 / two <= STEP_GOAL_8_RANKS
         rows.append([
             "  its kernels alone", " ".join(f"{key} {value:.3f} s" for key, value in alone.items()),
             f"step / (forwards + kernels) {step / (two + own):.3f} (goal {SUM_GOAL})", f"goal x {STEP_GOAL}",

@@ -161,8 +161,10 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("world_size,kind,accumulation", [(1, "opt", 1), (2, "opt", 2), (4, "llama", 1)])
+@pytest.mark.parametrize("world_size,kind,accumulation", [(1, "opt", 1), (2, "opt", 2), (2, "lora", 1), (4, "llama", 1)])
 def test_gathered_elements_are_those_followed_on_paper(world_size, kind, accumulation):
+    if kind == "lora":
+        pytest.importorskip("peft")
     with torch.device("meta"):
         model = MODELS[kind](torch.float32).eval()
     trace = trace_forward(model, 1, 8)

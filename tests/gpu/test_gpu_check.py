@@ -34,3 +34,13 @@ def test_a_section_that_fails_is_a_row(tmp_path):
     assert "FAILED: ValueError: DS_ZOADAMU_KERNELS='no such thing'" in result.stdout
     assert result.stdout.rstrip().endswith("FAILED: kernels.")
     assert json.loads(output.read_text())["sections"]["kernels"]["good"] is False
+
+
+def test_a_model_s_bytes_stand_beside_its_plan(tmp_path):
+    output = tmp_path / "check.json"
+    result = check("--dry_run_cpu", "--only", "opt-66b", "--output", str(output))
+    assert result.returncode == 0 and "beside the plan" in result.stdout, result.stderr
+    figures = json.loads(output.read_text())["sections"]["opt-66b"]
+    held, planned = figures["persistent_bytes"], figures["plan"]
+    assert held == {key: planned[key] for key in ("weights", "momentum")} and held["weights"] > 0
+    assert planned["peak_over_planned"] == figures["peak_bytes"] / planned["counted"] - 1
