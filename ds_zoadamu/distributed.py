@@ -1,7 +1,10 @@
 """Start of torch.distributed through DeepSpeed."""
 
+import os
+
 import deepspeed
 import deepspeed.ops
+from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
 _SHM_OP = "deepspeed_shm_comm"
@@ -16,3 +19,8 @@ def init_distributed(**kwargs) -> None:
     """
     deepspeed.ops.__compatible_ops__[_SHM_OP] = False
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), **kwargs)
+
+
+def launched_world_size() -> int:
+    """Number of ranks, from the launcher's environment where there is no process group yet; 1 without a launcher."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))

@@ -6,6 +6,7 @@ Only public interfaces are used: `HfDeepSpeedConfig` to load, `deepspeed.zero.Ga
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,24 +16,26 @@ import torch
 from deepspeed import comm as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from ds_zoadamu import nvme
-from ds_zoadamu.distributed import init_distributed
+from ds_zoadamu.auto_config import fill_auto_for_library, has_auto, hidden_size_of
+from ds_zoadamu.config import read_config
+from ds_zoadamu.distributed import init_distributed, launched_world_size
 
 _INDEX = "model.safetensors.index.json"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def load_causal_lm(path: str, config: dict, dtype: torch.dtype | None = None, **kwargs) -> PreTrainedModel:
+def load_causal_lm(path: str, config: dict | str | Path, dtype: torch.dtype | None = None, **kwargs) -> PreTrainedModel:
     """Loads a causal language model so that each rank keeps only its ZeRO-3 partition of every parameter.
 
     Starts DeepSpeed's process group if there is none. Call it on all ranks.
 
     Args:
         path: a folder or a name on the hub, as for `AutoModelForCausalLM.from_pretrained`.
-        config: the DeepSpeed configuration, ZeRO stage 3, without "auto" values.
+        config: the DeepSpeed configuration, ZeRO stage 3, or its path; "auto" values are filled as by `initialize`.
         dtype: of the weights; None: as the configuration's bf16 or fp16 section says, else fp32.
         kwargs: passed on to `from_pretrained`.
 
@@ -44,12 +47,21 @@ def load_causal_lm(path: str, config: dict, dtype: torch.dtype | None = None, **
         ConfigError: offload to NVMe that cannot work here.
         OSError: from Transformers, when there is no such model.
     """
+    config = read_config(config)
     stage = config.get("zero_optimization", {}).get("stage")
     if stage != 3:
         raise ValueError(f"load_causal_lm: zero_optimization.stage is {stage!r}; only stage 3 partitions the weights")
     if dtype is None:
         dtype = config_dtype(config)
     init_distributed()
+    if has_auto(config):
+        where = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in kwargs}
+        config = fill_auto_for_library(
+            config,
+            world_size=launched_world_size(),
+            hidden_size=hidden_size_of(AutoConfig.from_pretrained(path, **where)),
+            num_examples=sys.maxsize,  # partitions do not depend on the number of steps
+        )
     nvme.prepare(config)
     # Transformers finds this object through a weak reference, so someone has to keep it.
     hf_config = HfDeepSpeedConfig(config)

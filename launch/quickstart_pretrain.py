@@ -14,9 +14,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import ds_zoadamu
+from ds_zoadamu.auto_config import fill_auto
 from ds_zoadamu.config import read_config
 from ds_zoadamu.data import MicroBatchSampler, repeat
-from ds_zoadamu.training.auto_config import fill_auto
 from ds_zoadamu.training.main import run_script
 from ds_zoadamu.training.plan import rank, world_size
 

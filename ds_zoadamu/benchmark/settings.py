@@ -4,6 +4,7 @@ import itertools
 from argparse import Namespace
 from collections.abc import Sequence
 
+from ds_zoadamu.auto_config import DEFAULT_MICRO_BATCH_SIZE, fill_auto
 from ds_zoadamu.benchmark.arguments import shared_arguments
 from ds_zoadamu.benchmark.contenders import Contender
 from ds_zoadamu.benchmark.grid import Point
@@ -11,7 +12,6 @@ from ds_zoadamu.config import check_config
 from ds_zoadamu.errors import ConfigError
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.arguments import check_arguments, finetune_parser
-from ds_zoadamu.training.auto_config import DEFAULT_MICRO_BATCH_SIZE, fill_auto
 from ds_zoadamu.training.plan import ModelInput, Plan, encode_splits, read_model_input
 
 _EQUAL = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "precision")

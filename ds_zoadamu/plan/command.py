@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 
+from ..auto_config import hidden_size_of
 from ..config import read_config
 from ..errors import ConfigError
 from ..nvme import check_partition_sizes
@@ -116,7 +117,7 @@ def make_plan(args: argparse.Namespace) -> tuple[Model, Request, Choice, Hardwar
     batch = None if args.batch is None else integer("--batch", args.batch, 1, 2**20)
     given = None if args.config is None else read_config(args.config)
     model_config = load_config(args.model)
-    hidden = getattr(model_config.get_text_config(), "hidden_size", None)
+    hidden = hidden_size_of(model_config)
     config = read_for_plan(
         args.config,
         world_size=world_size,

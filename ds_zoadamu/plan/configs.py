@@ -5,6 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from ..auto_config import fill_auto
 from ..config import check_config, check_deepspeed_settings, read_config, zeroth_order_type
 from ..errors import ConfigError
 from ..optimizers import OPTIMIZERS
@@ -33,17 +34,13 @@ def read_for_plan(
         rules = " or ".join(f'"{rule}"' for rule in OPTIMIZERS)
         raise ConfigError(f"{path}: optimizer.type is {named!r}; the plan is for {rules}: set it, or leave out --config")
     check_deepspeed_settings({**config, "gradient_clipping": 0.0})  # before anything is filled; "auto" clipping becomes 0
-    from ..training.auto_config import fill_auto
-
     if micro_batch is not None:  # --batch wins over the JSON
         config |= {"train_micro_batch_size_per_gpu": micro_batch, "train_batch_size": "auto"}
     open_dtype = not any(str(config.get(key, {}).get("enabled", "auto")).lower() == "true" for key in ("bf16", "fp16"))
     args = Namespace(max_steps=steps, seed=0, **({dtype: True} if open_dtype and dtype != "fp32" else {}))
     try:
         filled = fill_auto(config, args, world_size=world_size, hidden_size=hidden)
-    except ConfigError:
-        raise
-    except ValueError as error:
+    except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     check_config(filled)
     return filled

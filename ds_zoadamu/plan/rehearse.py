@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 
 from .. import nvme
+from ..auto_config import hidden_size_of
 from ..errors import ConfigError
 from .adapters import read_adapter, with_adapter
 from .choose import Choice, Request, plan_for
@@ -75,7 +76,7 @@ def rehearse(args: argparse.Namespace, request: Request, choice: Choice, layers:
             f"deepspeed --num_gpus {request.world_size} --module ds_zoadamu.plan ..."
         )
     model_config = reduced(load_config(args.model), layers)
-    config = _config(args, request, choice, getattr(model_config.get_text_config(), "hidden_size", None))
+    config = _config(args, request, choice, hidden_size_of(model_config))
     dtype = dtype_of(config)
     adapter = None if args.adapter is None else read_adapter(args.adapter)
     small = Model.build(args.model, model_config, dtype, adapter)

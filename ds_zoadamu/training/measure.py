@@ -9,11 +9,11 @@ from pathlib import Path
 
 import deepspeed
 
+from ds_zoadamu.auto_config import fill_auto
 from ds_zoadamu.config import read_config
 from ds_zoadamu.hf import load_causal_lm
 from ds_zoadamu.tasks import InputError, evaluate, load_examples, majority_accuracy
 from ds_zoadamu.training.arguments import check_arguments
-from ds_zoadamu.training.auto_config import fill_auto
 from ds_zoadamu.training.output import environment
 from ds_zoadamu.training.plan import check_stage, rank, read_model_input, world_size
 

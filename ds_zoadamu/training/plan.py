@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from ds_zoadamu.auto_config import fill_auto, hidden_size_of
 from ds_zoadamu.config import check_config, read_config
 from ds_zoadamu.tasks import (
     EncodedExample,
@@ -21,7 +22,6 @@ from ds_zoadamu.tasks import (
     model_max_length,
 )
 from ds_zoadamu.training.arguments import check_arguments, task_from
-from ds_zoadamu.training.auto_config import fill_auto
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def read_model_input(args: Namespace) -> ModelInput:
         encoder=PromptEncoder(tokenizer, task, model_max_length(config, tokenizer, args.max_length)),
         # Padding is masked, so any id will do where a tokenizer has none for it.
         collate=PromptCollator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0),
-        hidden_size=getattr(config, "hidden_size", None),
+        hidden_size=hidden_size_of(config),
     )
 
 

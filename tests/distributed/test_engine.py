@@ -2,6 +2,7 @@
 
 import csv
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import torch
 from .harness import run_ranks
 from .jobs import as_bytes, config, engine_for, my_share, whole_model
 from .models import OddModel, odd_batches, tiny_opt
+
+CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
 
 def _warmup(steps: int) -> dict:
@@ -388,3 +391,35 @@ def test_when_one_rank_fails_the_other_ends_too():
     with pytest.raises(AssertionError, match="rank 1 has no memory left") as failure:
         run_ranks(2, _one_rank_fails, timeout=60)
     assert "rank 0" in str(failure.value) and "no answer" not in str(failure.value)
+
+
+def _from_the_json_as_it_is(rank, world_size, data):
+    """The README's lines with a JSON of ds_configs, "auto" values and all."""
+    import ds_zoadamu
+
+    model = tiny_opt()
+    engine, optimizer, dataloader, _ = ds_zoadamu.initialize(
+        model=model, config=str(CONFIGS / "cpu-small_zoadamu.json"), training_data=data
+    )
+    losses = [engine.train_batch(batch) for batch in dataloader]
+    options = optimizer.config
+    return losses, engine.train_batch_size(), options.total_steps, options.lr, options.seed
+
+
+def test_auto_values_are_filled_from_the_training_data():
+    ids = torch.randint(3, 60, (52, 9), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    for losses, batch, total_steps, lr, seed in run_ranks(2, _from_the_json_as_it_is, data):
+        assert (batch, total_steps, lr, seed) == (16, 3, 1e-6, 0)
+        assert len(losses) == 3 and all(map(math.isfinite, losses))
+
+
+def _without_a_length(rank, world_size):
+    import ds_zoadamu
+
+    with pytest.raises(ds_zoadamu.ConfigError, match='total_steps is "auto"; .* Give the number of steps, or pass'):
+        ds_zoadamu.initialize(model=OddModel(), config=str(CONFIGS / "cpu-small_zoadamu.json"))
+
+
+def test_auto_steps_need_training_data():
+    run_ranks(2, _without_a_length)

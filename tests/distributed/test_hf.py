@@ -1,6 +1,7 @@
 """Models go from disk into partitions and back without loss, tied weights once, in shards, complete or not at all."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,6 +39,24 @@ def _round_trip(rank, world_size, source, target, dtype, shard_size):
     assert jobs.as_bytes(jobs.whole_model(engine)) == before
     assert engine.eval_batch(batch) != loss
     return before
+
+
+def _loaded_by_a_json_with_auto(rank, world_size, source, json_path):
+    import ds_zoadamu
+
+    model = ds_zoadamu.load_causal_lm(str(source), config=str(json_path))
+    assert not any(parameter.numel() for parameter in model.parameters()), "a rank holds a whole parameter"
+    row = torch.arange(5, 15)
+    engine, optimizer, dataloader, _ = ds_zoadamu.initialize(
+        model=model, config=str(json_path), training_data=[{"input_ids": row, "labels": row}] * 40
+    )
+    assert optimizer.config.total_steps == 2 == len([engine.train_batch(batch) for batch in dataloader])
+
+
+def test_a_json_with_auto_values_serves_loading_and_training(tmp_path):
+    """The README's way for a model larger than one device."""
+    json_path = Path(__file__).parents[2] / "ds_configs" / "cpu-small_zoadamu.json"
+    run_ranks(2, _loaded_by_a_json_with_auto, save_model(tmp_path / "source"), json_path)
 
 
 @pytest.mark.parametrize("dtype, shard_size, files", [("fp32", "40KB", 2), ("bf16", "5GB", 1)])

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from ds_zoadamu.auto_config import fill_auto
 from ds_zoadamu.config import check_config
+from ds_zoadamu.errors import ConfigError
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.arguments import check_arguments, finetune_parser
-from ds_zoadamu.training.auto_config import fill_auto
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
@@ -89,7 +90,7 @@ def test_scheduler():
     expected = {"warmup_min_lr": 0.0, "warmup_max_lr": 2e-6, "warmup_num_steps": 10, "total_num_steps": 50}
     assert filled(config, "--learning_rate", "2e-6", "--warmup_steps", "10")["scheduler"]["params"] == expected
     assert filled(config)["scheduler"]["params"]["warmup_num_steps"] == 1
-    with pytest.raises(InputError, match='--warmup_steps is given but the DeepSpeed JSON has no "scheduler"'):
+    with pytest.raises(ConfigError, match='--warmup_steps is given but the DeepSpeed JSON has no "scheduler"'):
         filled(zeroth_order(lr="auto"), "--warmup_steps", "10")
 
 
@@ -103,7 +104,7 @@ def test_scheduler():
     ],
 )
 def test_contradictions_are_named(config, given, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(ConfigError, match=message):
         filled(config, *given.split())
 
 

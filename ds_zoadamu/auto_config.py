@@ -5,8 +5,8 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
-from ds_zoadamu.config import zeroth_order_type
-from ds_zoadamu.tasks import InputError
+from .config import zeroth_order_type
+from .errors import ConfigError
 
 DEFAULT_MICRO_BATCH_SIZE = 8
 DEFAULT_LEARNING_RATE = 5e-5
@@ -28,7 +28,7 @@ def fill_auto(config: dict, args: Namespace, *, world_size: int, hidden_size: in
         hidden_size: of the model, for ZeRO's bucket sizes; None: unknown.
 
     Raises:
-        InputError: an argument contradicts the JSON, or an "auto" that nothing fills.
+        ConfigError: an argument contradicts the JSON, or an "auto" that nothing fills.
     """
     filler, given = _Filler(copy.deepcopy(config)), vars(args)
     zeroth_order = zeroth_order_type(config) is not None
@@ -41,9 +41,38 @@ def fill_auto(config: dict, args: Namespace, *, world_size: int, hidden_size: in
         filler.fill("zero_optimization.reduce_bucket_size", None, hidden_size * hidden_size)
         filler.fill("zero_optimization.stage3_prefetch_bucket_size", None, int(0.9 * hidden_size * hidden_size))
         filler.fill("zero_optimization.stage3_param_persistence_threshold", None, 10 * hidden_size)
-    for path in _auto_paths({key: value for key, value in filler.config.items() if key not in _OWN_AUTO_SECTIONS}):
-        raise InputError(f'the DeepSpeed JSON has {path} = "auto", which nothing here fills; give a value')
+    for path in _auto_paths(filler.config):
+        raise ConfigError(f'the DeepSpeed JSON has {path} = "auto", which nothing here fills; give a value')
     return filler.config
+
+
+def fill_auto_for_library(config: dict, *, world_size: int, hidden_size: int | None, num_examples: int | None) -> dict:
+    """``fill_auto`` where no command line is: its defaults, and as many steps as one epoch of the training data has.
+
+    Args:
+        num_examples: of the training data; None: unknown, then total_steps must be given.
+        hidden_size: None: DeepSpeed's own defaults stand where the JSON has "auto" for ZeRO's bucket sizes.
+
+    Raises:
+        ConfigError: an "auto" that nothing fills.
+    """
+    if not has_auto(config):
+        return config
+    config = copy.deepcopy(config)
+    if hidden_size is None:
+        zero = config.get("zero_optimization", {})
+        config["zero_optimization"] = {key: value for key, value in zero.items() if value != "auto"}
+    options = {"world_size": world_size, "hidden_size": hidden_size}
+    batch = fill_auto(config, Namespace(max_steps=1, seed=0), **options).get("train_batch_size")
+    steps = config.get("optimizer", {}).get("params", {}).get("total_steps")
+    if steps == "auto":
+        if num_examples is None or not isinstance(batch, int):
+            raise ConfigError(
+                'optimizer.params.total_steps is "auto"; it is filled with the steps of an epoch where training_data has a '
+                "length. Give the number of steps, or pass training_data"
+            )
+        steps = max(1, num_examples // batch)
+    return fill_auto(config, Namespace(max_steps=steps, seed=0), **options)
 
 
 def _fill_batches(filler: "_Filler", given: dict, world_size: int) -> None:
@@ -82,7 +111,7 @@ def _fill_optimizer(filler: "_Filler", given: dict, zeroth_order: bool) -> None:
 def _fill_scheduler(filler: "_Filler", given: dict) -> None:
     if "scheduler" not in filler.config:
         if given.get("warmup_steps") is not None:
-            raise InputError(
+            raise ConfigError(
                 '--warmup_steps is given but the DeepSpeed JSON has no "scheduler"; add one, for example WarmupDecayLR'
             )
         return
@@ -119,7 +148,7 @@ class _Filler:
         elif given is not None and present is None:
             self._set(path, given)
         elif given is not None and present != given:
-            raise InputError(
+            raise ConfigError(
                 f"{argument} {given} contradicts the DeepSpeed JSON, where {path} is {present}; "
                 f'set it to "auto" there or leave out {argument}'
             )
@@ -133,9 +162,21 @@ class _Filler:
         node[key] = value
 
 
+def has_auto(config: dict) -> bool:
+    """Whether a DeepSpeed configuration has an "auto" value that DeepSpeed would not understand."""
+    return any(_auto_paths(config))
+
+
 def _auto_paths(node: Any, path: str = "") -> Iterator[str]:
     if isinstance(node, dict):
         for key, value in node.items():
-            yield from _auto_paths(value, f"{path}.{key}" if path else key)
+            if path or key not in _OWN_AUTO_SECTIONS:
+                yield from _auto_paths(value, f"{path}.{key}" if path else key)
     elif node == "auto":
         yield path
+
+
+def hidden_size_of(model_config: Any) -> int | None:
+    """The hidden size that a Transformers configuration tells; None where it does not, or is none."""
+    text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    return getattr(text, "hidden_size", None)
