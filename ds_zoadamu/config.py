@@ -20,16 +20,21 @@ def read_config(config: dict | str | Path) -> dict:
     """A DeepSpeed configuration as a dict, from a dict or the path of a JSON file. Raises ConfigError."""
     if isinstance(config, dict):
         return config
-    path = Path(config)
-    try:
-        loaded = json.loads(path.read_text())
-    except OSError as e:
-        raise ConfigError(f"DeepSpeed configuration {str(path)!r} cannot be read: {e.strerror}") from e
-    except ValueError as e:
-        raise ConfigError(f"DeepSpeed configuration {str(path)!r} is not valid JSON: {e}") from e
+    what = f"DeepSpeed configuration {str(config)!r}"
+    loaded = read_json(config, what)
     if not isinstance(loaded, dict):
-        raise ConfigError(f"DeepSpeed configuration {str(path)!r} holds a {type(loaded).__name__}; it must be a JSON object")
+        raise ConfigError(f"{what} holds a {type(loaded).__name__}; it must be a JSON object")
     return loaded
+
+
+def read_json(path: str | Path, what: str, remedy: str = "") -> Any:
+    """The value in a JSON file. Raises ConfigError, which begins with ``what``, where it cannot be read or parsed."""
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError as e:
+        raise ConfigError(f"{what} cannot be read: {e.strerror}{remedy}") from e
+    except ValueError as e:
+        raise ConfigError(f"{what} is not valid JSON: {e}") from e
 
 
 def zeroth_order_type(config: dict) -> str | None:

@@ -19,7 +19,6 @@ import argparse
 import datetime
 import json
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -29,6 +28,7 @@ import torch
 
 from ds_zoadamu import kernels
 from ds_zoadamu.kernels import Direction, Rounding, StepScalars, fp32
+from ds_zoadamu.training.output import processor_name
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STORAGES = {**DTYPES, "int8": torch.int8, "none": None}
@@ -158,12 +158,7 @@ def hardware(device: torch.device) -> str:
     """The processor's own name for itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
-            names = [line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+    return processor_name()
 
 
 def figures_of(case: Case, seconds: list[float]) -> dict[str, object]:

@@ -22,7 +22,6 @@ import datetime
 import itertools
 import json
 import math
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -35,6 +34,7 @@ from ds_zoadamu import MeZO, ZOAdaMU
 from ds_zoadamu.errors import ConfigError
 from ds_zoadamu.noise import parameter_key
 from ds_zoadamu.optimizers import ZerothOrderOptimizer
+from ds_zoadamu.training.output import processor_name
 
 RESOLUTION = 1e-6  # distances below this are not told apart when an lr is chosen
 REACHED = 0.1  # a run has reached the minimum if it ends nearer than this; the squares are 6 or 9 wide
@@ -335,16 +335,6 @@ def draw_paths(axes, result: Result) -> None:
         axes.plot(*path[-1], "o", color=style["color"], markersize=5, zorder=5)
 
 
-def hardware() -> str:
-    """The processor's own name for itself."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
-            names = [line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def check_writable(option: str, path: Path) -> None:
     """Raises ConfigError unless a file can be written at ``path``; leaves none behind."""
     existed = path.exists()
@@ -422,7 +412,7 @@ def main() -> None:
     seconds = time.perf_counter() - began
     schedule = experiment.zo_adamu().schedule
     head = {
-        "hardware": hardware(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "hardware": processor_name(), "threads": torch.get_num_threads(), "torch": torch.__version__,
         "date": datetime.date.today().isoformat(), "seconds": round(seconds, 1),
     }  # fmt: skip
     print(", ".join(f"{key} {value}" for key, value in head.items()))

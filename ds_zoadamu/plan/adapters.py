@@ -1,10 +1,10 @@
 """PEFT adapters in the plan: the frozen model is partitioned and gathered plainly, the adapter alone is trained."""
 
-import json
 from pathlib import Path
 
 import torch
 
+from ..config import read_json
 from ..errors import ConfigError
 
 
@@ -14,12 +14,7 @@ def read_adapter(folder: str):
     Raises ConfigError: peft is not installed, the file cannot be read, or PEFT does not know what it describes.
     """
     path = Path(folder) / "adapter_config.json"
-    try:
-        given = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"--adapter: {path} cannot be read: {error.strerror}; name the adapter's folder") from error
-    except ValueError as error:
-        raise ConfigError(f"--adapter: {path} is not valid JSON: {error}") from error
+    given = read_json(path, f"--adapter: {path}", remedy="; name the adapter's folder")
     if not isinstance(given, dict) or "peft_type" not in given:
         raise ConfigError(f'--adapter: {path} has no "peft_type", so its kind is unknown; add it, for example "LORA"')
     peft = _peft()

@@ -1,8 +1,8 @@
 """The configuration of a causal language model: OPT's built in, others from a folder or the hub."""
 
-import json
 from pathlib import Path
 
+from ..config import read_json
 from ..errors import ConfigError
 
 # name -> (hidden size, layers, attention heads). Source: Zhang et al. 2022 (arXiv 2205.01068), Table 1, and the config.json
@@ -72,12 +72,7 @@ def load_config(name: str):
 def _from_json(path: Path):
     from transformers import AutoConfig
 
-    try:
-        given = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"--model: {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"--model: {path} is not valid JSON: {error}") from error
+    given = read_json(path, f"--model: {path}")
     if not isinstance(given, dict) or "model_type" not in given:
         raise ConfigError(f'--model: {path} has no "model_type", so its architecture is unknown; add it, for example "opt"')
     try:

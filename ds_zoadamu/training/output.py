@@ -139,14 +139,15 @@ def environment() -> dict:
     return {
         "versions": {"python": platform.python_version(), **versions},
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor_name(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "num_cpus": len(os.sched_getaffinity(0)),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
     }
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """What the processor calls itself."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -227,7 +227,9 @@ def test_a_forked_worker_does_not_keep_the_lock(tmp_path):
     os.read(reader, 1)
     try:
         os.close(journal._fd)  # as a kill does: without unlocking
-        Journal.open(path)[0].close()
+        again, contents = Journal.open(path)
+        assert contents.records == [] and again.last_step == 0
+        again.close()
     finally:
         os.kill(worker, signal.SIGKILL)
         os.waitpid(worker, 0)
