@@ -17,7 +17,7 @@ class Request:
     """What the user has and wants. capacity, reserve, host_memory in bytes; momentum, micro_batch: None to have them chosen.
 
     ``drive``: of a JSON that offloads to NVMe; ``offload`` is True then. ``rule``, ``options``: the update rule by name, and
-    its parsed options.
+    its parsed options. ``gloo``: it moves the gathers, as it does on a CPU.
     """
 
     world_size: int
@@ -31,6 +31,7 @@ class Request:
     host_memory: int | None = None
     reserve: int | None = None
     settings: GatherSettings = GatherSettings()
+    gloo: bool = False
     rule: str = "ZOAdaMU"
     options: RuleConfig
 
@@ -76,6 +77,7 @@ def plan_for(model: Model, request: Request, momentum: str, micro_batch: int, of
         model, world_size=request.world_size, capacity=request.capacity, momentum=momentum, micro_batch=micro_batch,
         length=request.length, settings=request.settings, accumulation=request.accumulation,
         offload=offload, reserve=request.reserve, drive=request.drive, num_perturbations=request.num_perturbations,
+        gloo=request.gloo,
     )  # fmt: skip
 
 

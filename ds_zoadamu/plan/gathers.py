@@ -9,8 +9,11 @@ peak:
 - Several parameters in one gather arrive in one buffer and are then copied out, so for a moment, and for prefetched ones until
   the last of them is used, they are there twice.
 - Temporaries live as long as the handle of their gather: until the last of its parameters is used.
+
+gloo, which moves gathers on a CPU, receives each into memory of its own and copies it from there. NCCL does not.
 """
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
@@ -20,6 +23,8 @@ from .sizes import ParameterSize
 from .trace import ForwardTrace
 
 _NEVER = -(10**10)
+_GLOO_THREADS = 2
+"""Collectives that a process group of torch.distributed runs at once; its default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +100,21 @@ def copied_numel(partition_numel: int) -> int:
 
 
 class _Handle:
-    """A gather under way: its parameters that nobody has waited for, and the buffers that live with it."""
+    """A gather under way: its parameters that nobody has waited for, the buffers that live with it, and the one that gloo
+    receives into (``staging``)."""
+
+    staging: _Buffer | None = None
 
     def __init__(self, waiting: set[int], buffers: list[_Buffer], copies: bool):
         self.waiting, self.buffers, self.copies, self.complete = waiting, buffers, copies, False
         for buffer in buffers:
             buffer.hold()
+
+    def received(self) -> None:
+        """gloo has copied what it received; also called twice."""
+        if self.staging is not None:
+            self.staging.drop()
+            self.staging = None
 
 
 class GatherSimulation:
@@ -108,12 +122,12 @@ class GatherSimulation:
 
     Args: ``perturbed``: trained parameters are gathered through temporaries. ``offload``: partitions lie in host memory, so
     even a plain gather first copies its partition to the device. ``momentum_itemsize``: of the momentum that an offloaded
-    perturbation copies along.
+    perturbation copies along. ``gloo``: it moves the gathers.
     """
 
     def __init__(
         self, trace: ForwardTrace, sizes: Sequence[ParameterSize], settings: GatherSettings, world_size: int, itemsize: int,
-        *, perturbed: bool = True, offload: bool = False, momentum_itemsize: int = 0,
+        *, perturbed: bool = True, offload: bool = False, momentum_itemsize: int = 0, gloo: bool = False,
     ):  # fmt: skip
         self.trace, self.sizes, self.settings, self.world_size, self.itemsize = trace, sizes, settings, world_size, itemsize
         self.perturbed, self.offload, self.momentum_itemsize = perturbed, offload, momentum_itemsize
@@ -125,6 +139,8 @@ class GatherSimulation:
         self.data: list[list[_Buffer]] = [[] for _ in sizes]
         self.active: list[set[int]] = [set() for _ in sizes]
         self.registry: dict[int, _Handle] = {}
+        self.gloo = gloo and world_size > 1
+        self.receiving: deque[_Handle] = deque()  # by gloo, in the order of their start
         self._releases: dict[tuple[int, int], frozenset[int]] = {}  # DeepSpeed caches them by (module, step) for good
         self.peak = (0, 0, 0)
         self.live_numel = self.peak_numel = self.traffic = self.perturbed_numel = 0
@@ -246,7 +262,18 @@ class GatherSimulation:
                 self._count(self.sizes[i].numel)
         handle = _Handle(set(away), held, copies)
         self.registry.update(dict.fromkeys(away, handle))
+        if self.gloo:
+            self._receive(handle, sum(padded.values()))
         self._note()
+
+    def _receive(self, handle: _Handle, size: int) -> None:
+        # Each thread takes the next gather when it is done with one, so the latest stand for those being received. All may be
+        # done sooner: a large share of the difference between two runs on a CPU.
+        if len(self.receiving) == _GLOO_THREADS:
+            self.receiving.popleft().received()
+        handle.staging = _Buffer(self.ledger, "gathered", size)
+        handle.staging.hold()
+        self.receiving.append(handle)
 
     def _temporary(self, index: int) -> _Buffer | None:
         size = self.sizes[index]
@@ -271,6 +298,7 @@ class GatherSimulation:
     def _wait(self, index: int) -> None:
         handle = self.registry.pop(index)
         if not handle.complete:
+            handle.received()
             for i in sorted(handle.waiting):
                 self.status[i] = "here"
                 if handle.copies:

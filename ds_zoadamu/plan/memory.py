@@ -138,18 +138,19 @@ class MemoryPlan:
 def plan_memory(
     model: Model, *, world_size: int, capacity: int, momentum: str, micro_batch: int, length: int,
     settings: GatherSettings | None = None, accumulation: int = 1, offload: bool = False, reserve: int | None = None,
-    drive: Nvme | None = None, num_perturbations: int = 1,
+    drive: Nvme | None = None, num_perturbations: int = 1, gloo: bool = False,
 ) -> MemoryPlan:  # fmt: skip
     """The plan of a zeroth-order run on ``world_size`` GPUs of ``capacity`` bytes each.
 
     Args: ``momentum``: fp32, bf16, fp16, int8, replay, or none for MeZO; one is stored for each of ``num_perturbations``,
     whose forwards follow one another and so share their memory. ``offload``: weights and momentum off the GPU (offload_param):
     in host memory, or those that a ``drive`` takes on that. ``reserve``: bytes, by default RESERVE_SHARE of the capacity.
+    ``gloo``: it moves the gathers, on a CPU.
     """
     sizes, itemsize = model.sizes, model.itemsize
     use = gather_use(
         model.trace(micro_batch, length), sizes, settings or GatherSettings(), world_size, itemsize,
-        accumulation=accumulation, offload=offload, momentum_itemsize=MOMENTUM_BYTES[momentum],
+        accumulation=accumulation, offload=offload, momentum_itemsize=MOMENTUM_BYTES[momentum], gloo=gloo,
     )  # fmt: skip
     weights = weight_bytes(sizes, world_size, itemsize)
     stored = momentum_bytes(sizes, 0, world_size, momentum, num_perturbations)

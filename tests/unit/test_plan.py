@@ -163,6 +163,26 @@ def test_prefetch_settings_bound_what_is_live():
     assert gather_use(model.trace(1, 8), model.sizes, GatherSettings(), 4, 2).live_numel > use.live_numel
 
 
+def test_gloo_receives_a_gather_into_memory_of_its_own():
+    model = Model.build("x", opt_config("125m"), "bf16")
+    alone = GatherSettings(stage3_prefetch_bucket_size=0, stage3_param_persistence_threshold=0)  # one gather after another
+    embedding = 50272 * 768 * 2  # bytes of the largest gather, and of a peak at which nothing else is gathered
+    for gloo, copies in ((False, 1), (True, 2)):
+        assert gather_use(model.trace(1, 8), model.sizes, alone, 4, 2, gloo=gloo).gathered == copies * embedding
+    one = [gather_use(model.trace(1, 8), model.sizes, alone, 1, 2, gloo=gloo) for gloo in (False, True)]
+    assert one[0] == one[1]  # nothing is gathered on one rank
+
+
+def test_gloo_receives_two_gathers_at_once():
+    model = Model.build("x", opt_config("350m"), "fp32")
+    # Each fetch starts one more prefetch, of a matrix, so that dozens of gathers are under way.
+    ahead = GatherSettings(stage3_prefetch_bucket_size=943_718, stage3_param_persistence_threshold=10_240)
+    plain, gloo = (gather_use(model.trace(2, 256), model.sizes, ahead, 2, 4, gloo=gloo) for gloo in (False, True))
+    ffn = 4096 * 1024 * 4
+    assert plain.gathered > 40 * ffn
+    assert ffn < gloo.gathered - plain.gathered <= 2 * (ffn + 4096 * 4)  # a matrix may come with a bias
+
+
 def test_offload_moves_weights_and_momentum_to_the_host():
     model = Model.build("x", opt_config("125m"), "bf16")
     common = {"world_size": 2, "capacity": 10**10, "momentum": "int8", "micro_batch": 1, "length": 64}
