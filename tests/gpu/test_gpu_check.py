@@ -1,4 +1,4 @@
-"""launch/gpu_check.py by itself: where there is no GPU, and when a section fails."""
+"""launch/gpu_check by itself: where there is no GPU, and when a section fails."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "launch" / "gpu_check.py"
+SCRIPT = Path(__file__).parents[2] / "launch" / "gpu_check"
 
 
 def check(*options: str, **environment: str) -> subprocess.CompletedProcess:
