@@ -73,6 +73,8 @@ def reduced(config, layers: int):
 
 def rehearse(args: argparse.Namespace, request: Request, choice: Choice, layers: int, steps: int = 2) -> Rehearsal:
     """Build, step and measure; on all ranks of a launcher. Raises ConfigError where their number is not ``--gpus``."""
+    from deepspeed.accelerator import get_accelerator
+
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size != request.world_size:
         raise ConfigError(
@@ -84,8 +86,6 @@ def rehearse(args: argparse.Namespace, request: Request, choice: Choice, layers:
     dtype = dtype_of(config)
     adapter = None if args.adapter is None else read_adapter(args.adapter)
     small = Model.build(args.model, model_config, dtype, adapter)
-    from deepspeed.accelerator import get_accelerator
-
     here = replace(request, gloo=get_accelerator().device_name() == "cpu")  # on a CPU gathers go through gloo
     plan = plan_for(small, here, choice.plan.momentum_mode, choice.plan.micro_batch, choice.offload)
     rank = int(os.environ.get("RANK", "0"))
