@@ -157,7 +157,7 @@ def _measure(
     if on_cpu:
         return (
             {**held, "peak": numbers["resident_peak"] - before},
-            "resident memory on the CPU, of the model and its steps",
+            "resident memory on the CPU, of the model and its steps; planned with gloo's own buffers",
             losses,
         )
     return {**held, "peak": numbers["accelerator_peak"]}, "peak of the allocator", losses
