@@ -83,7 +83,9 @@ def _built_in(folder: Path) -> dict[str, dict | None]:
         config = contenders[f"zoadamu-{dtype}"] = copy.deepcopy(zoadamu)
         config["optimizer"]["params"]["momentum"] = {"dtype": dtype}
     contenders["mezo"] = read_config(folder / "cpu-small_mezo.json")
-    return {**contenders, "adamw": read_config(folder / "cpu-small_adamw.json"), PLAIN: None}
+    adamw = read_config(folder / "cpu-small_adamw.json")
+    contenders["adamw"] = {**adamw, "scheduler": zoadamu["scheduler"]}  # a decaying lr helps it as well
+    return {**contenders, PLAIN: None}
 
 
 def _checked(contender: Contender) -> Contender:

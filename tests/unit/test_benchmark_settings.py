@@ -47,6 +47,9 @@ def test_the_built_in_contenders_are_all_momentum_modes_mezo_adamw_and_the_plain
     assert modes == ["fp32", "bf16", "fp16", "int8", "replay"]
     assert [c.name for c in contenders if not c.name.startswith("zoadamu-")] == ["mezo", "adamw", "plain-mezo"]
     assert [c.name for c in contenders if not c.zeroth_order] == ["adamw"]
+    # One schedule of the lr for all: without it AdamW would be made to look worse than it is.
+    schedules = [c.config["scheduler"] for c in contenders if not c.plain]
+    assert schedules == [schedules[0]] * 7 and schedules[0]["type"] == "WarmupDecayLR"
 
 
 def test_given_configs_stand_beside_the_plain_loop_alone(tiny):
