@@ -2,9 +2,6 @@
 
 import importlib
 
-from .noise import noise  # eager: a later import of the submodule of that name must not take the function's place
-from .schedules import anneal
-
 __version__ = "0.1.0"
 
 # Resolved on first use: importing DeepSpeed takes seconds, and not everything needs it.
@@ -12,8 +9,12 @@ _EXPORTS = {
     "initialize": "engine",
     "StepRecord": "engine",
     "ZeroOrderEngine": "engine",
-    "ZOAdaMU": "optimizers",
-    "MeZO": "optimizers",
+    "ZOAdaMU": "zero3.optimizer",
+    "MeZO": "zero3.optimizer",
+    "Rule": "rules",
+    "register": "rules",
+    "anneal": "rules.schedules",
+    "noise": "rules.noise",
     "check_config": "config",
     "weights_digest": "digest",
     "read_journal": "journal",
@@ -26,7 +27,7 @@ _EXPORTS = {
     "save_pretrained": "hf",
 }
 
-__all__ = ["__version__", "anneal", "noise", *_EXPORTS]
+__all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str):

@@ -90,6 +90,7 @@ def _manifest(engine: Any, client_state: dict, journal_checksum: str | None) -> 
         "world_size": collective.world_size(),
         "counters": {name: getattr(engine, name) for name in _COUNTERS},
         "skipped_in_a_row": engine._skipped_in_a_row,
+        "rule_scalars": list(engine.optimizer.scalars),
         "lrs": [float(group["lr"]) for group in engine.optimizer.param_groups],
         "lr_scheduler": None if scheduler is None else {"type": type(scheduler).__name__, "state": scheduler.state_dict()},
         "data_position": None if sampler is None else sampler.position,
@@ -273,6 +274,7 @@ def _pieces(
 
 def _restore_state(engine: Any, manifest: dict, with_lr_scheduler: bool) -> None:
     engine.optimizer.step_count = manifest["step"]
+    engine.optimizer.scalars = tuple(manifest.get("rule_scalars", ()))  # without: of a rule that carries none
     for name, value in manifest["counters"].items():
         setattr(engine, name, value)
     # DeepSpeed's micro_steps counts a rank's own micro-batches, so it is another number on another number of ranks.

@@ -11,26 +11,26 @@ CHUNK_ON_CPU, CHUNK_ON_GPU = 1 << 16, 1 << 24
 
 def chunks_on(
     device: torch.device,
-    tensors: Sequence[torch.Tensor | None],
+    tensors: Sequence[torch.Tensor],
     *,
     writing: bool,
     chunk: int | None = None,
     copy: bool = False,
     non_blocking: bool = False,
-) -> Iterator[tuple[slice, list[torch.Tensor | None]]]:
-    """Go through 1-D tensors of one length: yields (range of elements, the tensors' parts on ``device``); None stays None.
+) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+    """Go through 1-D tensors of one length: yields (range of elements, the tensors' parts on ``device``).
 
     A part is a view where its tensor is on ``device`` already, else a copy, which ``writing`` puts back after the loop's body.
     Args: ``chunk``: elements in a part; None: CHUNK_ON_GPU where something is copied, else everything at once. ``copy``: copy
     in any case. ``non_blocking``: copies from pinned memory may still be under way on the device's stream.
     """
-    length = next(t.numel() for t in tensors if t is not None)
-    copied = [t is not None and (copy or t.device != device) for t in tensors]
+    length = tensors[0].numel()
+    copied = [copy or t.device != device for t in tensors]
     chunk = chunk or (CHUNK_ON_GPU if any(copied) else max(1, length))
     for low in range(0, length, chunk):
         part = slice(low, min(low + chunk, length))
         here = [
-            t[part].to(device, copy=copy, non_blocking=non_blocking) if c else t if t is None else t[part]
+            t[part].to(device, copy=copy, non_blocking=non_blocking) if c else t[part]
             for t, c in zip(tensors, copied, strict=True)
         ]
         yield part, here

@@ -26,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="ds_zoadamu", description="Plan, record and rebuild zeroth-order fine-tuning runs.")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
+    parser.add_argument(
+        "--import", dest="modules", action="append", default=[], metavar="MODULE", help="import a module with rules of your own"
+    )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     wanted = next((word for word in argv if word in SUBCOMMANDS), None)
     modules = {}
@@ -36,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             modules[name].add_arguments(subparser)
     args = parser.parse_args(argv)
     try:
+        if args.modules:
+            from .rules import import_modules
+
+            import_modules(args.modules)
         status = modules[args.command].run(args)
         leave()
         return status

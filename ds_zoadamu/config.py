@@ -12,8 +12,8 @@ from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
 from . import nvme
 from .errors import ConfigError
-from .optimizers import OPTIMIZERS
-from .optimizers.options import RuleConfig, reject_unknown
+from .rules import RULES, RuleConfig
+from .rules.options import reject_unknown
 
 
 def read_config(config: dict | str | Path) -> dict:
@@ -43,14 +43,14 @@ def zeroth_order_type(config: dict) -> str | None:
     Raises ConfigError for a near miss of our names, and for a name that nobody knows.
     """
     name = config.get("optimizer", {}).get("type")
-    if name is None or name in OPTIMIZERS:
+    if name is None or name in RULES:
         return name
-    for known in OPTIMIZERS:
+    for known in RULES:
         if str(name).lower().replace("_", "").replace("-", "") == known.lower():
             raise ConfigError(f'optimizer.type is {name!r}; it is spelt "{known}"')
     if str(name).lower() not in DEEPSPEED_OPTIMIZERS and not hasattr(torch.optim, str(name)):
         raise ConfigError(
-            f"optimizer.type is {name!r}, which is not known; zeroth-order: {', '.join(OPTIMIZERS)}; DeepSpeed's own, with "
+            f"optimizer.type is {name!r}, which is not known; zeroth-order: {', '.join(RULES)}; DeepSpeed's own, with "
             f"backward passes: {', '.join(DEEPSPEED_OPTIMIZERS)}"
         )
     return None
@@ -68,7 +68,7 @@ def check_config(config: dict | str | Path) -> RuleConfig | None:
         return None
     reject_unknown("optimizer", config["optimizer"], {"type", "params"})
     check_deepspeed_settings(config)
-    return OPTIMIZERS[name].config_class.parse(config["optimizer"].get("params", {}))
+    return RULES[name].config_class.parse(config["optimizer"].get("params", {}))
 
 
 def _enabled(section: Any) -> bool:

@@ -1,7 +1,7 @@
 """The DeepSpeed engine whose step is two forward passes."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,10 +23,10 @@ from .data import MicroBatchSampler
 from .distributed import init_distributed, launched_world_size
 from .durability import Durability
 from .errors import ConfigError, NonFiniteLossError
-from .losses import LossFn, as_pair, causal_lm_loss, global_means, projected_gradient
-from .optimizers import OPTIMIZERS, ZerothOrderOptimizer
-from .optimizers.options import RuleConfig
-from .partition import PerturbedGathers, find_partitions, lift_scalars, lower_scalars, reject_empty, reject_too_large
+from .losses import LossFn, as_pair, causal_lm_loss, global_means
+from .partition import Fill, PerturbedGathers, find_partitions, lift_scalars, lower_scalars, reject_empty, reject_too_large
+from .rules import RULES, Evaluation, RuleConfig, make_rule
+from .zero3.optimizer import ZerothOrderOptimizer
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,13 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         self._require_zeroth_order("train_batch")
         micro_batches = self._draw(batch)
         self.tput_timer.start()
+        evaluations = self.optimizer.rule.evaluations(self.optimizer.next_step)
         passes = []
         with self._evaluating():
-            for index in range(self.optimizer.config.num_perturbations):
-                for sign in (+1, -1):
-                    with self._gathers.perturbed(partial(self.optimizer.perturb_into, sign=sign, index=index)):
-                        passes.append([self._loss(micro_batch) for micro_batch in micro_batches])
-        losses = global_means(passes, self.device)
-        record, projected_grads = self._record(losses[0::2], losses[1::2])
+            for evaluation in evaluations:
+                with self._gathers.perturbed(self._fill(evaluation)):
+                    passes.append([self._loss(micro_batch) for micro_batch in micro_batches])
+        record, projected_grads = self._record(evaluations, global_means(passes, self.device))
         self._before_update(record, batch)
         self.optimizer.observe(None if record.skipped else projected_grads)
         with self._gathers.writing():
@@ -176,10 +175,18 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
     def _loss(self, micro_batch: Any) -> torch.Tensor:
         return as_pair(self.loss_fn(self.module, micro_batch), self.device)
 
-    def _record(self, plus: list[float], minus: list[float]) -> tuple[StepRecord, tuple[float, ...]]:
-        """The step's record and its projected gradients, from the losses of its perturbations."""
+    def _fill(self, evaluation: Evaluation) -> Fill | None:
+        """What the gathers of an evaluation see; None: the stored weights."""
+        if evaluation.direction is None:
+            return None
+        return partial(self.optimizer.perturb_into, evaluation=evaluation)
+
+    def _record(self, evaluations: Sequence[Evaluation], losses: list[float]) -> tuple[StepRecord, tuple[float, ...]]:
+        """The step's record and its projected gradients, from the losses of its evaluations."""
         optimizer, step = self.optimizer, self.optimizer.next_step
-        grads = tuple(projected_gradient(p, m, optimizer.config.zo_eps) for p, m in zip(plus, minus, strict=True))
+        grads = optimizer.rule.projected_grads(losses)
+        plus = [loss for evaluation, loss in zip(evaluations, losses, strict=True) if evaluation.coefficient > 0.0]
+        minus = [loss for evaluation, loss in zip(evaluations, losses, strict=True) if evaluation.coefficient <= 0.0]
         loss_plus, loss_minus = sum(plus) / len(plus), sum(minus) / len(minus)
         record = StepRecord(
             step=step,
@@ -189,7 +196,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             projected_grad=grads[0] if len(grads) == 1 else grads,
             lr=float(optimizer.param_groups[0]["lr"]),
             skipped=not all(map(math.isfinite, grads)),
-            figures=optimizer.figures(step),
+            figures=optimizer.rule.figures(step),
         )
         return record, grads
 
@@ -229,7 +236,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             self._skipped_in_a_row = 0
             return
         self._skipped_in_a_row += 1
-        limit = self.optimizer.config.max_skipped_steps
+        limit = self.optimizer.rule.config.max_skipped_steps
         log_dist(
             f"step {record.step} skipped: loss_plus={record.loss_plus} loss_minus={record.loss_minus} is not finite "
             f"({self._skipped_in_a_row} in a row, {limit} end the run)",
@@ -239,7 +246,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             raise NonFiniteLossError(
                 f"the loss was not finite for {limit} steps in a row, the last at step {record.step} "
                 f"(loss_plus={record.loss_plus}, loss_minus={record.loss_minus}). Try a lower lr (now {record.lr:g}) or zo_eps "
-                f"(now {self.optimizer.config.zo_eps:g}), bf16 "
+                f"(now {self.optimizer.rule.config.zo_eps:g}), bf16 "
                 "instead of fp16, or look for broken examples; max_skipped_steps sets the limit"
             )
 
@@ -252,7 +259,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
     def _require_zeroth_order(self, method: str) -> None:
         if not self._is_zeroth_order:
             raise RuntimeError(
-                f"{method} needs a zeroth-order optimizer ({', '.join(OPTIMIZERS)}); this engine has "
+                f"{method} needs a zeroth-order optimizer ({', '.join(RULES)}); this engine has "
                 f"{type(self.optimizer).__name__}: use engine(batch), engine.backward(loss), engine.step()"
             )
 
@@ -268,7 +275,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         super()._do_sanity_check()
 
     def _is_supported_optimizer(self, optimizer_name: str) -> bool:
-        return optimizer_name in OPTIMIZERS or super()._is_supported_optimizer(optimizer_name)
+        return optimizer_name in RULES or super()._is_supported_optimizer(optimizer_name)
 
     def _configure_distributed_model(self, model: torch.nn.Module) -> None:
         self._scalars = []
@@ -279,8 +286,8 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         super()._configure_distributed_model(model)
 
     def _configure_optimizer(self, client_optimizer, model_parameters) -> None:
-        if client_optimizer is None and self.optimizer_name() in OPTIMIZERS:
-            client_optimizer = OPTIMIZERS[self.optimizer_name()](model_parameters, **self.optimizer_params())
+        if client_optimizer is None and self.optimizer_name() in RULES:
+            client_optimizer = ZerothOrderOptimizer(model_parameters, make_rule(self.optimizer_name(), self.optimizer_params()))
         if not isinstance(client_optimizer, ZerothOrderOptimizer):
             super()._configure_optimizer(client_optimizer, model_parameters)
             return
@@ -293,7 +300,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         self._gathers = PerturbedGathers(self.module, client_optimizer.partitions, self._offload.partition_all_parameters)
         self.optimizer = self.basic_optimizer = client_optimizer
         log_dist(
-            f"{type(client_optimizer).__name__}: {len(client_optimizer.partitions)} trained parameters, momentum "
+            f"{client_optimizer.rule.name}: {len(client_optimizer.partitions)} trained parameters, momentum "
             f"{client_optimizer.memory_bytes()['momentum']:,} bytes on this rank, kernels {kernels.backend_name(self.device)}",
             ranks=[0],
         )
@@ -324,7 +331,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
 
     def _zeroth_order_options(self) -> RuleConfig | None:
         if self.client_optimizer is not None:
-            return self.client_optimizer.config if isinstance(self.client_optimizer, ZerothOrderOptimizer) else None
+            return self.client_optimizer.rule.config if isinstance(self.client_optimizer, ZerothOrderOptimizer) else None
         return check_config(self.config)
 
     def destroy(self) -> None:

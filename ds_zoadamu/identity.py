@@ -10,6 +10,7 @@ from . import collective
 from .data import MicroBatchSampler
 from .kernels import NOISE_VERSION
 from .partition import canonical_name
+from .rules import origin
 from .safetensors_io import dtype_name
 
 # They bound or end a run, or are defaults of others, but no update depends on them: a resume may change them.
@@ -33,8 +34,8 @@ def run_identity(engine: Any) -> dict:
     sampler = own_sampler(engine)
     return {
         "noise_version": NOISE_VERSION,
-        "optimizer": type(optimizer).__name__,
-        "options": dataclasses.asdict(optimizer.config),
+        "optimizer": optimizer.rule.name,
+        "options": dataclasses.asdict(optimizer.rule.config),
         "groups": [{"weight_decay": float(group["weight_decay"])} for group in optimizer.param_groups],
         "micro_batch_size": engine.train_micro_batch_size_per_gpu(),
         "micro_batches_a_step": engine.gradient_accumulation_steps() * collective.world_size(),
@@ -45,7 +46,7 @@ def run_identity(engine: Any) -> dict:
 
 def surroundings(engine: Any) -> dict:
     """What a rebuilt model needs beside the trained parameters: {"tied": {name: other names}, "untrained": [[name, dtype],
-    ...]}."""
+    ...]}, and where a rule that is not the library's own comes from."""
     module = engine.module
     names: dict[int, list[str]] = {}
     for name, param in module.named_parameters(remove_duplicate=False):
@@ -59,7 +60,8 @@ def surroundings(engine: Any) -> dict:
     persistent = module.state_dict().keys()
     untrained += [[canonical_name(n), dtype_name(b.dtype)] for n, b in module.named_buffers() if n in persistent]
     tied = {names[id(p.param)][0]: names[id(p.param)][1:] for p in engine.optimizer.partitions if len(names[id(p.param)]) > 1}
-    return {"tied": tied, "untrained": untrained}
+    source = origin(type(engine.optimizer.rule))
+    return {"tied": tied, "untrained": untrained} | ({} if source is None else {"rule_from": source})
 
 
 def _flat(identity: dict) -> dict[str, Any]:

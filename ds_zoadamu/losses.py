@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 
-from .kernels.types import round_grad
-
 LossFn = Callable[[torch.nn.Module, Any], tuple[torch.Tensor, Any]]
 """(module, batch) -> (mean loss of the micro-batch, its weight). It need not be differentiable."""
 
@@ -70,8 +68,3 @@ def global_means(passes: Sequence[Sequence[torch.Tensor]], device: torch.device)
             )
         means.append(total / total_weight)
     return means
-
-
-def projected_gradient(loss_plus: float, loss_minus: float, zo_eps: float) -> float:
-    """(loss_plus - loss_minus) / (2 zo_eps), rounded to ``GRAD_BITS`` significant bits."""
-    return round_grad((loss_plus - loss_minus) / (2.0 * zo_eps))

@@ -241,8 +241,8 @@ class PerturbedGathers:
             param.all_gather = self._wrap_single(param, param.all_gather)
 
     @contextmanager
-    def perturbed(self, fill: Fill) -> Iterator[None]:
-        """Inside, gathers of the trained parameters see what ``fill`` writes. All gathered copies are freed on entry and on
+    def perturbed(self, fill: Fill | None) -> Iterator[None]:
+        """Inside, gathers of the trained parameters see what ``fill`` writes; the stored values where it is None. All gathered copies are freed on entry and on
         exit.
         """
         if self._fill is not None:

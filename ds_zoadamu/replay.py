@@ -23,9 +23,9 @@ from .digest import combine
 from .errors import ReplayError
 from .journal import Contents, read_journal
 from .kernels import NOISE_VERSION
-from .optimizers import OPTIMIZERS
+from .rules import RULES, Elements, Rule, Update, make_rule
 from .safetensors_io import FlatReader, FlatWriter, dtype_from_name, dtype_name, raw_bytes, sync_directory, write_durably
-from .stepping import RecordedStep, apply_steps, recorded_steps
+from .stepping import apply_updates, recorded_updates
 
 _SLICE = 1 << 22  # elements read, stepped and written at a time
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".index.json")
@@ -100,13 +100,13 @@ def replay(
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise ReplayError(f"--output {str(output)!r} exists and is not empty; name a new folder")
         folder = _resolve(base, revision, contents.header)
-        optimizer = _rule(contents.header)
+        rule = _rule(contents.header)
         opened = _open(folder, contents.header)
     try:
         _verify_base(opened, contents.header)
         temporary = output.absolute().with_name(f".{output.absolute().name}.replaying")
         try:
-            sha256 = _rebuild(opened, optimizer, contents, temporary, torch.device(device), show_progress)
+            sha256 = _rebuild(opened, rule, contents, temporary, torch.device(device), show_progress)
             with collective.on_all_ranks(ReplayError):
                 if expect is not None and sha256 != expect.lower():
                     raise ReplayError(
@@ -157,11 +157,13 @@ def _resolve(base: str | Path, revision: str | None, header: dict) -> Path:
     return folder
 
 
-def _rule(header: dict) -> Any:
-    """The optimizer of the run, over no parameters: its rule alone is needed."""
-    if header["optimizer"] not in OPTIMIZERS:
-        raise ReplayError(f"the journal is of optimizer {header['optimizer']!r}; this release knows {', '.join(OPTIMIZERS)}")
-    return OPTIMIZERS[header["optimizer"]]([torch.nn.Parameter(torch.empty(1))], **header["options"])
+def _rule(header: dict) -> Rule:
+    """The rule of the run. Raises ReplayError where nobody has registered it: code that a journal names is never imported."""
+    name, source = header["optimizer"], header.get("rule_from")
+    if name not in RULES:
+        remedy = f"; import {source!r} first, if you trust it: ds_zoadamu --import {source} replay ..." if source else ""
+        raise ReplayError(f"the journal is of the rule {name!r}; known here: {', '.join(RULES)}{remedy}")
+    return make_rule(name, header["options"])
 
 
 def _names_in_files(name: str, keys: dict[str, str]) -> Iterator[str]:
@@ -256,11 +258,11 @@ def _sha256(parts: Iterator[torch.Tensor]) -> str:
 
 
 def _rebuild(
-    base: _Base, optimizer: Any, contents: Contents, temporary: Path, device: torch.device, show_progress: bool
+    base: _Base, rule: Rule, contents: Contents, temporary: Path, device: torch.device, show_progress: bool
 ) -> str:
     """Write every weight file into ``temporary``, the ranks sharing the elements; returns the digest of the trained weights."""
     header, world, rank = contents.header, collective.world_size(), collective.rank()
-    steps = recorded_steps(optimizer, contents.records, len(header["groups"]))
+    updates, _ = recorded_updates(rule, contents.records, [group["weight_decay"] for group in header["groups"]])
     specs = {file: {t.key: (t.dtype, t.shape) for t in base.tensors if t.file == file} for file in base.readers}
     writers: dict[str, FlatWriter] = {}
     try:
@@ -273,7 +275,7 @@ def _rebuild(
             if rank != 0:
                 writers = {file: FlatWriter(temporary / file, spec, create=False) for file, spec in specs.items()}
         with collective.on_all_ranks(ReplayError):
-            _write_share(base, optimizer, steps, header, writers, device, show_progress)
+            _write_share(base, rule, updates, header, writers, device, show_progress)
             for writer in writers.values():
                 writer.close()
     finally:
@@ -289,41 +291,31 @@ def _rebuild(
 
 def _write_share(
     base: _Base,
-    optimizer: Any,
-    steps: list[RecordedStep],
+    rule: Rule,
+    updates: list[list[Update]],
     header: dict,
     writers: dict[str, FlatWriter],
     device: torch.device,
     show_progress: bool,
 ) -> None:
     """This rank's share of the slices: trained ones through all steps, the others as they are."""
-    keys = optimizer.noise_keys(p["name"] for p in header["parameters"])
+    keys, num_steps = rule.keys(p["name"] for p in header["parameters"]), len(updates[0])
     shares = [
         (tensor, start, min(start + _SLICE, tensor.numel))
         for trained in (True, False)
         for tensor, start in _every_nth([t for t in base.tensors if bool(t.trained) == trained])
     ]
-    total = sum(stop - start for tensor, start, stop in shares if tensor.trained) * len(steps)
+    total = sum(stop - start for tensor, start, stop in shares if tensor.trained) * num_steps
     shown = show_progress and collective.rank() == 0
     with tqdm(total=total, desc="replay", unit=" element steps", unit_scale=True, disable=not shown, dynamic_ncols=True) as bar:
         for tensor, start, stop in shares:
             weight = base.read(tensor, start, stop)
-            if tensor.trained and steps:
-                momenta = optimizer.new_momenta(weight.numel(), weight.dtype, device)
-                weight = weight.to(device)
-                group = tensor.trained["group"]
-                apply_steps(
-                    optimizer,
-                    steps,
-                    weight,
-                    momenta,
-                    keys=keys[tensor.trained["name"]],
-                    start=start,
-                    group=group,
-                    weight_decay=header["groups"][group]["weight_decay"],
-                    device=device,
-                    progress=bar.update,
-                )
+            if tensor.trained and num_steps:
+                name = tensor.trained["name"]
+                weight, state = weight.to(device), rule.new_state(weight.numel(), weight.dtype, device)
+                elements = Elements(name, tensor.shape, keys[name], start, stop)
+                own = updates[tensor.trained["group"]]
+                apply_updates(rule, own, weight, state, elements, device=device, progress=bar.update)
             writers[tensor.file].write(tensor.key, start, raw_bytes(weight))
 
 

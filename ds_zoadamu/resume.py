@@ -15,7 +15,7 @@ from .digest import partition_digests
 from .errors import CheckpointError, JournalError, ReplayError
 from .identity import differences, own_sampler, phrase, run_identity, surroundings
 from .journal import Contents, Journal, Record, parse_journal, read_bytes
-from .stepping import apply_steps, recorded_steps
+from .stepping import apply_updates, recorded_updates
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def resume(
         first = 0 if found is None else found.step
         records = contents.records[first:]
         with collective.on_all_ranks(JournalError):
-            _advance(engine, records, contents)
+            _advance(engine, first, contents)
         _restore_data(engine, contents, records, found, data)
         with collective.on_all_ranks(JournalError):
             if journal is not None and contents.torn:
@@ -178,30 +178,26 @@ def _load_newest(engine: Any, directory: str | Path | None, contents: Contents, 
     return None
 
 
-def _advance(engine: Any, records: list[Record], contents: Contents) -> None:
-    """Apply records to the partitions, then do to counters and scheduler what their steps did."""
-    optimizer = engine.optimizer
+def _advance(engine: Any, first: int, contents: Contents) -> None:
+    """Apply the records behind step ``first`` to the partitions, then do to counters and scheduler what their steps did."""
+    optimizer, records = engine.optimizer, contents.records[first:]
     groups = optimizer.param_groups
-    steps = recorded_steps(optimizer, records, len(groups))
-    keys = optimizer.noise_keys(p.name for p in optimizer.partitions)
+    weight_decays = [float(group["weight_decay"]) for group in groups]
+    updates, optimizer.scalars = recorded_updates(optimizer.rule, contents.records, weight_decays, first)
     group_of = {id(param): index for index, group in enumerate(groups) for param in group["params"]}
     with engine._gathers.writing():
         for partition in optimizer.partitions if records else ():
-            group = group_of[id(partition.param)]
             with partition.writable():
-                apply_steps(
-                    optimizer,
-                    steps,
+                apply_updates(
+                    optimizer.rule,
+                    updates[group_of[id(partition.param)]],
                     partition.weight,
-                    optimizer.momenta(partition),
-                    keys=keys[partition.name],
-                    start=partition.start,
-                    group=group,
-                    weight_decay=float(groups[group]["weight_decay"]),
+                    optimizer.stored_state(partition),
+                    optimizer.elements(partition),
                     device=partition.compute_device,
                 )
-    for record, step in zip(records, steps, strict=True):
-        _count(engine, record, step.lrs)
+    for number, record in enumerate(records):
+        _count(engine, record, tuple(group[number].lr for group in updates))
     engine._skipped_in_a_row = 0
     for record in reversed(contents.records):
         if not record.skipped:

@@ -21,8 +21,7 @@ import transformers
 import ds_zoadamu
 from ds_zoadamu import collective, kernels
 from ds_zoadamu.journal import Record, read_journal
-from ds_zoadamu.noise import parameter_key
-from ds_zoadamu.stepping import apply_steps, recorded_steps
+from ds_zoadamu.stepping import apply_updates, recorded_updates
 
 VOCABULARY, LENGTH = 8192, 16
 
@@ -103,17 +102,16 @@ def measure_replay(engine, batch: dict, steps: int) -> dict:
 
     update_seconds = seconds(update, 5)
     records = [Record(t, 2.0, 2.0, 0.5, 1e-6, False) for t in range(1, steps + 1)]
-    recorded = recorded_steps(optimizer, records, 1)
+    (recorded,), _ = recorded_updates(optimizer.rule, records, [0.0])
 
     def replay(block: int) -> None:
         for partition in optimizer.partitions:
             weight = partition.weight.clone()
-            momentum = torch.zeros(weight.numel(), dtype=torch.int8)
+            state = optimizer.rule.new_state(weight.numel(), weight.dtype, weight.device)
             for first in range(0, steps, block):
-                apply_steps(
-                    optimizer, recorded[first : first + block], weight, [momentum], keys=(parameter_key(0, partition.name),),
-                    start=partition.start, group=0, weight_decay=0.0, device=weight.device,
-                    chunk=max(1, weight.numel()) if block == 1 else None,
+                apply_updates(
+                    optimizer.rule, recorded[first : first + block], weight, state, optimizer.elements(partition),
+                    device=weight.device, chunk=max(1, weight.numel()) if block == 1 else None,
                 )  # fmt: skip
 
     result = {"train_batch": own / step_seconds, "update alone": own / update_seconds}

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 
 from ds_zoadamu import kernels
-from ds_zoadamu.kernels import Direction, Rounding, StepScalars, fp32
+from ds_zoadamu.kernels import Recurrence, Rounding, StepScalars, fp32
 from ds_zoadamu.training.output import processor_name
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,10 +62,10 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def direction(num_steps: int) -> Direction:
+def direction(num_steps: int) -> Recurrence:
     scalars = [math.sqrt(ALPHA), math.sqrt(1 - ALPHA), BETA1, 1 - BETA1, BETA2, 1 - BETA2]
     steps = tuple(StepScalars(step, *map(fp32, scalars)) for step in range(1, num_steps + 1))
-    return Direction(steps, decode_scale=fp32(0.05), encode_scale=fp32(20.0))
+    return Recurrence(steps, decode_scale=fp32(0.05), encode_scale=fp32(20.0))
 
 
 def kernel_cases(name: str, storage: str, num_steps: int, numel: int, device: torch.device) -> list[Case]:

@@ -9,7 +9,7 @@ over seeds and starts; distances below 1e-6 count as equal, and then the smalles
 (sub)gradient, MeZO and ZO-AdaMU two function values. No path is confined to the square. A step whose projected gradient is not
 finite leaves the point where it is.
 
-The directions of MeZO and ZO-AdaMU come from the library's own optimizers, in fp32; points, functions and projected gradients
+The directions of MeZO and ZO-AdaMU come from the library's own rules, in fp32; points, functions and projected gradients
 are fp64, so what is seen is the method and not the rounding of theta +- zo_eps m. Each seed has its own noise, which all
 functions and all lr share.
 
@@ -30,10 +30,9 @@ from pathlib import Path
 import numpy
 import torch
 
-from ds_zoadamu import MeZO, ZOAdaMU
 from ds_zoadamu.errors import ConfigError
-from ds_zoadamu.noise import parameter_key
-from ds_zoadamu.optimizers import ZerothOrderOptimizer
+from ds_zoadamu.rules.noise import parameter_key
+from ds_zoadamu.rules import Elements, Evaluation, MeZO, Rule, Update, ZOAdaMU
 from ds_zoadamu.training.output import processor_name
 
 RESOLUTION = 1e-6  # distances below this are not told apart when an lr is chosen
@@ -89,13 +88,12 @@ class Experiment:
 
     def mezo(self) -> MeZO:
         """The library's MeZO with lr = zo_eps = 1, see ``directions``."""
-        return MeZO([torch.nn.Parameter(torch.zeros(1))], lr=1.0, zo_eps=1.0)
+        return MeZO(lr=1.0, zo_eps=1.0)
 
     def zo_adamu(self) -> ZOAdaMU:
         """The library's ZO-AdaMU, likewise. Raises ConfigError for a schedule that cannot be."""
-        weight = torch.nn.Parameter(torch.zeros(1))
         momentum = {"dtype": "fp32"}
-        return ZOAdaMU([weight], lr=1.0, zo_eps=1.0, total_steps=self.steps, momentum=momentum, **self.schedule)
+        return ZOAdaMU(lr=1.0, zo_eps=1.0, total_steps=self.steps, momentum=momentum, **self.schedule)
 
     def lrs(self, step: int) -> torch.Tensor:
         """lr of every entry of the grid at ``step``: fp64, (lrs,)."""
@@ -115,30 +113,28 @@ def evaluate(points: torch.Tensor) -> torch.Tensor:
     return torch.stack([f.value(p[..., 0], p[..., 1]) for f, p in zip(FUNCTIONS, points, strict=True)])
 
 
-def directions(optimizer: ZerothOrderOptimizer, numel: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def directions(rule: Rule, numel: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(perturbation, direction of the update) of steps 1, 2, ...: fp64, (numel / 2, 2).
 
-    For ZO-AdaMU they are m_t and m_t / sqrt(v + sigma). Neither depends on the weights or the loss. So the optimizer's own
+    For ZO-AdaMU they are m_t and m_t / sqrt(v + sigma). Neither depends on the weights or the loss. So the rule's own
     perturbation of weight 0 by zo_eps = 1 is exactly the first of them, and its own update of weight 0 with lr = 1 and
     projected gradient -1 the second.
     """
-    key, dtype = parameter_key(NOISE_SEED, NOISE_NAME), optimizer.momentum_dtype(torch.float32)
-    momentum = None if dtype is None else torch.zeros(numel, dtype=dtype)
+    elements = Elements(NOISE_NAME, (numel,), (parameter_key(NOISE_SEED, NOISE_NAME),), 0, numel)
+    state = rule.new_state(numel, torch.float32, torch.device("cpu"))
     for step in itertools.count(1):
-        direction = optimizer.direction(step)
+        direction = rule.direction(step)
         perturbation, update = torch.zeros(numel), torch.zeros(numel)
-        optimizer.perturb_range_(perturbation, perturbation, momentum, direction, key=key, start=0, sign=1)
-        optimizer.update_range_(
-            update, [momentum], direction, keys=(key,), start=0, lr=1.0, weight_decay=0.0, projected_grads=(-1.0,)
-        )
+        rule.perturb_(perturbation, perturbation, state, elements, direction, Evaluation(0, 1.0))
+        rule.update_(update, state, elements, Update(step, direction, lr=1.0, weight_decay=0.0, projected_grads=(-1.0,)))
         yield perturbation.double().view(-1, 2), update.double().view(-1, 2)
 
 
-def zeroth_order_path(experiment: Experiment, optimizer: ZerothOrderOptimizer) -> Iterator[torch.Tensor]:
+def zeroth_order_path(experiment: Experiment, rule: Rule) -> Iterator[torch.Tensor]:
     """The points of every run after steps 1, 2, ..., T, shaped as ``Experiment.points``."""
     points, zo_eps = experiment.points(experiment.seeds), experiment.zo_eps
     num_lrs = len(experiment.grid)
-    pairs = directions(optimizer, 2 * experiment.seeds * experiment.starts)
+    pairs = directions(rule, 2 * experiment.seeds * experiment.starts)
     for step, (perturbation, update) in zip(range(1, experiment.steps + 1), pairs, strict=False):
         both = torch.cat((points + zo_eps * perturbation, points - zo_eps * perturbation), dim=1)
         loss_plus, loss_minus = evaluate(both).split(num_lrs, dim=1)

@@ -10,8 +10,8 @@ from pathlib import Path
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
 from ds_zoadamu.config import read_config, zeroth_order_type
-from ds_zoadamu.optimizers import OPTIMIZERS
-from ds_zoadamu.optimizers.zo_adamu import MOMENTUM_DTYPES
+from ds_zoadamu.rules import RULES
+from ds_zoadamu.rules.zo_adamu import MOMENTUM_DTYPES
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.plan import check_stage
 
@@ -96,7 +96,7 @@ def _checked(contender: Contender) -> Contender:
     section = config.get("optimizer")
     kind = section.get("type") if isinstance(section, dict) else None
     if zeroth_order_type({"optimizer": {"type": kind}}) is None and str(kind).lower() not in DEEPSPEED_OPTIMIZERS:
-        known = [*OPTIMIZERS, *DEEPSPEED_OPTIMIZERS]
+        known = [*RULES, *DEEPSPEED_OPTIMIZERS]
         raise InputError(f"{name}: optimizer.type is {kind!r}; known: {', '.join(known)}")
     check_stage(config, name)
     if contender.zeroth_order:

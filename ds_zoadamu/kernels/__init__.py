@@ -20,17 +20,19 @@ import torch
 
 from . import reference
 from .reference import NOISE_VERSION
-from .types import Direction, Rounding, StepScalars, fp32
+from .types import GRAD_BITS, Recurrence, Rounding, StepScalars, fp32, round_grad
 
 __all__ = [
+    "GRAD_BITS",
     "NOISE_VERSION",
-    "Direction",
+    "Recurrence",
     "Rounding",
     "StepScalars",
     "backend_name",
     "fp32",
     "noise_",
     "perturb_",
+    "round_grad",
     "update_",
 ]
 
@@ -94,7 +96,7 @@ def backend_name(device: torch.device | str) -> str:
 def noise_(xi1: torch.Tensor, xi2: torch.Tensor, *, key: tuple[int, int], step: int, start: int) -> None:
     """Fill two fp32 tensors of n elements with the noise of the flat indices start <= i < start + n.
 
-    key: two 32-bit words, see :func:`ds_zoadamu.noise.parameter_key`. step: 0 <= step < 2**32. start: 0 <= start < 2**63.
+    key: two 32-bit words, see :func:`ds_zoadamu.rules.noise.parameter_key`. step: 0 <= step < 2**32. start: 0 <= start < 2**63.
     The compiled backends raise TypeError or ValueError for tensors or numbers that do not fit, in all three functions.
     """
     _backend(xi1.device.type).noise_(xi1, xi2, key=key, step=step, start=start)
@@ -104,7 +106,7 @@ def perturb_(
     out: torch.Tensor,
     weight: torch.Tensor,
     momentum: torch.Tensor | None,
-    direction: Direction,
+    direction: Recurrence,
     *,
     key: tuple[int, int],
     start: int,
@@ -126,7 +128,7 @@ def perturb_(
 def update_(
     weight: torch.Tensor,
     momentum: torch.Tensor | None,
-    direction: Direction,
+    direction: Recurrence,
     *,
     key: tuple[int, int],
     start: int,

@@ -16,7 +16,7 @@ import torch
 
 from . import build
 from .checks import check_position, check_step
-from .types import Direction, Rounding
+from .types import Recurrence, Rounding
 
 _NOISE, _PERTURB, _UPDATE = range(3)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
@@ -173,7 +173,7 @@ def _check_tensor(thing: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, .
 
 
 @functools.lru_cache(maxsize=8)
-def _steps(direction: Direction) -> ctypes.Array:
+def _steps(direction: Recurrence) -> ctypes.Array:
     if not direction.steps:
         raise ValueError("direction has no steps; the last one must be the step to take")
     for c in direction.steps:
@@ -204,7 +204,7 @@ def _run(steps: ctypes.Array, key: tuple[int, int], start: int, numel: int, **fi
         raise MemoryError(f"no memory for {len(steps)} prepared steps")
 
 
-def _momentum_fields(momentum: torch.Tensor | None, direction: Direction, numel: int) -> dict[str, object]:
+def _momentum_fields(momentum: torch.Tensor | None, direction: Recurrence, numel: int) -> dict[str, object]:
     if momentum is None:
         return {"momentum": None, "momentum_dtype": _NO_DTYPE}
     _check_tensor("momentum", momentum, _MOMENTUM_DTYPES, numel)
@@ -244,7 +244,7 @@ def perturb_(
     out: torch.Tensor,
     weight: torch.Tensor,
     momentum: torch.Tensor | None,
-    direction: Direction,
+    direction: Recurrence,
     *,
     key: tuple[int, int],
     start: int,
@@ -276,7 +276,7 @@ def perturb_(
 def update_(
     weight: torch.Tensor,
     momentum: torch.Tensor | None,
-    direction: Direction,
+    direction: Recurrence,
     *,
     key: tuple[int, int],
     start: int,

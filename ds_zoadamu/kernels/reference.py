@@ -18,7 +18,7 @@ import math
 
 import torch
 
-from .types import Direction, Rounding
+from .types import Recurrence, Rounding
 
 NOISE_VERSION = 1
 """Version of the map from (seed, name, step, flat index) to noise. Journals depend on it: any change of bits is a new
@@ -126,7 +126,7 @@ def noise_and_bits(
 
 def advance(
     momentum: torch.Tensor | None,
-    direction: Direction,
+    direction: Recurrence,
     key: tuple[int, int],
     start: int,
     stop: int,
@@ -206,7 +206,7 @@ def perturb_(
     out: torch.Tensor,
     weight: torch.Tensor,
     momentum: torch.Tensor | None,
-    direction: Direction,
+    direction: Recurrence,
     *,
     key: tuple[int, int],
     start: int,
@@ -229,7 +229,7 @@ def perturb_(
 def update_(
     weight: torch.Tensor,
     momentum: torch.Tensor | None,
-    direction: Direction,
+    direction: Recurrence,
     *,
     key: tuple[int, int],
     start: int,

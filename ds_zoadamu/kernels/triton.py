@@ -19,7 +19,7 @@ from contextlib import nullcontext
 import torch
 
 from .checks import check_position, check_step
-from .types import Direction, Rounding
+from .types import Recurrence, Rounding
 
 MINIMUM_VERSION = (3, 2)
 MINIMUM_CAPABILITY = (7, 0)
@@ -134,7 +134,7 @@ def _check_tensor(thing: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, .
         raise ValueError(f"{thing} has {tensor.numel()} elements where the other tensors have {like.numel()}")
 
 
-def _check_direction(direction: Direction) -> None:
+def _check_direction(direction: Recurrence) -> None:
     if not direction.steps:
         raise ValueError("direction has no steps; the last one must be the step to take")
     check_step(direction.steps[-1].step)
@@ -147,11 +147,11 @@ def _signed(word: int) -> int:
 
 # ---------------------------------------------------------------- the table of older steps
 
-_tables: dict[tuple, tuple[Direction, torch.Tensor]] = {}
+_tables: dict[tuple, tuple[Recurrence, torch.Tensor]] = {}
 _MAX_TABLES = 16
 
 
-def _table(direction: Direction, device: torch.device) -> torch.Tensor | None:
+def _table(direction: Recurrence, device: torch.device) -> torch.Tensor | None:
     """The steps before the last one as int32 rows of 8 (step and four fp32 numbers, by their bits), or None for a single step.
 
     Kept for each stream, since a copy queued on one stream is not there yet for another; found by identity, since hashing 44
@@ -211,7 +211,7 @@ def _place(start: int, num_full: int, tail: int, words: bool) -> dict[str, objec
     }
 
 
-def _direction_arguments(direction: Direction, device: torch.device) -> dict[str, object]:
+def _direction_arguments(direction: Recurrence, device: torch.device) -> dict[str, object]:
     c = direction.steps[-1]
     return {
         "table": _table(direction, device),
@@ -298,7 +298,7 @@ def perturb_(
     out: torch.Tensor,
     weight: torch.Tensor,
     momentum: torch.Tensor | None,
-    direction: Direction,
+    direction: Recurrence,
     *,
     key: tuple[int, int],
     start: int,
@@ -329,7 +329,7 @@ def perturb_(
 def update_(
     weight: torch.Tensor,
     momentum: torch.Tensor | None,
-    direction: Direction,
+    direction: Recurrence,
     *,
     key: tuple[int, int],
     start: int,

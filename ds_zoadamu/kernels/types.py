@@ -48,7 +48,7 @@ class StepScalars:
 
 
 @dataclass(frozen=True)
-class Direction:
+class Recurrence:
     """How m_t is made: from the stored momentum (zero where none is stored) by one or more steps of the recurrence.
 
     steps: oldest first; the last one is step t. More than one only with replayed momentum, where nothing is stored.

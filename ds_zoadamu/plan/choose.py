@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from ..optimizers.options import RuleConfig
-from ..optimizers.zo_adamu import ZOAdaMUConfig
+from ..rules import RuleConfig, ZOAdaMUConfig
 from .gathers import GatherSettings
 from .memory import MemoryPlan, Model, Nvme, plan_memory
 

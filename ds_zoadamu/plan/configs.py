@@ -8,8 +8,7 @@ from typing import Any
 from ..auto_config import fill_auto
 from ..config import check_config, check_deepspeed_settings, read_config, zeroth_order_type
 from ..errors import ConfigError
-from ..optimizers import OPTIMIZERS
-from ..optimizers.options import RuleConfig
+from ..rules import RULES, RuleConfig
 from .choose import Choice
 from .memory import Model
 
@@ -31,7 +30,7 @@ def read_for_plan(
             raise ConfigError(f"{path}: {section} is {config[section]!r}; it must be an object")
     if zeroth_order_type(config) is None:
         named = config.get("optimizer", {}).get("type")
-        rules = " or ".join(f'"{rule}"' for rule in OPTIMIZERS)
+        rules = " or ".join(f'"{rule}"' for rule in RULES)
         raise ConfigError(f"{path}: optimizer.type is {named!r}; the plan is for {rules}: set it, or leave out --config")
     check_deepspeed_settings({**config, "gradient_clipping": 0.0})  # before anything is filled; "auto" clipping becomes 0
     if micro_batch is not None:  # --batch wins over the JSON
@@ -53,7 +52,7 @@ def dtype_of(config: dict) -> str:
 
 def options_of(config: dict) -> RuleConfig:
     """The parsed options of a filled configuration's rule."""
-    return OPTIMIZERS[config["optimizer"]["type"]].config_class.parse(config["optimizer"].get("params", {}))
+    return RULES[config["optimizer"]["type"]].config_class.parse(config["optimizer"].get("params", {}))
 
 
 def template(dtype: str = "bf16") -> dict[str, Any]:

@@ -17,6 +17,9 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(TASKS)}, or a .json task file with template, label_words and optionally label_column, train_file, "
         "validation_file, hub_path, hub_name (default: %(default)s)",
     )
+    group.add_argument(
+        "--import", dest="modules", action="append", default=[], metavar="MODULE", help="import a module with rules of your own"
+    )
     group.add_argument("--template", help='replaces the task\'s template, for example "{sentence} It was"')
     group.add_argument(
         "--label_words",

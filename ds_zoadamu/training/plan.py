@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ds_zoadamu.auto_config import fill_auto, hidden_size_of
 from ds_zoadamu.config import check_config, read_config
+from ds_zoadamu.rules import import_modules
 from ds_zoadamu.tasks import (
     EncodedExample,
     Example,
@@ -94,6 +95,7 @@ def make_plan(args: Namespace, ranks: int | None = None) -> Plan:
         InputError, ConfigError: what is wrong, where, and the remedy.
     """
     check_arguments(args)
+    import_modules(args.modules)
     if args.deepspeed_config is None:
         raise InputError("--deepspeed_config is missing; give a DeepSpeed JSON, for example one of ds_configs/")
     config = read_config(args.deepspeed_config)

@@ -111,7 +111,7 @@ def profile(args: Namespace) -> dict:
 
 def _move_to_plateau(engine) -> None:
     """Sets the step to the schedule's plateau, where replayed momentum costs most; the journal goes on from there."""
-    plateau = getattr(engine.optimizer.config, "t2", 0)
+    plateau = getattr(engine.optimizer.rule.config, "t2", 0)
     engine.optimizer.step_count = plateau
     if engine._journal is not None:
         engine._journal.last_step = plateau

@@ -58,7 +58,7 @@ class _ForwardOnly:
 
     def __init__(self, engine, dataloader):
         self.engine = engine
-        self.passes_a_step = {"forward": 2 * getattr(engine.optimizer.config, "num_perturbations", 1), "backward": 0}
+        self.passes_a_step = {"forward": 2 * engine.optimizer.rule.config.num_perturbations, "backward": 0}
         self._batches = repeat(dataloader)
 
     def step(self) -> dict:

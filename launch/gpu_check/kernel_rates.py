@@ -43,7 +43,7 @@ def kernel_call(
     plateau = (math.sqrt(0.4729), math.sqrt(1 - 0.4729), 0.1464, 1 - 0.1464, 0.01, 0.99)
     scalars = tuple(map(kernels.fp32, plateau))
     steps = tuple(kernels.StepScalars(1000 + i, *scalars) for i in range(num_steps))
-    direction = kernels.Direction(steps, decode_scale=kernels.fp32(0.045), encode_scale=kernels.fp32(22.0))
+    direction = kernels.Recurrence(steps, decode_scale=kernels.fp32(0.045), encode_scale=kernels.fp32(22.0))
     key = (0x12345678, 0x9ABCDEF0)
     weight = torch.empty(numel, dtype=dtypes[weights], device=device.name).normal_(0.0, 0.02)
     out, stored, width = torch.empty_like(weight), None, 0

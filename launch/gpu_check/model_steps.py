@@ -100,13 +100,15 @@ def kernel_seconds(engine, device: Device) -> dict[str, float]:
     """
     import torch
 
+    from ds_zoadamu.rules import Evaluation
+
     optimizer = engine.optimizer
     largest = max(p.length for p in optimizer.partitions)
     room = torch.empty(largest, dtype=torch.bfloat16, device=device.name)
 
     def perturb(sign: int) -> None:
         for partition in optimizer.partitions:
-            optimizer.perturb_into(partition, room[: partition.length], sign)
+            optimizer.perturb_into(partition, room[: partition.length], Evaluation(0, sign))
 
     def update() -> None:
         optimizer.observe([0.0])

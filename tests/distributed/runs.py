@@ -130,8 +130,8 @@ def momentum_digest(engine) -> str:
 
     digest = hashlib.sha256()
     for partition in engine.optimizer.partitions:
-        for momentum in engine.optimizer.momenta(partition):
-            mine = b"" if momentum is None else bytes(momentum.contiguous().view(torch.uint8).numpy())
+        for momentum in engine.optimizer.stored_state(partition).values():
+            mine = bytes(momentum.contiguous().view(torch.uint8).numpy())
             parts = [None] * dist.get_world_size()
             dist.all_gather_object(parts, mine)
             digest.update(b"".join(parts))

@@ -9,10 +9,10 @@ from .models import OddModel, odd_batches
 
 def _run(rank, world_size, chunked):
     from ds_zoadamu.chunks import chunks_on
-    from ds_zoadamu.optimizers import base
+    from ds_zoadamu.zero3 import optimizer
 
     if chunked:  # the function itself; a CPU gives no reason of its own to copy
-        base.chunks_on = partial(chunks_on, chunk=16, copy=True)
+        optimizer.chunks_on = partial(chunks_on, chunk=16, copy=True)
     engine = engine_for(OddModel(), config(world_size, params={"momentum": {"dtype": "int8"}, "num_perturbations": 2}))
     losses = [engine.train_batch(batch) for batch in odd_batches(3)]
     return losses, engine.optimizer.coinciding_share(), as_bytes(whole_model(engine))

@@ -270,10 +270,10 @@ def _skips(rank, world_size, bad_steps, limit):
     history, error = [], ""
     for step in range(8):
         before = as_bytes({p.name: p.weight for p in engine.optimizer.partitions})
-        momenta = as_bytes({p.name: engine.optimizer.momenta(p)[0] for p in engine.optimizer.partitions})
+        momenta = as_bytes({p.name: engine.optimizer.stored_state(p)["momentum"] for p in engine.optimizer.partitions})
         error = _raised(engine.train_batch, my_share(odd_batches(16), step, 1, rank, world_size))
         weights_kept = as_bytes({p.name: p.weight for p in engine.optimizer.partitions}) == before
-        momenta_moved = as_bytes({p.name: engine.optimizer.momenta(p)[0] for p in engine.optimizer.partitions}) != momenta
+        momenta_moved = as_bytes({p.name: engine.optimizer.stored_state(p)["momentum"] for p in engine.optimizer.partitions}) != momenta
         history.append(
             (engine.last_step.skipped, weights_kept, momenta_moved, engine.last_step.lr, engine.optimizer.step_count)
         )
@@ -402,7 +402,7 @@ def _from_the_json_as_it_is(rank, world_size, data):
         model=model, config=str(CONFIGS / "cpu-small_zoadamu.json"), training_data=data
     )
     losses = [engine.train_batch(batch) for batch in dataloader]
-    options = optimizer.config
+    options = optimizer.rule.config
     return losses, engine.train_batch_size(), options.total_steps, options.lr, options.seed
 
 

@@ -50,7 +50,7 @@ def _loaded_by_a_json_with_auto(rank, world_size, source, json_path):
     engine, optimizer, dataloader, _ = ds_zoadamu.initialize(
         model=model, config=str(json_path), training_data=[{"input_ids": row, "labels": row}] * 40
     )
-    assert optimizer.config.total_steps == 2 == len([engine.train_batch(batch) for batch in dataloader])
+    assert optimizer.rule.config.total_steps == 2 == len([engine.train_batch(batch) for batch in dataloader])
 
 
 def test_a_json_with_auto_values_serves_loading_and_training(tmp_path):

@@ -50,7 +50,7 @@ def _own(rank, world_size):
 
 
 def _reference_key(name):
-    from ds_zoadamu.noise import (
+    from ds_zoadamu.rules.noise import (
         parameter_key,  # the key is a hash and has its own golden test; what follows from it is independent
     )
 

@@ -1,10 +1,13 @@
 """MeZO, several perturbations a step, and ZO-AdaMU without momentum, on real ranks against independent fp64 NumPy."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 import ds_zoadamu
+from ds_zoadamu.rules import Elements, Update, ZOAdaMU
 from tests.reference_numpy import Hyper64, direction64, noise64, zo_adamu_step64
 
 from . import runs
@@ -36,7 +39,7 @@ def _given(rank, world_size, rule, count, options):
 
 
 def _key(name: str, direction: int) -> tuple[int, int]:
-    from ds_zoadamu.noise import parameter_key  # a hash with a golden test of its own
+    from ds_zoadamu.rules.noise import parameter_key  # a hash with a golden test of its own
 
     return parameter_key(SEED, name, direction)
 
@@ -197,12 +200,10 @@ def test_checkpoint_and_journal_bring_back_every_momentum(tmp_path, settings):
 def test_a_rule_alone_agrees_with_the_step_of_the_reference():
     """constant_beta1 left open is the annealed schedule: one step over flat tensors against the fp64 transcription."""
     theta, m = torch.linspace(-1, 1, 9), torch.zeros(9)
-    optimizer = ds_zoadamu.ZOAdaMU([torch.nn.Parameter(torch.empty(1))], lr=LR, seed=SEED, **ZO_ADAMU)
+    rule = ZOAdaMU(lr=LR, seed=SEED, **ZO_ADAMU)
     expected, _ = zo_adamu_step64(theta.numpy(), m.numpy(), 0.5, 1, Hyper64(**TIMES, lr=LR), _key("w", 0))
-    optimizer.update_range_(
-        theta, [m], optimizer.direction(1), keys=optimizer.noise_keys(["w"])["w"], start=0, lr=LR, weight_decay=0.0,
-        projected_grads=[0.5],
-    )  # fmt: skip
+    elements = Elements("w", (3, 3), rule.keys(["w"])["w"], 0, 9)
+    rule.update_(theta, {"momentum": m}, elements, Update(1, rule.direction(1), LR, 0.0, (0.5,)))
     assert np.allclose(theta.numpy(), expected, rtol=0, atol=2.0**-23)  # one rounding of a number below 1
 
 
@@ -210,16 +211,17 @@ def _own_rule(rank, world_size, folder):
     """A run, with journal, of the rule that the README adds; returns the digest of the weights and that of a replay."""
     from safetensors.torch import save_file
 
-    from ds_zoadamu.optimizers import OPTIMIZERS, MeZO
     from ds_zoadamu.replay import replay
+    from ds_zoadamu.rules import RULES, MeZO
 
+    @ds_zoadamu.register
     class SignSPSA(MeZO):
-        def update_range_(self, weight, momenta, direction, *, projected_grads, **where):
-            if projected_grads is not None:
-                projected_grads = [float(g > 0) - float(g < 0) for g in projected_grads]
-            super().update_range_(weight, momenta, direction, projected_grads=projected_grads, **where)
+        def update_(self, weight, state, elements, update):
+            if update.projected_grads is not None:
+                signs = tuple(float(g > 0) - float(g < 0) for g in update.projected_grads)
+                update = dataclasses.replace(update, projected_grads=signs)
+            super().update_(weight, state, elements, update)
 
-    OPTIMIZERS["SignSPSA"] = SignSPSA
     if rank == 0:
         save_file({n: p.detach().clone() for n, p in OddModel().named_parameters()}, f"{folder}/model.safetensors")
     torch.distributed.barrier()
@@ -230,6 +232,9 @@ def _own_rule(rank, world_size, folder):
         engine.train_batch(batch)
     engine.close_journal()
     rebuilt = replay(folder, f"{folder}/journal.jsonl", f"{folder}/out", show_progress=False).sha256
+    del RULES["SignSPSA"]
+    with pytest.raises(ds_zoadamu.ReplayError, match=rf"rule 'SignSPSA'; known here: ZOAdaMU, MeZO; import '{__name__}' first"):
+        replay(folder, f"{folder}/journal.jsonl", f"{folder}/again", show_progress=False)
     return ds_zoadamu.weights_digest(engine), rebuilt, as_bytes(whole_model(engine))
 
 

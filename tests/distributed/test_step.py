@@ -2,6 +2,8 @@
 by hand.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -101,7 +103,7 @@ def _losses_beside_a_dense_copy(rank, world_size, accumulation, zero):
     settings = config(world_size, accumulation, zero=zero, params=TIMES)
     engine = engine_for(OddModel(), settings)
     trained = [(n, p.numel()) for n, p in OddModel().named_parameters() if p.requires_grad]
-    momenta = _momenta_by_hand(engine.optimizer.schedule, trained, STEPS, seed=5)
+    momenta = _momenta_by_hand(engine.optimizer.rule.schedule, trained, STEPS, seed=5)
     batches = odd_batches(STEPS * accumulation * world_size)
     zo_eps = torch.tensor(1e-3)
     mismatches = []
@@ -194,20 +196,20 @@ def test_it_is_really_sharded(world_size):
 
 
 def _improvement(rank, world_size, other_noise, seed):
-    import ds_zoadamu
-    from ds_zoadamu.noise import parameter_keys
+    from ds_zoadamu.rules import ZOAdaMU
+    from ds_zoadamu.rules.noise import parameter_keys
+    from ds_zoadamu.zero3.optimizer import ZerothOrderOptimizer
 
-    class UpdatesAlongOtherNoise(ds_zoadamu.ZOAdaMU):
-        def step(self, closure=None):
-            evaluated = self._keys
-            self._keys = parameter_keys(self.config.seed + 100, list(evaluated))
-            super().step(closure)
-            self._keys = evaluated
+    class UpdatesAlongOtherNoise(ZOAdaMU):
+        def update_(self, weight, state, elements, update):
+            keys = parameter_keys(self.config.seed + 100, [elements.name])[elements.name]
+            super().update_(weight, state, replace(elements, keys=keys), update)
 
     model = OddModel()
     # Replayed momentum is a function of the key alone: the two directions have nothing in common.
     options = {"lr": 1e-2, "total_steps": 600, "seed": seed, "momentum": {"dtype": "replay"}}
-    optimizer = (UpdatesAlongOtherNoise if other_noise else ds_zoadamu.ZOAdaMU)(model.parameters(), **options)
+    rule = UpdatesAlongOtherNoise(**options) if other_noise else ZOAdaMU(**options)
+    optimizer = ZerothOrderOptimizer(model.parameters(), rule)
     settings = config(world_size, micro_batch=4)
     del settings["optimizer"]
     engine = engine_for(model, settings, optimizer=optimizer)

@@ -178,7 +178,7 @@ def test_more_elements_than_32_bits_count():
 
 
 def call_all(weight, momentum, out, step: int, lr_grad: float, num_steps: int = 1) -> None:
-    direction = kernels.Direction(
+    direction = kernels.Recurrence(
         tuple(kernels.StepScalars(step + i, *map(fp32, (0.7, 0.7, 0.2, 0.8, 0.1, 0.9))) for i in range(num_steps)),
         decode_scale=fp32(0.05 + step * 1e-9),
         encode_scale=fp32(20.0),

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from ds_zoadamu.kernels.types import Direction, StepScalars, fp32
+from ds_zoadamu.kernels.types import Recurrence, StepScalars, fp32
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOMENTUM_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.int8)
@@ -30,8 +30,8 @@ def warm_up(step: int) -> StepScalars:
     return scalars(step, 1.0, 1.0, 1.0)
 
 
-def direction(*steps: StepScalars) -> Direction:
-    return Direction(steps, decode_scale=UNIT, encode_scale=fp32(1 / UNIT))
+def direction(*steps: StepScalars) -> Recurrence:
+    return Recurrence(steps, decode_scale=UNIT, encode_scale=fp32(1 / UNIT))
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

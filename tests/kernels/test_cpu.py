@@ -9,7 +9,7 @@ import torch
 
 from ds_zoadamu import kernels
 from ds_zoadamu.kernels import build, cpu, reference
-from ds_zoadamu.kernels.types import Direction, Rounding, fp32
+from ds_zoadamu.kernels.types import Recurrence, Rounding, fp32
 
 from .common import (
     KEY,
@@ -48,7 +48,7 @@ def set_threads():
 
 
 @cache
-def steps(replayed: bool) -> Direction:
+def steps(replayed: bool) -> Recurrence:
     return direction(*(scalars(LAST_STEP - k, alpha=0.9 - 0.1 * k) for k in reversed(range(5 if replayed else 1))))
 
 
@@ -242,8 +242,8 @@ def perturb_with(**changes):
         ({"start": 2**63 - 7}, ValueError, r"2\*\*63"),
         ({"key": (0, 2**32)}, ValueError, "key must be two words"),
         ({"key": (0,)}, ValueError, "key must be two words"),
-        ({"direction": Direction(())}, ValueError, "no steps"),
-        ({"direction": Direction((scalars(2**32),))}, ValueError, r"step must be in 0 <= step < 2\*\*32, got 4294967296"),
+        ({"direction": Recurrence(())}, ValueError, "no steps"),
+        ({"direction": Recurrence((scalars(2**32),))}, ValueError, r"step must be in 0 <= step < 2\*\*32, got 4294967296"),
         ({"rounding": 7}, ValueError, "7 is not a valid Rounding"),
     ],
 )

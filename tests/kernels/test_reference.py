@@ -6,7 +6,7 @@ import torch
 
 from ds_zoadamu import schedules
 from ds_zoadamu.kernels import reference
-from ds_zoadamu.kernels.types import Direction, Rounding, fp32
+from ds_zoadamu.kernels.types import Recurrence, Rounding, fp32
 from tests.reference_numpy import Hyper64, anneal64, direction64, zo_adamu_step64
 
 from .common import KEY
@@ -25,7 +25,7 @@ def update(weight, momentum, steps, g, rounding=Rounding.NEAREST):
     reference.update_(
         weight,
         momentum,
-        Direction(tuple(SCHEDULE.scalars(step) for step in steps)),
+        Recurrence(tuple(SCHEDULE.scalars(step) for step in steps)),
         key=KEY,
         start=START,
         lr_grad=fp32(HYPER.lr * g),
@@ -96,7 +96,7 @@ def test_without_normalization_the_step_is_along_the_momentum():
     theta, m = torch.ones(NUMEL), torch.zeros(NUMEL)
     lr_grad = fp32(1e-2)
     reference.update_(
-        theta, m, Direction((SCHEDULE.scalars(12),)), key=KEY, start=START, lr_grad=lr_grad, lr_decay=0.0, sigma=0.0,
+        theta, m, Recurrence((SCHEDULE.scalars(12),)), key=KEY, start=START, lr_grad=lr_grad, lr_decay=0.0, sigma=0.0,
         normalize=False, write_weight=True, rounding=Rounding.NEAREST,
     )  # fmt: skip
     assert torch.equal(theta, 1.0 - (m * lr_grad + 1.0 * 0.0))

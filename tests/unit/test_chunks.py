@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import ds_zoadamu
 from ds_zoadamu.chunks import CHUNK_ON_CPU, CHUNK_ON_GPU, chunks_on
+from ds_zoadamu.rules import Elements, Evaluation, Update, ZOAdaMU
 
 CPU = torch.device("cpu")
 
@@ -15,8 +15,8 @@ def test_chunks_are_even():
 
 def test_without_a_reason_nothing_is_copied_or_cut():
     tensor = torch.arange(10.0)
-    ((part, (same, nothing)),) = chunks_on(CPU, (tensor, None), writing=True)
-    assert part == slice(0, 10) and same.data_ptr() == tensor.data_ptr() and nothing is None
+    ((part, (same,)),) = chunks_on(CPU, (tensor,), writing=True)
+    assert part == slice(0, 10) and same.data_ptr() == tensor.data_ptr()
     assert list(chunks_on(CPU, (tensor[:0],), writing=True)) == []
 
 
@@ -37,20 +37,19 @@ def test_copies_are_put_back_only_when_writing(writing):
 @pytest.mark.parametrize("start", [0, 7])
 def test_chunked_arithmetic_is_bit_identical(dtype, momentum, start):
     storage = {"dtype": momentum} | ({"window_tolerance": 0.05} if momentum == "replay" else {})
-    optimizer = ds_zoadamu.ZOAdaMU([torch.nn.Parameter(torch.zeros(1))], lr=1e-2, total_steps=6, momentum=storage)
-    keys = optimizer.noise_keys(["w"])["w"]
+    rule = ZOAdaMU(lr=1e-2, total_steps=6, momentum=storage)
+    elements = Elements("w", (2000,), rule.keys(["w"])["w"], start, start + 1001)
     runs = []
     for settings in ({}, {"chunk": 64, "copy": True}, {"chunk": 1000, "copy": True}):
         weight = torch.linspace(-1, 1, 1001).to(dtype)
-        momenta = optimizer.new_momenta(1001, dtype, CPU)
+        state = rule.new_state(1001, dtype, CPU)
         out = torch.empty_like(weight)
         for step in range(1, 5):
-            direction = optimizer.direction(step)
-            for part, (w, *m) in chunks_on(CPU, (weight, *momenta), writing=True, **settings):
-                where = {"keys": keys, "start": start + part.start}
-                optimizer.update_range_(w, m, direction, lr=1e-2, weight_decay=0.1, projected_grads=(0.7,), **where)
-        direction = optimizer.direction(5)
-        for part, (w, *m) in chunks_on(CPU, (weight, *momenta), writing=False, **settings):
-            optimizer.perturb_range_(out[part], w, m[0], direction, key=keys[0], start=start + part.start, sign=-1)
-        runs.append([t.view(torch.uint8).tolist() for t in (weight, out, *momenta) if t is not None])
+            update = Update(step, rule.direction(step), 1e-2, 0.1, (0.7,))
+            for part, (w, *m) in chunks_on(CPU, (weight, *state.values()), writing=True, **settings):
+                rule.update_(w, dict(zip(state, m, strict=True)), elements.part(part), update)
+        for part, (w, *m) in chunks_on(CPU, (weight, *state.values()), writing=False, **settings):
+            here = dict(zip(state, m, strict=True))
+            rule.perturb_(out[part], w, here, elements.part(part), rule.direction(5), Evaluation(0, -1.0))
+        runs.append([t.view(torch.uint8).tolist() for t in (weight, out, *state.values())])
     assert runs[0] == runs[1] == runs[2]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ds_zoadamu import ConfigError, check_config
-from ds_zoadamu.optimizers.zo_adamu import ZOAdaMUConfig
+from ds_zoadamu.rules import ZOAdaMUConfig
 
 OK = {"lr": 1e-6, "total_steps": 600}
 

@@ -12,7 +12,7 @@ from ds_zoadamu.plan.memory import Model, Nvme, plan_memory
 from ds_zoadamu.plan.models import opt_config
 from ds_zoadamu.plan.sizes import momentum_bytes
 from ds_zoadamu.plan.step_time import HARDWARE, estimate_step
-from ds_zoadamu.schedules import Schedule
+from ds_zoadamu.rules.schedules import Schedule
 
 OPT_125M = 125_239_296
 WORDS = ["--model", "opt-125m", "--batch", "1", "--seq", "64"]

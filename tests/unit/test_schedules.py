@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ds_zoadamu import anneal
-from ds_zoadamu.schedules import Schedule
+from ds_zoadamu.rules.schedules import Schedule
 
 DEFAULT = Schedule(t1=2000, t2=8000, t3=12000)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ds_zoadamu.errors import ConfigError
-from ds_zoadamu.noise import parameter_key
+from ds_zoadamu.rules.noise import parameter_key
 from tests.reference_numpy import Hyper64, direction64, noise64, zo_adamu_step64
 
 STEPS, SEEDS, STARTS, LRS, ZO_EPS = 12, 2, 3, (1e-6, 3e-6), 1e-3  # 12 steps: warm-up, annealing from 2 on, plateau from 8 on

@@ -1,16 +1,15 @@
 """ZO-AdaMU: the perturbation is drawn around the momentum, and its own second moment normalises the update."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from ..errors import ConfigError
-from ..kernels.types import Direction, fp32
-from ..schedules import Schedule
-from .base import ZerothOrderOptimizer
+from ..kernels.types import Recurrence, fp32
 from .options import MAX_STEP, RuleConfig, choice, integer, number, option, optional, parse_fields
+from .rule import Rule, Scalars
+from .schedules import Schedule
 
 MOMENTUM_DTYPES = ("fp32", "bf16", "fp16", "int8", "replay")
 _TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
@@ -90,10 +89,8 @@ class ZOAdaMUConfig(RuleConfig):
             )
 
 
-class ZOAdaMU(ZerothOrderOptimizer):
-    """ZO-AdaMU over ZeRO-3 partitions.
-
-    With alpha, beta1, beta2 annealed by the schedule and xi1, xi2 ~ N(0, I):
+class ZOAdaMU(Rule):
+    """ZO-AdaMU. With alpha, beta1, beta2 annealed by the schedule and xi1, xi2 ~ N(0, I):
 
         z_c   = sqrt(alpha) xi1
         z_h   = m_{t-1} + sqrt(1 - alpha) xi2
@@ -105,32 +102,28 @@ class ZOAdaMU(ZerothOrderOptimizer):
     With ``num_perturbations`` q > 1 there are q sequences m_t, each with noise and storage of its own, and the update is the
     mean of their q updates.
 
-    Args: ``params`` as for any torch optimizer; the options of ``ZOAdaMUConfig`` by keyword, ``lr`` and ``total_steps``
-    required. Raises ConfigError for an unknown option or a value out of range.
+    Args: the options of ``ZOAdaMUConfig`` by keyword, ``lr`` and ``total_steps`` required. Raises ConfigError for an unknown
+    option or a value out of range.
     Source: Jiang et al., AAAI 2024. Where the paper, its figure and its code disagree, docs/design.md says what is done and
     why.
-
-    Example:
-        optimizer = ZOAdaMU(model.parameters(), lr=1e-6, zo_eps=1e-3, total_steps=20_000)
-        engine, *_ = ds_zoadamu.initialize(model=model, optimizer=optimizer, config=config)
     """
 
     config_class = ZOAdaMUConfig
     normalize = True
 
-    def __init__(self, params: Iterable, **options: Any):
-        super().__init__(params, **options)
+    def __init__(self, **options: Any):
+        super().__init__(**options)
         self.schedule = self.config.schedule
         self.sigma = fp32(self.config.sigma)
 
-    def direction(self, step: int) -> Direction:
+    def direction(self, step: int, scalars: Scalars = ()) -> Recurrence:
         schedule, storage = self.schedule, self.config.momentum
         if storage.dtype == "replay":
             window = schedule.replay_window(step, storage.window_tolerance)
-            return Direction(steps=tuple(schedule.scalars(t) for t in range(step - window, step + 1)))
+            return Recurrence(steps=tuple(schedule.scalars(t) for t in range(step - window, step + 1)))
         if storage.dtype != "int8":
-            return Direction(steps=(schedule.scalars(step),))
-        return Direction(
+            return Recurrence(steps=(schedule.scalars(step),))
+        return Recurrence(
             steps=(schedule.scalars(step),),
             decode_scale=fp32(_INT8_RANGE * schedule.momentum_std(step - 1) / 127.0),
             encode_scale=fp32(127.0 / (_INT8_RANGE * schedule.momentum_std(step))),

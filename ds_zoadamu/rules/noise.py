@@ -21,7 +21,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .kernels import NOISE_VERSION, noise_
+from ..kernels import NOISE_VERSION, noise_
 
 __all__ = ["NOISE_VERSION", "noise", "parameter_key", "parameter_keys"]
 

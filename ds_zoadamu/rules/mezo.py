@@ -1,28 +1,28 @@
 """MeZO: stochastic gradient descent along a random direction, without state."""
 
-from ..kernels.types import Direction, StepScalars
-from .base import ZerothOrderOptimizer
+from ..kernels.types import Recurrence, StepScalars
 from .options import RuleConfig
+from .rule import Rule, Scalars
 
 
-class MeZO(ZerothOrderOptimizer):
-    """ZO-SGD over ZeRO-3 partitions. With xi1 ~ N(0, I):
+class MeZO(Rule):
+    """ZO-SGD. With xi1 ~ N(0, I):
 
         g     = (L(theta + zo_eps xi1) - L(theta - zo_eps xi1)) / (2 zo_eps)
         theta = theta - lr (g xi1 + weight_decay theta)
 
     With ``num_perturbations`` q > 1 (n-SPSA) the update is the mean over q directions.
 
-    Args: ``params`` as for any torch optimizer; the options of ``RuleConfig`` by keyword, ``lr`` required. Raises ConfigError.
+    Args: the options of ``RuleConfig`` by keyword, ``lr`` required. Raises ConfigError.
     Source: Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", NeurIPS 2023. The published trainer perturbs
     the weights in place; here they are perturbed as they are gathered.
     """
 
     config_class = RuleConfig
 
-    def direction(self, step: int) -> Direction:
+    def direction(self, step: int, scalars: Scalars = ()) -> Recurrence:
         # beta1 = 1 leaves m_t = xi1.
-        scalars = StepScalars(
+        step_scalars = StepScalars(
             step=step,
             sqrt_alpha=1.0,
             sqrt_one_minus_alpha=0.0,
@@ -31,4 +31,4 @@ class MeZO(ZerothOrderOptimizer):
             beta2=1.0,
             one_minus_beta2=0.0,
         )
-        return Direction(steps=(scalars,))
+        return Recurrence(steps=(step_scalars,))

@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
-from .kernels.types import StepScalars, fp32
+from ..kernels.types import StepScalars, fp32
 
 
 def anneal(step: int, t1: int, t2: int, t3: int, phi: float, floor: float = 0.01) -> float:
@@ -55,16 +55,7 @@ class Schedule:
 
     def scalars(self, step: int) -> StepScalars:
         """The step's scalars as the kernels take them: computed in fp64, rounded once to fp32."""
-        alpha, beta1, beta2 = self.alpha(step), self.beta1(step), self.beta2(step)
-        return StepScalars(
-            step=step,
-            sqrt_alpha=fp32(math.sqrt(alpha)),
-            sqrt_one_minus_alpha=fp32(math.sqrt(1.0 - alpha)),
-            beta1=fp32(beta1),
-            one_minus_beta1=fp32(1.0 - beta1),
-            beta2=fp32(beta2),
-            one_minus_beta2=fp32(1.0 - beta2),
-        )
+        return _scalars(self, step)
 
     def momentum_std(self, step: int) -> float:
         """s_t, the standard deviation of every element of m_t.
@@ -91,6 +82,20 @@ class Schedule:
         if history <= 0.0:
             return 1
         return max(1, math.floor(math.log(tolerance) / math.log(history)) + 1)
+
+
+@lru_cache(1 << 16)  # with replayed momentum each step lists the scalars of all steps in its window: they share them
+def _scalars(schedule: Schedule, step: int) -> StepScalars:
+    alpha, beta1, beta2 = schedule.alpha(step), schedule.beta1(step), schedule.beta2(step)
+    return StepScalars(
+        step=step,
+        sqrt_alpha=fp32(math.sqrt(alpha)),
+        sqrt_one_minus_alpha=fp32(math.sqrt(1.0 - alpha)),
+        beta1=fp32(beta1),
+        one_minus_beta1=fp32(1.0 - beta1),
+        beta2=fp32(beta2),
+        one_minus_beta2=fp32(1.0 - beta2),
+    )
 
 
 @cache

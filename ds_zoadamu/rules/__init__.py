@@ -1,0 +1,26 @@
+"""Zeroth-order update rules: mathematics over ranges of elements and a few scalars. No rank, no partition, no DeepSpeed."""
+
+from .mezo import MeZO
+from .options import RuleConfig
+from .registry import RULES, import_modules, make_rule, origin, register
+from .rule import Elements, Evaluation, Rule, Update
+from .zo_adamu import ZOAdaMU, ZOAdaMUConfig
+
+register(ZOAdaMU)
+register(MeZO)
+
+__all__ = [
+    "RULES",
+    "Elements",
+    "Evaluation",
+    "MeZO",
+    "Rule",
+    "RuleConfig",
+    "Update",
+    "ZOAdaMU",
+    "ZOAdaMUConfig",
+    "import_modules",
+    "make_rule",
+    "origin",
+    "register",
+]

@@ -1,0 +1,182 @@
+"""What a rule is. An engine, a replay, a plan and a test use it alike: none of them knows what its numbers mean."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .. import kernels
+from ..kernels import Recurrence, Rounding, fp32, round_grad
+from .noise import parameter_keys
+from .options import RuleConfig
+
+Keys = tuple[tuple[int, int], ...]
+"""The noise keys of one parameter, one a direction."""
+State = Mapping[str, torch.Tensor]
+"""What lasts between steps for a range of elements, by name: 1-D tensors, as long as the range."""
+Scalars = tuple[float, ...]
+"""What a rule carries from step to step on the host: the same on every rank, made again from a journal's records."""
+
+
+@dataclass(frozen=True)
+class Elements:
+    """The flat elements [start, stop) of one parameter. ``shape``: of the whole parameter; ``keys``: its noise keys."""
+
+    name: str
+    shape: tuple[int, ...]
+    keys: Keys
+    start: int
+    stop: int
+
+    def part(self, within: slice) -> "Elements":
+        """Those elements that a slice of a tensor over this range holds."""
+        return replace(self, start=self.start + within.start, stop=self.start + within.stop)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One loss of a step: at weight + coefficient zo_eps m, with m of the direction of this number; at the weight itself
+    where ``direction`` is None."""
+
+    direction: int | None
+    coefficient: float
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step does, the same for every element of a parameter group.
+
+    ``direction``: what ``Rule.direction`` says of the step; ``projected_grads``: one a direction, None for a skipped step.
+    """
+
+    step: int
+    direction: Any
+    lr: float
+    weight_decay: float
+    projected_grads: tuple[float, ...] | None
+
+
+class Rule(ABC):
+    """A zeroth-order update rule: its options, and what a step does to an element.
+
+    A subclass says with ``direction`` how the perturbation m_t of a step is made out of noise and stored momentum, with
+    ``momentum_dtype`` what is stored, with ``normalize`` whether m_t is divided by sqrt(v + sigma) in the update, and with
+    ``config_class`` which options there are. One that this does not express overrides ``state``, ``evaluations``,
+    ``projected_grads``, ``perturb_`` and ``update_``.
+
+    Args: the options of ``config_class`` by keyword. Raises ConfigError.
+    """
+
+    config_class: type[RuleConfig] = RuleConfig
+    normalize = False
+    sigma = 0.0
+
+    def __init__(self, **options: Any):
+        self.config = self.config_class.parse(options, where=self.name)
+
+    @property
+    def name(self) -> str:
+        """As in a JSON's "type" and a journal's header."""
+        return type(self).__name__
+
+    # --- what lasts between steps
+
+    def momentum_dtype(self, weight_dtype: torch.dtype) -> torch.dtype | None:
+        """Of the momentum stored for each direction; None where none is stored."""
+        return None
+
+    def state(self, weight_dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """Names and dtypes of what is stored for each element: "momentum", for further directions "momentum_1", ..."""
+        dtype = self.momentum_dtype(weight_dtype)
+        return {} if dtype is None else dict.fromkeys(map(_momentum, range(self.config.num_perturbations)), dtype)
+
+    def new_state(self, length: int, weight_dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+        """The state of ``length`` elements before step 1: zeros."""
+        return {name: torch.zeros(length, dtype=dtype, device=device) for name, dtype in self.state(weight_dtype).items()}
+
+    def first_scalars(self) -> Scalars:
+        """What the rule carries on the host before step 1."""
+        return ()
+
+    def next_scalars(self, scalars: Scalars, projected_grads: tuple[float, ...] | None) -> Scalars:
+        """What it carries after a step with these projected gradients (None: skipped). A pure function."""
+        return scalars
+
+    def reads(self, evaluation: Evaluation) -> tuple[str, ...]:
+        """The names of the state that ``perturb_`` needs, where it is stored: the rest is not brought to the device."""
+        return (_momentum(evaluation.direction),)
+
+    # --- a step
+
+    @abstractmethod
+    def direction(self, step: int, scalars: Scalars = ()) -> Recurrence:
+        """How the perturbation m_t of ``step`` is made. A pure function of step, options and scalars."""
+
+    def evaluations(self, step: int) -> tuple[Evaluation, ...]:
+        """The losses that ``step`` needs, in the order in which ``projected_grads`` takes them."""
+        directions = range(self.config.num_perturbations)
+        return tuple(Evaluation(index, sign) for index in directions for sign in (1.0, -1.0))
+
+    def projected_grads(self, losses: Sequence[float]) -> tuple[float, ...]:
+        """One projected gradient a direction, (loss_plus - loss_minus) / (2 zo_eps) rounded to GRAD_BITS significant bits,
+        from the losses of ``evaluations``. Not finite where a loss is not: the step is then skipped."""
+        pairs = zip(losses[0::2], losses[1::2], strict=True)
+        return tuple(round_grad((plus - minus) / (2.0 * self.config.zo_eps)) for plus, minus in pairs)
+
+    def figures(self, step: int) -> dict[str, float]:
+        """What of the rule is worth logging at ``step``, by name; ``effective_zo_eps`` is zo_eps times the standard deviation
+        of m_t."""
+        return {"effective_zo_eps": self.config.zo_eps}
+
+    def keys(self, names: Iterable[str]) -> dict[str, Keys]:
+        """The noise keys of parameters by name. Raises ValueError where two streams of noise would share one."""
+        return parameter_keys(self.config.seed, names, self.config.num_perturbations)
+
+    def perturb_(
+        self,
+        out: torch.Tensor,
+        weight: torch.Tensor,
+        state: State,
+        elements: Elements,
+        direction: Recurrence,
+        evaluation: Evaluation,
+    ) -> None:
+        """Write the weight at which ``evaluation`` takes the loss into ``out``. Tensors as for ``kernels.perturb_``."""
+        kernels.perturb_(
+            out,
+            weight,
+            state.get(_momentum(evaluation.direction)),
+            direction,
+            key=elements.keys[evaluation.direction],
+            start=elements.start,
+            scale=fp32(evaluation.coefficient * self.config.zo_eps),
+            rounding=Rounding[self.config.perturbation_rounding.upper()],
+        )
+
+    def update_(self, weight: torch.Tensor, state: State, elements: Elements, update: Update) -> None:
+        """One step on elements of a parameter, in place: all that a step does to them. Tensors as for ``kernels.update_``.
+
+        The directions are applied one after the other, each with lr / q, and the decay comes with the first. A skipped step
+        leaves every bit of the weight and advances the state.
+        """
+        grads, count = update.projected_grads, len(elements.keys)
+        for index, key in enumerate(elements.keys):
+            kernels.update_(
+                weight,
+                state.get(_momentum(index)),
+                update.direction,
+                key=key,
+                start=elements.start,
+                lr_grad=0.0 if grads is None else fp32(update.lr * grads[index] / count),
+                lr_decay=fp32(update.lr * update.weight_decay) if index == 0 else 0.0,
+                sigma=self.sigma,
+                normalize=self.normalize,
+                write_weight=grads is not None,
+                rounding=Rounding[self.config.update_rounding.upper()],
+            )
+
+
+def _momentum(direction: int) -> str:
+    return f"momentum_{direction}" if direction else "momentum"
