@@ -35,10 +35,11 @@ def test_a_module_of_ones_own_is_imported_from_the_working_directory(tmp_path, m
     (tmp_path / "brought_rules.py").write_text(MODULE)
     (tmp_path / "broken_rules.py").write_text("1 / 0")
     monkeypatch.chdir(tmp_path)
+    paths = list(sys.path)
     import_modules(["brought_rules"])
     assert origin(RULES["Brought"]) == "brought_rules" and origin(MeZO) is None
     with pytest.raises(ds_zoadamu.ConfigError, match="--import broken_rules: ZeroDivisionError: division by zero"):
         import_modules(["broken_rules"])
     with pytest.raises(ds_zoadamu.ConfigError, match="--import nowhere_rules: ModuleNotFoundError"):
         import_modules(["nowhere_rules"])
-    assert "" not in sys.path[:1]
+    assert sys.path == paths
