@@ -8,6 +8,7 @@ parameter. Frozen parameters and buffers are not stored: training does not chang
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from deepspeed.utils import logger
 from . import checkpoint_store as store
 from . import collective
 from ._crash_points import reach
+from .checkpoint_owner import CheckpointOwner
 from .digest import weights_digest
 from .errors import CheckpointError
 from .identity import BATCH, differences, own_sampler, phrase, run_identity
@@ -43,21 +45,28 @@ def save(
     *,
     save_latest: bool = True,
     save_total_limit: int | None = None,
-    journal_checksum: str | None = None,
+    owner: CheckpointOwner,
 ) -> Path:
     """Save an engine's training state as ``directory/tag``, whole or not at all. Call it on all ranks; returns the folder.
 
+    ``owner``: on rank 0, whose checkpoints these are; the other ranks' is not looked at.
+
     Raises CheckpointError on all ranks: nothing that was there before is changed then.
     """
-    directory, step = Path(directory), engine.optimizer.step_count
+    # A link to a folder stays one: what it points to is written.
+    directory, step = Path(os.path.realpath(directory)), engine.optimizer.step_count
     with collective.on_all_ranks(CheckpointError):
         tag = store.check_tag(f"global_step{engine.global_steps}" if tag is None else tag)
         if save_total_limit is not None and (isinstance(save_total_limit, bool) or not save_total_limit >= 1):
             raise CheckpointError(f"save_total_limit is {save_total_limit!r}; it must be an integer >= 1, or None to keep all")
-        manifest = _manifest(engine, client_state, journal_checksum)
-        folder = store.begin(directory, tag) if collective.rank() == 0 else directory / f".writing-{tag}"
+        manifest = _manifest(engine, client_state, owner.journal.checksum if owner.journal is not None else None)
     if len(set(tags := collective.gather_json(tag))) > 1:
         raise CheckpointError(f"the ranks disagree about the tag of a checkpoint: {tags}")
+    folder = directory / f".writing-{tag}"
+    with collective.on_all_ranks(CheckpointError):
+        if collective.rank() == 0:
+            owner.claim(directory)
+            store.begin(directory, tag)
     reach("save_begun", step)
     data_states = collective.gather_json(_data_state(engine))
     try:
@@ -68,10 +77,10 @@ def save(
         with collective.on_all_ranks(CheckpointError):
             if collective.rank() == 0:
                 _check_visible(folder, entries)
-                manifest |= {"files": entries, "data_state": data_states if any(data_states) else None}
+                manifest |= {"files": entries, "data_state": data_states if any(data_states) else None, "run_id": owner.run_id}
                 store.publish(folder, tag, manifest, save_latest=save_latest)
                 if save_total_limit is not None:
-                    store.prune(directory, save_total_limit, keep=tag)
+                    store.prune(directory, save_total_limit, keep=tag, owns=owner.owns)
     except CheckpointError:
         if collective.rank() == 0:
             store.discard(folder)

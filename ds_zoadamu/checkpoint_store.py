@@ -1,30 +1,37 @@
 """Folders of checkpoints on disk: which are there, which are whole, how one takes its place, and which are removed.
 
 DIR/latest                          the tag of the newest one
+DIR/.lock                           locked by the engine that saves here, see checkpoint_owner.py
 DIR/TAG/manifest.json               written last; a folder without it is no checkpoint
 DIR/TAG/rank-00000-of-00002.safetensors
 DIR/.writing-TAG                    being written, or left by a kill: never read
 DIR/.replaced-TAG                   the older one of the same tag, read only while DIR/TAG is not there
 DIR/.removing-TAG                   being removed
+
+DIR and DIR/TAG may be links to folders. A link in the place of a TAG is replaced and removed itself; what it points to stays.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import folders
 from ._crash_points import reach
 from .base_model import file_sha256
 from .errors import CheckpointError
-from .safetensors_io import sync_directory, write_durably
+from .safetensors_io import sync_directory, write_beside, write_durably
 
 FORMAT = "ds_zoadamu-checkpoint"
 FORMAT_VERSION = 1
-MANIFEST, LATEST = "manifest.json", "latest"
+MANIFEST, LATEST, LOCK = "manifest.json", "latest", ".lock"
 _WRITING, _REPLACED, _REMOVING = ".writing-", ".replaced-", ".removing-"
+_OURS = re.compile(r"\..*|rank-\d{5,}-of-\d{5,}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,7 @@ def latest_tag(directory: Path) -> str | None:
 def _folder(directory: Path, tag: str) -> Path:
     """Where a tag's checkpoint lies; beside its place, if a kill has struck between the two renames that replace it."""
     path, replaced = directory / tag, directory / (_REPLACED + tag)
-    return replaced if not path.exists() and replaced.exists() else path
+    return replaced if not os.path.lexists(path) and replaced.exists() else path
 
 
 def find(directory: Path, tag: str) -> Found:
@@ -147,17 +154,26 @@ def find_all(directory: Path) -> list[Found]:
 
 
 def begin(directory: Path, tag: str) -> Path:
-    """An empty folder to write a checkpoint in; clears what kills have left. Raises OSError."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """An empty folder to write a checkpoint in; clears what kills have left. ``directory`` is there and has no other writer.
+
+    Raises OSError, or CheckpointError where something that is no checkpoint has the tag for its name.
+    """
     for name in os.listdir(directory):
-        replaced = name.startswith(_REPLACED)
-        if replaced and not (directory / name.removeprefix(_REPLACED)).exists():
-            os.rename(directory / name, directory / name.removeprefix(_REPLACED))
-        elif replaced or name.startswith((_WRITING, _REMOVING)):
-            shutil.rmtree(directory / name)
+        if name.startswith(_REPLACED):
+            folders.put_back(directory / name.removeprefix(_REPLACED), directory / name)
+        elif name.startswith((_WRITING, _REMOVING)) or name == f".{LATEST}.writing":
+            folders.remove(directory / name)
+    _check_replaceable(directory / tag)
     folder = directory / (_WRITING + tag)
     folder.mkdir()
     return folder
+
+
+def _check_replaceable(path: Path) -> None:
+    if path.is_symlink() or not path.exists() or (path / MANIFEST).exists():
+        return
+    if not path.is_dir() or not all(_OURS.fullmatch(name) for name in os.listdir(path)):
+        raise CheckpointError(f"{str(path)!r} is there and is no checkpoint; it is not replaced: move it away, or give another tag")
 
 
 def discard(folder: Path) -> None:
@@ -166,29 +182,37 @@ def discard(folder: Path) -> None:
 
 
 def publish(folder: Path, tag: str, manifest: dict, *, save_latest: bool) -> Path:
-    """Make a folder whose files are durable the checkpoint of its tag, in the place of an older one. Raises OSError."""
+    """Make a folder whose files are durable the checkpoint of its tag, in the place of an older one.
+
+    Raises OSError; everything is as it was then, for all that needs room on the disk is written first.
+    """
     directory, step = folder.parent, manifest["step"]
-    write_durably(folder / MANIFEST, encode_manifest(manifest))
-    reach("save_manifest", step)
     path, replaced = directory / tag, directory / (_REPLACED + tag)
-    if path.exists():
-        os.rename(path, replaced)
-    os.rename(folder, path)
+    write_durably(folder / MANIFEST, encode_manifest(manifest))
+    latest = write_beside(directory / LATEST, (tag + "\n").encode()) if save_latest else None
+    reach("save_manifest", step)
+    try:
+        folders.replace(folder, path, replaced, step)
+    except OSError:
+        if latest is not None:
+            latest.unlink(missing_ok=True)
+        raise
     sync_directory(directory)
     reach("save_renamed", step)
-    if save_latest:
-        write_durably(directory / LATEST, (tag + "\n").encode())
+    if latest is not None:
+        os.replace(latest, directory / LATEST)
+        sync_directory(directory)
     reach("save_latest", step)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    folders.remove(replaced)
     return path
 
 
-def prune(directory: Path, limit: int, keep: str) -> None:
-    """Remove the oldest checkpoints, by step, until at most ``limit`` are left; never the one tagged ``keep``. Raises
-    OSError."""
-    others = [found for found in find_all(directory) if found.tag != keep]
+def prune(directory: Path, limit: int, keep: str, owns: Callable[[Found], bool | None]) -> None:
+    """Remove the oldest checkpoints of this run, by step, until at most ``limit`` are left; never the one tagged ``keep``, and
+    none that is not known to be its own. Raises OSError."""
+    others = [found for found in find_all(directory) if found.tag != keep and owns(found)]
     for found in others[max(0, limit - 1) :]:
         removing = directory / (_REMOVING + found.tag)
         os.rename(found.path, removing)  # a kill in the middle leaves nothing that looks like a checkpoint
-        shutil.rmtree(removing)
+        reach("save_pruning", found.step)
+        folders.remove(removing)

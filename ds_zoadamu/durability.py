@@ -1,10 +1,12 @@
 """What makes a run survive: journal, checkpoints and resume, as methods of the engine."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from . import checkpoint, collective
 from . import resume as resuming
+from .checkpoint_owner import CheckpointOwner
 from .errors import JournalError
 from .identity import own_sampler
 from .journal import Journal, Record
@@ -20,6 +22,11 @@ class Durability:
     _journal: Journal | None = None  # on rank 0
     _journaling = False  # on all ranks
     _weight_decays: tuple[float, ...] = ()
+
+    @cached_property
+    def _owner(self) -> CheckpointOwner:
+        """Whose checkpoints this engine saves; on rank 0 it has locks."""
+        return CheckpointOwner()
 
     def open_journal(self, path: str | Path, *, base: str | Path | None = None, fsync_every: int = 1) -> None:
         """Write a record of every step to ``path`` from now on, before the step changes a partition. Call it on all ranks
@@ -66,6 +73,7 @@ class Durability:
     def close_journal(self) -> None:
         """Make the journal durable and give up its lock; later steps are not recorded. On all ranks."""
         journal, self._journal, self._journaling = self._journal, None, False
+        self._owner.hold_journal(None)
         if journal is not None:
             journal.close()
 
@@ -80,13 +88,14 @@ class Durability:
         save_total_limit: int | None = None,
     ) -> bool:
         """Save partitions, momentum, step, scheduler, counters and data position as ``save_dir/tag``, whole or not at all. On
-        all ranks.
+        all ranks. ``save_dir`` then belongs to this run, and until ``destroy`` to this engine: no other may save there.
 
-        Args: as for DeepSpeed's engine, and ``save_total_limit``: the most checkpoints to keep in ``save_dir``, the oldest
-        steps go. ``tag`` defaults to "global_step<N>"; ``client_state`` holds what JSON can. Frozen parameters are never
+        Args: as for DeepSpeed's engine, and ``save_total_limit``: the most checkpoints of this run to keep in ``save_dir``, the
+        oldest steps go. ``tag`` defaults to "global_step<N>"; ``client_state`` holds what JSON can. Frozen parameters are never
         stored.
 
-        Raises CheckpointError on all ranks, for instance for a full disk; every earlier checkpoint is as it was. Returns True.
+        Raises CheckpointError on all ranks, for instance for a full disk or another run's folder; every earlier checkpoint is
+        as it was. Returns True.
         """
         if not self._is_zeroth_order:
             return super().save_checkpoint(save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
@@ -104,7 +113,7 @@ class Durability:
             client_state or {},
             save_latest=save_latest,
             save_total_limit=save_total_limit,
-            journal_checksum=self._journal.checksum if self._journal is not None else None,
+            owner=self._owner,
         )
         return True
 
@@ -150,6 +159,8 @@ class Durability:
             return None, None
         weights_only = load_module_only or not load_optimizer_states
         checkpoint.load(self, found, weights_only=weights_only, with_lr_scheduler=load_lr_scheduler_states)
+        if not weights_only:
+            self._owner.go_on(found.manifest)
         if (
             not weights_only
             and (state := checkpoint.data_state_of(found.manifest)) is not None
@@ -195,9 +206,11 @@ class Durability:
 
     def _hold_journal(self, journal: Journal | None) -> None:
         self._journal, self._journaling = journal, True
+        self._owner.hold_journal(journal)
         self._weight_decays = tuple(group["weight_decay"] for group in self.optimizer.param_groups)
 
     def destroy(self) -> None:
-        """DeepSpeed's, and the journal is closed."""
+        """DeepSpeed's, and the journal and the folders of checkpoints are given up."""
         self.close_journal()
+        self._owner.release()
         super().destroy()

@@ -16,13 +16,12 @@ A line without its newline is torn: the process or the machine died while it was
 is cut off. Anything else that does not fit is damage, an error that names the line.
 """
 
-import fcntl
+import contextlib
 import hashlib
 import json
 import math
 import os
 import re
-import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from ._crash_points import reach
 from .collective import describe
 from .errors import JournalError
 from .kernels.types import GRAD_BITS, round_grad
+from .locks import LockedFile
 from .safetensors_io import sync_directory
 
 FORMAT = "ds_zoadamu-journal"
@@ -216,33 +216,21 @@ def read_journal(path: str | Path, until: int | None = None) -> Contents:
 
 # --- the writer ---------------------------------------------------------------------------------------------------------------
 
-_OPEN: "weakref.WeakSet[Journal]" = weakref.WeakSet()
-
-
-def _close_in_child() -> None:
-    # A forked data loader worker would keep the lock of a killed trainer alive.
-    for journal in list(_OPEN):
-        journal._forget()
-
-
-os.register_at_fork(after_in_child=_close_in_child)
-
-
 class Journal:
     """The one writer of a journal; it holds an exclusive lock on the file until it is closed or its process ends.
 
     Made by ``create`` or ``open``. ``append`` returns once the record is durable (every record with ``fsync_every`` 1).
     """
 
-    def __init__(self, path: Path, fd: int, checksum: str, last_step: int, size: int, fsync_every: int):
+    def __init__(self, path: Path, file: LockedFile, checksums: list[str], size: int, fsync_every: int):
         self.path = path
-        self.checksum = checksum
-        self.last_step = last_step
+        self.checksum = checksums[-1]
+        self.last_step = len(checksums) - 1
         self.fsync_every = fsync_every
-        self._fd = fd
+        self._file = file
+        self._checksums = bytearray.fromhex("".join(checksums))
         self._size = size
         self._unsynced = 0
-        _OPEN.add(self)
 
     @classmethod
     def create(cls, path: str | Path, header: dict, fsync_every: int = 1) -> "Journal":
@@ -251,27 +239,21 @@ class Journal:
         path = Path(path)
         _check_fsync_every(fsync_every)
         line, checksum = header_line(header)
-        temporary = path.with_name(f".{path.name}.creating")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            fd = _open_locked(temporary, os.O_CREAT)
+            file = _new_file(path)
             try:
-                os.ftruncate(fd, 0)  # what a kill in the middle of this function left
-                _write_all(fd, line)
-                os.fsync(fd)
-                _publish(temporary, path)
+                _write_all(file.fd, line)
+                os.fsync(file.fd)
+                _publish(file.path, path)
                 sync_directory(path.parent)
             except BaseException:
-                os.close(fd)
-                temporary.unlink(missing_ok=True)
+                file.path.unlink(missing_ok=True)
+                file.release()
                 raise
-        except FileExistsError as e:
-            raise JournalError(
-                f"journal {str(path)!r} exists: another run has written it. Resume that run, or give this one another place"
-            ) from e
         except OSError as e:
             raise JournalError(f"journal {describe(e)}") from e
-        return cls(path, fd, checksum, 0, len(line), fsync_every)
+        return cls(path, file, [checksum], len(line), fsync_every)
 
     @classmethod
     def open(cls, path: str | Path, fsync_every: int = 1) -> tuple["Journal", Contents]:
@@ -282,27 +264,32 @@ class Journal:
         path = Path(path)
         _check_fsync_every(fsync_every)
         try:
-            fd = _open_locked(path, 0)
+            file = _locked(path, path, 0)
         except OSError as e:
             raise JournalError(f"journal {describe(e)}") from e
         try:
             contents = read_journal(path)
+            _remove_second_name(path)
         except BaseException:
-            os.close(fd)
+            file.release()
             raise
-        return cls(path, fd, contents.checksums[-1], len(contents.records), contents.end, fsync_every), contents
+        return cls(path, file, contents.checksums, contents.end, fsync_every), contents
+
+    def checksum_at(self, step: int) -> str | None:
+        """The checksum of a step's record, of the header for step 0; None for a step that is not in the journal."""
+        return self._checksums[8 * step : 8 * step + 8].hex() or None
 
     def cut_torn_line(self) -> None:
         """Cut off what lies behind the last whole record. Raises JournalError."""
         try:
-            os.ftruncate(self._fd, self._size)
-            os.fsync(self._fd)
+            os.ftruncate(self._file.fd, self._size)
+            os.fsync(self._file.fd)
         except OSError as e:
             raise JournalError(f"journal {str(self.path)!r}: the torn last line cannot be cut off: {e.strerror}") from e
 
     def append(self, record: Record) -> None:
         """Add the record of the next step, durably. Raises JournalError where that fails; the journal then ends before it."""
-        if self._fd < 0:
+        if self._file.fd < 0:
             raise JournalError(f"journal {str(self.path)!r} is closed")
         if record.step != self.last_step + 1:
             raise JournalError(
@@ -311,7 +298,7 @@ class Journal:
         line, checksum = record_line(record, self.checksum)
         reach("before_append", record.step)
         try:
-            _write_all(self._fd, line)
+            _write_all(self._file.fd, line)
             reach("after_append", record.step)
             self._unsynced += 1
             if self._unsynced >= self.fsync_every:
@@ -324,12 +311,13 @@ class Journal:
             ) from e
         reach("after_fsync", record.step)
         self.checksum, self.last_step = checksum, record.step
+        self._checksums += bytes.fromhex(checksum)
         self._size += len(line)
 
     def sync(self) -> None:
         """Make every record durable now. Raises OSError."""
-        if self._fd >= 0 and self._unsynced:
-            os.fdatasync(self._fd)  # the new length of the file is part of it
+        if self._file.fd >= 0 and self._unsynced:
+            os.fdatasync(self._file.fd)  # the new length of the file is part of it
             self._unsynced = 0
 
     def close(self) -> None:
@@ -337,27 +325,17 @@ class Journal:
         try:
             self.sync()
         finally:
-            self._release()
+            self._file.release()
 
     def _withdraw(self) -> None:
         # The record stands for a step that will not be taken. Should this fail too, no harm is done: a whole record left behind
         # is the right one for the step, and a part of one is a torn line.
         try:
-            os.ftruncate(self._fd, self._size)
-            os.fdatasync(self._fd)
+            os.ftruncate(self._file.fd, self._size)
+            os.fdatasync(self._file.fd)
         except OSError:
             pass
-        self._release()
-
-    def _release(self) -> None:
-        if self._fd >= 0:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)  # a child that is just being forked may still hold the file open
-        self._forget()
-
-    def _forget(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = -1
+        self._file.release()
 
 
 def _check_fsync_every(value: int) -> None:
@@ -367,19 +345,38 @@ def _check_fsync_every(value: int) -> None:
         )
 
 
-def _open_locked(path: Path, flags: int) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | flags, 0o666)
+def _locked(file: Path, path: Path, flags: int) -> LockedFile:
+    """``file`` of the journal ``path``. Raises OSError, or JournalError where another run has it."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        os.close(fd)
-        raise JournalError(
-            f"journal {str(path)!r} is being written by another run; wait until that has ended, or stop it"
-        ) from e
-    except OSError as e:
-        os.close(fd)
-        raise OSError(e.errno, f"cannot be locked: {e.strerror}; put it on a file system that knows flock", str(path)) from e
-    return fd
+        locked = LockedFile(file, os.O_APPEND | flags)
+        if locked.is_at_its_place():
+            return locked
+    except (BlockingIOError, FileExistsError):
+        pass
+    raise JournalError(f"journal {str(path)!r} is being written by another run; wait until that has ended, or stop it")
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.creating")
+
+
+def _new_file(path: Path) -> LockedFile:
+    """An empty file beside the place of a new journal. What a kill has left there is removed and never written to: it may be
+    the second name of a finished journal, see ``_publish``."""
+    temporary = _temporary(path)
+    with contextlib.suppress(FileNotFoundError):
+        left = _locked(temporary, path, 0) if temporary.lstat().st_nlink == 1 else None  # another run may just be making it
+        temporary.unlink()
+        if left is not None:
+            left.release()
+    return _locked(temporary, path, os.O_CREAT | os.O_EXCL)
+
+
+def _remove_second_name(path: Path) -> None:
+    """After a kill in ``_publish``."""
+    with contextlib.suppress(OSError):  # it does no harm
+        if _temporary(path).samefile(path):
+            _temporary(path).unlink()
 
 
 def _write_all(fd: int, data: bytes) -> None:
@@ -389,14 +386,15 @@ def _write_all(fd: int, data: bytes) -> None:
 
 
 def _publish(temporary: Path, path: Path) -> None:
-    """Give the finished file its name without ever replacing one. Raises FileExistsError."""
+    """Give the finished file its name without ever replacing one. Raises OSError, JournalError where the name is taken."""
     try:
         os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        if path.exists():
-            raise FileExistsError(str(path)) from None
-        os.rename(temporary, path)
+    except OSError as e:
+        if os.path.lexists(path):
+            raise JournalError(
+                f"journal {str(path)!r} exists: another run has written it. Resume that run, or give this one another place"
+            ) from e
+        os.rename(temporary, path)  # a file system without hard links
         return
-    os.unlink(temporary)
+    reach("journal_linked", 0)
+    temporary.unlink(missing_ok=True)

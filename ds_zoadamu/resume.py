@@ -82,6 +82,8 @@ def resume(
         found = _load_newest(engine, checkpoint_dir, contents, path)
         if found is None:
             _check_weights(engine, contents.header, path)
+        else:
+            engine._owner.go_on(found.manifest)
         first = 0 if found is None else found.step
         records = contents.records[first:]
         with collective.on_all_ranks(JournalError):

@@ -4,10 +4,11 @@ The format is 8 bytes (little endian) with the length of a JSON header, the head
 run code.
 """
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,17 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     if tensor.numel() == 0:
         return memoryview(b"")
     return memoryview(tensor.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy())
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """An OSError out of the body names this file, if it names none: what fails on an open file does not."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename is None:
+            e.filename = str(path)
+        raise
 
 
 @dataclass(frozen=True)
@@ -108,7 +120,8 @@ class FlatReader:
         buffer = numpy.empty((stop - start) * info.dtype.itemsize, dtype=numpy.uint8)
         view, offset = memoryview(buffer), info.offset + start * info.dtype.itemsize
         while view:
-            count = os.preadv(self._fd, [view], offset)
+            with naming(self.path):
+                count = os.preadv(self._fd, [view], offset)
             if count == 0:
                 raise ValueError(f"{str(self.path)!r} ended early: it was shortened while it was read")
             view, offset = view[count:], offset + count
@@ -139,25 +152,33 @@ class FlatWriter:
         self.size = len(self.header) + position
         self._offsets = {name: len(self.header) + header[name]["data_offsets"][0] for name in specs}
         self._itemsizes = {name: dtype.itemsize for name, (dtype, _) in specs.items()}
+        self._path = Path(path)
         self._fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0), 0o666)
         if create:
-            self._write_at(0, memoryview(self.header))
-            os.ftruncate(self._fd, self.size)
+            try:
+                self._write_at(0, memoryview(self.header))
+                with naming(path):
+                    os.ftruncate(self._fd, self.size)
+            except BaseException:
+                self.abandon()
+                raise
 
     def write(self, name: str, start: int, data: memoryview) -> None:
         """Put the raw bytes of the elements from ``start`` on in their place."""
         self._write_at(self._offsets[name] + start * self._itemsizes[name], data)
 
     def _write_at(self, offset: int, data: memoryview) -> None:
-        while data:
-            count = os.pwrite(self._fd, data, offset)
-            data, offset = data[count:], offset + count
+        with naming(self._path):
+            while data:
+                count = os.pwrite(self._fd, data, offset)
+                data, offset = data[count:], offset + count
 
     def close(self) -> None:
         """Make what was written durable, and close."""
         if self._fd >= 0:
             try:
-                os.fsync(self._fd)
+                with naming(self._path):
+                    os.fsync(self._fd)
             finally:
                 self.abandon()
 
@@ -172,19 +193,32 @@ def sync_directory(path: str | Path) -> None:
     """Make creations, renames and removals in a directory durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        with naming(path):
+            os.fsync(fd)
     finally:
         os.close(fd)
 
 
-def write_durably(path: str | Path, data: bytes) -> None:
-    """Write a small file under a temporary name, fsync it, and rename it over ``path``: the old content or the new, never a
-    part."""
+def write_beside(path: str | Path, data: bytes) -> Path:
+    """Write a small file under a temporary name beside ``path`` and fsync it; returns that name, for os.replace. Raises OSError
+    naming the file, which is not there then."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.writing")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_directory(path.parent)
+    temporary.unlink(missing_ok=True)  # what a kill has left is never written to
+    try:
+        with naming(temporary), open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    return temporary
+
+
+def write_durably(path: str | Path, data: bytes) -> None:
+    """Write a small file, fsync it, and put it in the place of ``path``, be that a file or a link: the old content or the new,
+    never a part. Raises OSError; the old content is there then, and nothing else."""
+    os.replace(write_beside(path, data), path)
+    sync_directory(Path(path).parent)

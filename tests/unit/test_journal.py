@@ -12,9 +12,11 @@ import sys
 
 import pytest
 
+from ds_zoadamu._crash_points import VARIABLE
 from ds_zoadamu.errors import JournalError
-from ds_zoadamu.journal import Journal, Record, parse_journal, read_journal
+from ds_zoadamu.journal import Journal, Record, parse_journal, read_journal, record_line
 from ds_zoadamu.kernels.types import fp32, round_grad
+from ds_zoadamu.locks import LockedFile
 
 HEADER = {"noise_version": 1, "options": {"seed": 3}, "parameters": []}
 
@@ -226,13 +228,82 @@ def test_a_forked_worker_does_not_keep_the_lock(tmp_path):
         signal.pause()
     os.read(reader, 1)
     try:
-        os.close(journal._fd)  # as a kill does: without unlocking
+        journal._file.close()  # as a kill does: without unlocking
         again, contents = Journal.open(path)
         assert contents.records == [] and again.last_step == 0
         again.close()
     finally:
         os.kill(worker, signal.SIGKILL)
         os.waitpid(worker, 0)
+
+
+# --- a kill between the two acts that give a journal its name ------------------------------------------------------------------
+
+
+def killed_while_creating(path):
+    """Leaves the journal under its own name and under that of the unfinished one."""
+    child = os.fork()
+    if child == 0:
+        os.environ[VARIABLE] = "journal_linked:0"
+        Journal.create(path, HEADER)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    second = path.with_name(f".{path.name}.creating")
+    assert second.samefile(path)
+    return second
+
+
+def test_a_killed_creation_never_harms_a_finished_journal(tmp_path):
+    path, moved = tmp_path / "journal.jsonl", tmp_path / "finished.jsonl"
+    second = killed_while_creating(path)
+    with pytest.raises(JournalError, match="exists: another run has written it"):
+        Journal.create(path, HEADER)
+    assert len(read_journal(path).checksums) == 1
+    second.unlink(missing_ok=True)
+    path.unlink()
+
+    second = killed_while_creating(path)
+    path.rename(moved)  # resumed under another name, or put away, and a new run in its place
+    with open(moved, "ab") as file:
+        file.write(record_line(record(1), read_journal(moved).checksums[0])[0])
+    before = moved.read_bytes()
+    live, _ = Journal.open(moved)  # and it may be written to just now
+    Journal.create(path, HEADER).close()
+    live.append(record(2))
+    live.close()
+    assert moved.read_bytes().startswith(before) and len(read_journal(moved).records) == 2
+    assert len(read_journal(path).records) == 0 and not second.exists()
+
+
+def test_a_resume_removes_what_a_killed_creation_left(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    second = killed_while_creating(path)
+    journal, _ = Journal.open(path)
+    assert not second.exists()
+    journal.append(record(1))
+    journal.close()
+    assert read_journal(path).records == [record(1)]
+
+
+def test_an_unfinished_creation_is_thrown_away_and_one_under_way_is_left_alone(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    left = path.with_name(f".{path.name}.creating")
+    left.write_bytes(b'{"format":')
+    lock = LockedFile(left, 0)
+    with pytest.raises(JournalError, match="is being written by another run"):
+        Journal.create(path, HEADER)
+    assert left.read_bytes() == b'{"format":'
+    lock.release()
+    Journal.create(path, HEADER).close()
+    assert os.listdir(tmp_path) == ["journal.jsonl"] and read_journal(path).records == []
+
+
+def test_the_checksum_at_every_step(tmp_path):
+    path = written(tmp_path / "journal.jsonl", 2)
+    journal, _ = Journal.open(path)
+    journal.append(record(3))
+    assert [journal.checksum_at(step) for step in range(5)] == [*read_journal(path).checksums, None]
+    journal.close()
 
 
 def test_steps_follow_each_other(tmp_path):
