@@ -11,6 +11,8 @@ VARIABLE = "DS_ZOADAMU_CRASH_AT"
 
 STEP_POINTS = ("before_append", "after_append", "after_fsync", "mid_update")
 SAVE_POINTS = ("save_begun", "save_in_file", "save_files", "save_manifest", "save_renamed", "save_latest", "save_pruned")
+FOLDER_POINTS = ("save_manifest", "replacing", "save_renamed", "save_latest", "save_pruning")
+"""Between two acts that change a folder of checkpoints."""
 
 
 def reach(name: str, step: int) -> None:
