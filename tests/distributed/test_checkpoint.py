@@ -106,7 +106,7 @@ def tags_and_limits(rank, world_size, folder):
 
 def test_tags_latest_client_state_and_save_total_limit(tmp_path):
     for listed, latest in run_ranks(2, tags_and_limits, str(tmp_path)):
-        assert listed == ["global_step5", "global_step6", "global_step7", "latest"]
+        assert listed == [".lock", "global_step5", "global_step6", "global_step7", "latest"]
         assert latest == "global_step7"
 
 
@@ -198,6 +198,57 @@ def test_refusals_on_two_ranks(tmp_path):
         assert {name for name, part in expected.items() if part not in messages[name]} == set(), messages
 
 
+# --- whose a folder is --------------------------------------------------------------------------------------------------------
+
+
+def two_engines(rank, world_size, folder):
+    """Engines of one process and one folder: the same run in two of them, then another run. Returns messages and tags."""
+    from ds_zoadamu.errors import CheckpointError
+
+    messages = []
+
+    def refused(engine):
+        with pytest.raises(CheckpointError) as e:
+            engine.save_checkpoint(folder, save_total_limit=1)
+        messages.append(str(e.value))
+
+    first, batches = runs.make_engine(world_size)
+    runs.train(first, batches, 2, save_every=1, folder=folder)
+    second, batches = runs.make_engine(world_size)
+    second.load_checkpoint(folder)
+    refused(second)
+    first.destroy()
+    runs.train(second, batches, 3, save_every=1, folder=folder, save_total_limit=2)
+    second.destroy()
+    for settings in ({}, {"load_module_only": True}):
+        other, batches = runs.make_engine(world_size)
+        if settings:
+            other.load_checkpoint(folder, **settings)
+        runs.train(other, batches, 1)
+        refused(other)
+        other.destroy()
+    return messages, sorted(os.listdir(folder))
+
+
+def go_on(rank, world_size, folder):
+    engine, batches = runs.make_engine(world_size)
+    engine.load_checkpoint(folder)
+    runs.train(engine, batches, 5, save_every=1, folder=folder, save_total_limit=2)
+    return sorted(os.listdir(folder))
+
+
+def test_a_folder_is_of_one_run_and_one_engine(tmp_path):
+    """Reached through a link. The run goes on in other engines and on another number of ranks."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for messages, listed in run_ranks(2, two_engines, str(tmp_path / "link")):
+        assert "is being written by another run or engine; give each run a folder of its own" in messages[0]
+        for message in messages[1:]:
+            assert f"{tmp_path}/real' holds checkpoint 'global_step3' (step 3) of another run; give this run" in message
+        assert len(messages) == 3 and listed == [".lock", "global_step2", "global_step3", "latest"]
+    assert run_ranks(1, go_on, str(tmp_path / "link")) == [[".lock", "global_step4", "global_step5", "latest"]]
+
+
 # --- a full disk, no permission -----------------------------------------------------------------------------------------------
 
 
@@ -240,9 +291,9 @@ def test_a_full_disk_while_saving(tmp_path):
     with small_disk(tmp_path / "disk", "1m") as disk:
         ends = run_ranks(2, save_until_full, str(disk))
         for message, _, same, step in ends:
-            assert "No space left on device" in message and same
+            assert f"'{disk}/.writing-global_step{step}/" in message and "No space left on device" in message and same
             assert 2 <= step < 19
-        assert ends[0][1] == sorted([f"global_step{n}" for n in range(1, step)] + ["latest"])
+        assert ends[0][1] == sorted([".lock", *(f"global_step{n}" for n in range(1, step)), "latest"])
 
 
 def fill_while_journaling(rank, world_size, folder):
