@@ -12,11 +12,23 @@ from deepspeed.utils import logger
 from tqdm import tqdm
 
 from ds_zoadamu.digest import weights_digest
+from ds_zoadamu.engine import ZeroOrderEngine
+from ds_zoadamu.errors import CheckpointError
 from ds_zoadamu.hf import load_weights, save_pretrained
 from ds_zoadamu.tasks import Evaluation, evaluate
 from ds_zoadamu.training.curves import draw_curves
 from ds_zoadamu.training.memory import PeakMemory, stored_bytes
-from ds_zoadamu.training.output import BEST, CHECKPOINTS, CURVES, RESULTS, OutputDirectory, environment, of_all_ranks, quantiles
+from ds_zoadamu.training.output import (
+    BEST,
+    CHECKPOINTS,
+    CURVES,
+    JOURNAL,
+    RESULTS,
+    OutputDirectory,
+    environment,
+    of_all_ranks,
+    quantiles,
+)
 from ds_zoadamu.training.plan import Plan, make_plan, rank
 from ds_zoadamu.training.progress import Progress, begin_or_resume, better
 from ds_zoadamu.training.steps import Stepper, make_stepper
@@ -84,8 +96,20 @@ def _train(plan: Plan, stepper: Stepper, output: OutputDirectory, progress: Prog
                         stepper.engine, output.path / BEST, plan.model_input.tokenizer, args.max_shard_size, overwrite=True
                     )
             if step > first and stepper.journaled and args.save_steps and step % args.save_steps == 0:
-                stepper.engine.save_checkpoint(output.path / CHECKPOINTS, save_total_limit=args.save_total_limit)
+                _save_checkpoint(stepper.engine, output, step, args.save_total_limit)
     return seconds, best_step, best
+
+
+def _save_checkpoint(engine: ZeroOrderEngine, output: OutputDirectory, step: int, limit: int) -> None:
+    """Saves a checkpoint, or warns: the journal has every step, a checkpoint only makes a resume faster."""
+    try:
+        engine.save_checkpoint(output.path / CHECKPOINTS, save_total_limit=limit)
+    except CheckpointError as error:  # raised on all ranks alike
+        if rank() == 0:
+            logger.warning(
+                f"no checkpoint of step {step}: {error}. The run goes on and is safe: journal {str(output.path / JOURNAL)!r} "
+                "holds every step. The next save step tries again"
+            )
 
 
 def _evaluate(plan: Plan, stepper: Stepper, output: OutputDirectory, split: str, step: int) -> Evaluation:

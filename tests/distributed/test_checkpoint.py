@@ -1,10 +1,8 @@
 """Checkpoints: whole or not at all, on any number of ranks, checked before anything is changed."""
 
-import contextlib
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 
 from . import runs
 from .crashes import run_outcomes
+from .disks import fill, small_disk
 from .harness import run_ranks
 
 MODES = [("fp32", "fp32"), ("bf16", "fp32"), ("int8", "bf16"), ("replay", "bf16"), ("fp16", "bf16")]
@@ -252,21 +251,6 @@ def test_a_folder_is_of_one_run_and_one_engine(tmp_path):
 # --- a full disk, no permission -----------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str):
-    """A tmpfs of ``size`` at ``folder``; skips the test where this user may not mount one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small tmpfs: {mounted.stderr.strip() or mounted.stdout.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def save_until_full(rank, world_size, folder):
     from ds_zoadamu.errors import CheckpointError
 
@@ -288,7 +272,10 @@ def save_until_full(rank, world_size, folder):
 
 
 def test_a_full_disk_while_saving(tmp_path):
-    with small_disk(tmp_path / "disk", "1m") as disk:
+    disk = tmp_path / "disk"
+    with small_disk(disk, "1m") as why_not:
+        if why_not:
+            pytest.skip(why_not)
         ends = run_ranks(2, save_until_full, str(disk))
         for message, _, same, step in ends:
             assert f"'{disk}/.writing-global_step{step}/" in message and "No space left on device" in message and same
@@ -304,10 +291,7 @@ def fill_while_journaling(rank, world_size, folder):
     engine.open_journal(Path(folder) / "journal.jsonl")
     runs.train(engine, batches, 3)
     if rank == 0:
-        (Path(folder) / "ballast").write_bytes(bytes(4096))
-        with contextlib.suppress(OSError), open(Path(folder) / "rest", "wb", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
+        fill(Path(folder))
     try:
         while True:
             before = runs.state(engine)
@@ -324,7 +308,10 @@ def resumed(rank, world_size, folder):
 
 def test_a_full_disk_while_journaling(tmp_path):
     """All ranks end with the error, no partition was changed, and with room again the run goes on as if nothing had been."""
-    with small_disk(tmp_path / "disk", "64k") as disk:
+    disk = tmp_path / "disk"
+    with small_disk(disk, "64k") as why_not:
+        if why_not:
+            pytest.skip(why_not)
         ends = run_outcomes(2, fill_while_journaling, str(disk))
         for end in ends:
             assert end.how == "returned", end.value

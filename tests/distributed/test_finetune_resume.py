@@ -2,7 +2,9 @@
 stopped.
 """
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from ds_zoadamu.journal import read_journal
+from tests.tiny_lm import save_model, write_data
 
 from .crashes import run_outcomes, run_to_crash
+from .disks import file_size_limit, fill, small_disk
 from .harness import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -84,3 +88,56 @@ def test_a_run_is_not_replaced_by_mistake(task, tmp_path):
         for end in run_outcomes(2, finetune, arguments(task, tmp_path, *more)):
             assert end.how == "raised" and message in end.value
     assert (tmp_path / "journal.jsonl").read_text() == "precious"
+
+
+# --- no room for a checkpoint -------------------------------------------------------------------------------------------------
+
+
+def finetune_without_room(rank, world_size, argv, output, mounted):
+    """From step 1 to step 3 there is no room for a checkpoint: on the whole disk, or for rank 1. Returns the warnings, and what
+    lies in the folder of checkpoints before step 4 and at the end."""
+    import logging
+
+    from deepspeed.utils import logger
+
+    from ds_zoadamu.training.output import OutputDirectory
+
+    output, log, shortage, warnings, listed = Path(output), OutputDirectory.log, contextlib.ExitStack(), [], []
+
+    def log_and_change(self, record):
+        log(self, record)
+        if record["kind"] == "step" and record["step"] == 1:
+            if not mounted and rank == 1:
+                shortage.enter_context(file_size_limit(8192))
+            elif mounted and rank == 0:
+                for file in fill(output, left=1 << 14):  # journal and metrics of two steps take less, a checkpoint takes more
+                    shortage.callback(file.unlink)
+        elif record["kind"] == "step" and record["step"] == 3:
+            shortage.close()
+            listed.append(sorted(os.listdir(output / "checkpoints")))
+
+    OutputDirectory.log = log_and_change
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())
+    logger.addHandler(handler)
+    finetune(rank, world_size, argv)
+    return warnings, listed[0], sorted(os.listdir(output / "checkpoints"))
+
+
+def test_a_run_goes_on_when_there_is_no_room_for_a_checkpoint(tmp_path):
+    task, output = tmp_path / "task", tmp_path / "out"
+    save_model(task / "untrained")
+    write_data(task / "data")
+    more = ("--max_steps", "4", "--eval_steps", "4", "--save_steps", "2", "--num_train", "16")
+    with small_disk(output, "4m") as why_not_mounted:
+        mounted = why_not_mounted is None
+        ends = run_ranks(2, finetune_without_room, arguments(task, output, *more), str(output), mounted)
+        for _, without_room, at_the_end in ends:
+            assert without_room == [".lock"] and at_the_end == [".lock", "global_step4", "latest"]
+        (warning,) = [text for text in ends[0][0] if "checkpoint" in text]
+        assert warning.startswith("no checkpoint of step 2: ")
+        assert f"'{output}/checkpoints/.writing-global_step2/rank-0000" in warning
+        assert ("No space left on device" if mounted else "File too large") in warning
+        assert f"is safe: journal '{output}/journal.jsonl' holds every step. The next save step tries again" in warning
+        assert "\n" not in warning and not [text for text in ends[1][0] if "checkpoint" in text]
+        assert len(read_journal(output / "journal.jsonl").records) == 4
