@@ -5,7 +5,6 @@ Only public interfaces are used: `HfDeepSpeedConfig` to load, `deepspeed.zero.Ga
 
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from ds_zoadamu import nvme
+from ds_zoadamu import folders, nvme
 from ds_zoadamu.auto_config import fill_auto_for_library, has_auto, hidden_size_of
 from ds_zoadamu.config import read_config
 from ds_zoadamu.distributed import init_distributed, launched_world_size
@@ -85,11 +84,12 @@ def save_pretrained(
 
     Parameters are gathered one by one on all ranks; rank 0 collects them in files of at most `max_shard_size` (a single
     larger parameter makes a larger file) and holds no more than one file's bytes at a time. Tied weights are stored once.
-    The folder appears complete or not at all: it is written beside its place and renamed. Call it on all ranks.
+    The folder appears complete or not at all: it is written beside its place and renamed. Call it on all ranks. After a kill
+    in the middle of replacing one, the older is in `.NAME.old`, and the next call puts it back before it does anything else.
 
     Args:
         engine: a DeepSpeed engine (or anything with a `module` that is a `PreTrainedModel`).
-        directory: where to write; its parents are made.
+        directory: where to write; its parents are made. A link to a folder stays one.
         tokenizer: saved too, if given.
         max_shard_size: bytes with a unit, for example "500MB" (decimal units, as in Transformers).
         overwrite: replace what is in `directory`.
@@ -99,17 +99,19 @@ def save_pretrained(
         TypeError: the model is not a Transformers model.
         ValueError: a malformed `max_shard_size`.
     """
-    model, directory, limit = engine.module, Path(directory), _parse_size(max_shard_size)
+    model, directory, limit = engine.module, Path(os.path.realpath(directory)), _parse_size(max_shard_size)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"save_pretrained: the engine's module is a {type(model).__name__}, not a Transformers PreTrainedModel")
     writes = dist.get_rank() == 0
     with _on_all_ranks("save_pretrained"):
+        if writes:
+            folders.put_back(directory, _aside(directory))
         if writes and not overwrite and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise FileExistsError(f"{directory} exists and is not empty; give another folder or overwrite=True")
     temporary = directory.with_name(f".{directory.name}.writing")
     with _on_all_ranks("save_pretrained"):
         if writes:
-            shutil.rmtree(temporary, ignore_errors=True)
+            folders.remove(temporary)
             temporary.mkdir(parents=True)
             model.config.save_pretrained(temporary)
             if model.can_generate():
@@ -124,7 +126,8 @@ def save_pretrained(
     with _on_all_ranks("save_pretrained"):
         if writer is not None:
             writer.finish()
-            _replace(temporary, directory)
+            folders.replace(temporary, directory, _aside(directory))
+            folders.remove(_aside(directory))
 
 
 def load_weights(engine, directory: str | Path) -> None:
@@ -241,14 +244,9 @@ def _weight_files(directory: Path) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), path)
 
 
-def _replace(source: Path, target: Path) -> None:
-    """Puts the folder `source` in the place of `target`."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(source, target)
-    shutil.rmtree(old, ignore_errors=True)
+def _aside(directory: Path) -> Path:
+    """Where a folder lies while another takes its place."""
+    return directory.with_name(f".{directory.name}.old")
 
 
 @contextmanager

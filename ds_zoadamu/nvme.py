@@ -7,7 +7,6 @@ page-locked host memory and written back by its ``async_io`` operator. Partition
 
 import contextlib
 import ctypes
-import fcntl
 import mmap
 import os
 import resource
@@ -21,6 +20,7 @@ from torch.utils.cpp_extension import get_default_build_root
 
 from . import collective
 from .errors import ConfigError
+from .locks import LockedFile
 
 _WHERE = "zero_optimization.offload_param"
 DEFAULT_BUFFER_COUNT, DEFAULT_BUFFER_SIZE = 5, 10**8  # DeepSpeed 0.19.8; the size is in elements
@@ -150,8 +150,8 @@ def _check_folder(path: Path) -> None:
             probe.unlink()
 
 
-_claimed: dict[Path, int] = {}
-"""Lock files that this process holds open, until it ends however it ends."""
+_claimed: dict[Path, LockedFile] = {}
+"""Until this process ends, however it ends."""
 
 
 def _claim(path: Path) -> bool:
@@ -162,15 +162,12 @@ def _claim(path: Path) -> bool:
     lock = path.resolve() / f".rank{collective.rank()}.lock"
     if lock in _claimed:
         return False
-    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _claimed[lock] = LockedFile(lock)
     except BlockingIOError:
-        os.close(handle)
         raise ConfigError(
             f"{_WHERE}.nvme_path is {str(path)!r}, which another running process uses; give each run a folder of its own"
         ) from None
-    _claimed[lock] = handle
     return True
 
 

@@ -21,8 +21,10 @@ from . import collective
 from .base_model import combined_sha256, find_folder, hash_files, weight_files
 from .digest import combine
 from .errors import ReplayError
+from .folders import remove
 from .journal import Contents, read_journal
 from .kernels import NOISE_VERSION
+from .locks import LockedFile
 from .rules import RULES, Elements, Rule, Update, make_rule
 from .safetensors_io import FlatReader, FlatWriter, dtype_from_name, dtype_name, raw_bytes, sync_directory, write_durably
 from .stepping import apply_updates, recorded_updates
@@ -104,7 +106,11 @@ def replay(
         opened = _open(folder, contents.header)
     try:
         _verify_base(opened, contents.header)
-        temporary = output.absolute().with_name(f".{output.absolute().name}.replaying")
+        place = Path(os.path.realpath(output))
+        temporary, lock = place.with_name(f".{place.name}.replaying"), None
+        with collective.on_all_ranks(ReplayError):
+            if collective.rank() == 0:
+                lock = _claim(temporary)
         try:
             sha256 = _rebuild(opened, rule, contents, temporary, torch.device(device), show_progress)
             with collective.on_all_ranks(ReplayError):
@@ -114,11 +120,17 @@ def replay(
                         f"{str(output)!r}"
                     )
                 if collective.rank() == 0:
-                    _finish(opened, contents.header, temporary, output)
+                    _finish(opened, contents.header, temporary)
+                    lock.path.unlink()
+                    os.rename(temporary, place)  # into the place of an empty folder, but of nothing else
+                    sync_directory(place.parent)
         except BaseException:
             if collective.rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
+        finally:
+            if lock is not None:
+                lock.release()
     finally:
         for reader in opened.readers.values():
             reader.close()
@@ -257,6 +269,20 @@ def _sha256(parts: Iterator[torch.Tensor]) -> str:
 # --- rebuilding ---------------------------------------------------------------------------------------------------------------
 
 
+def _claim(temporary: Path) -> LockedFile:
+    """A folder to write in that holds nothing but the lock on it. Raises OSError, or ReplayError where another process has
+    it."""
+    temporary.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = LockedFile(temporary / ".lock")
+    except BlockingIOError as e:
+        raise ReplayError(f"{str(temporary)!r} is being written by another replay; wait for it, or name another folder") from e
+    for path in temporary.iterdir():
+        if path != lock.path:
+            remove(path)  # of a replay that was killed
+    return lock
+
+
 def _rebuild(
     base: _Base, rule: Rule, contents: Contents, temporary: Path, device: torch.device, show_progress: bool
 ) -> str:
@@ -268,8 +294,6 @@ def _rebuild(
     try:
         with collective.on_all_ranks(ReplayError):
             if rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
                 writers = {file: FlatWriter(temporary / file, spec) for file, spec in specs.items()}
         with collective.on_all_ranks(ReplayError):
             if rank != 0:
@@ -333,8 +357,8 @@ def _file_sha256(folder: Path, tensor: _Tensor) -> str:
         reader.close()
 
 
-def _finish(base: _Base, header: dict, temporary: Path, output: Path) -> None:
-    """Add configuration, tokenizer and index, and give the folder its name."""
+def _finish(base: _Base, header: dict, temporary: Path) -> None:
+    """Add configuration, tokenizer and index."""
     for path in sorted(base.folder.iterdir()):
         if path.is_file() and not path.name.endswith(_NOT_COPIED) and not path.name.startswith("."):
             shutil.copyfile(path, temporary / path.name)
@@ -353,10 +377,6 @@ def _finish(base: _Base, header: dict, temporary: Path, output: Path) -> None:
             }
             write_durably(temporary / path.name, (json.dumps(index, indent=2) + "\n").encode())
     sync_directory(temporary)
-    if output.exists():
-        output.rmdir()  # it is empty
-    os.rename(temporary, output)
-    sync_directory(output.absolute().parent)
 
 
 def folder_digest(folder: str | Path, journal: str | Path) -> str:

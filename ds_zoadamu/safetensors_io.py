@@ -218,7 +218,14 @@ def write_beside(path: str | Path, data: bytes) -> Path:
 
 
 def write_durably(path: str | Path, data: bytes) -> None:
-    """Write a small file, fsync it, and put it in the place of ``path``, be that a file or a link: the old content or the new,
-    never a part. Raises OSError; the old content is there then, and nothing else."""
+    """Write a small file, fsync it, and put it in the place of ``path``: the old content or the new, never a part. A link stays
+    one; what is no file, such as a terminal, is written to as it is.
+
+    Raises OSError; the old content is there then, and nothing else.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        Path(path).write_bytes(data)
+        return
+    path = Path(os.path.realpath(path))
     os.replace(write_beside(path, data), path)
-    sync_directory(Path(path).parent)
+    sync_directory(path.parent)

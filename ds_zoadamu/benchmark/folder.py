@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ds_zoadamu.safetensors_io import write_durably
 from ds_zoadamu.tasks import InputError
 
 SETTINGS, _LOCK = "settings.json", ".lock"
@@ -71,9 +72,7 @@ def claim_folder(path: Path, settings: Mapping[str, Any], configs: Mapping[str, 
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file in one go."""
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_durably(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _read(path: Path) -> dict:

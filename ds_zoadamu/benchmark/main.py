@@ -19,6 +19,7 @@ from ds_zoadamu.benchmark.plots import draw_cost, draw_curves
 from ds_zoadamu.benchmark.report import markdown
 from ds_zoadamu.benchmark.runs import Runner
 from ds_zoadamu.benchmark.settings import check_settings
+from ds_zoadamu.safetensors_io import write_durably
 
 RESULTS, REPORT = "results.json", "report.md"
 _ENVIRONMENT = ("versions", "platform", "processor", "num_cpus", "accelerator")
@@ -97,7 +98,7 @@ def _write(output: Path, results: dict) -> None:
     write_json(output / RESULTS, results)
     plots = [name for name, draw in (("curves.png", draw_curves), ("cost.png", draw_cost)) if draw(results, output / name)]
     text = markdown(results, plots)
-    (output / REPORT).write_text(text, encoding="utf-8")
+    write_durably(output / REPORT, text.encode())
     print(text)
     if not plots:
         print("no plots: Matplotlib is not installed (pip install ds_zoadamu[plots])", file=sys.stderr)

@@ -2,13 +2,13 @@
 
 import json
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 from ..auto_config import fill_auto
 from ..config import check_config, check_deepspeed_settings, read_config, zeroth_order_type
 from ..errors import ConfigError
 from ..rules import RULES, RuleConfig
+from ..safetensors_io import write_durably
 from .choose import Choice
 from .memory import Model
 
@@ -107,7 +107,7 @@ def set_momentum(config: dict, mode: str) -> None:
 def write_config(path: str, config: dict) -> None:
     """Write the JSON, small objects on one line as in ds_configs/. Raises ConfigError where the file cannot be written."""
     try:
-        Path(path).write_text(_dump(config) + "\n")
+        write_durably(path, (_dump(config) + "\n").encode())
     except OSError as error:
         raise ConfigError(f"--write {path}: cannot be written: {error.strerror}") from error
 

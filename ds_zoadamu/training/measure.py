@@ -12,6 +12,7 @@ import deepspeed
 from ds_zoadamu.auto_config import fill_auto
 from ds_zoadamu.config import read_config
 from ds_zoadamu.hf import load_causal_lm
+from ds_zoadamu.safetensors_io import write_durably
 from ds_zoadamu.tasks import InputError, evaluate, load_examples, majority_accuracy
 from ds_zoadamu.training.arguments import check_arguments
 from ds_zoadamu.training.output import environment
@@ -63,5 +64,5 @@ def measure(args: Namespace) -> dict:
                 "arguments": vars(args),
                 "config": config,
             }
-            Path(args.output_file).write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
+            write_durably(args.output_file, (json.dumps(everything, indent=2) + "\n").encode())
     return figures

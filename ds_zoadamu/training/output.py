@@ -4,13 +4,15 @@ import json
 import math
 import os
 import platform
-import shutil
 from importlib import metadata
 from pathlib import Path
 
 import torch
 from deepspeed import comm as dist
 
+from ds_zoadamu.folders import put_back, remove, replace
+from ds_zoadamu.locks import is_locked
+from ds_zoadamu.safetensors_io import write_durably
 from ds_zoadamu.tasks import InputError
 
 METRICS, RESULTS, CURVES, SEARCH, BEST, MODEL = "metrics.jsonl", "results.json", "curves.png", "find_lr.json", "best", "model"
@@ -32,7 +34,7 @@ class OutputDirectory:
         resume: whether the run that is there goes on.
 
     Raises:
-        InputError: it is a file, cannot be written, or holds results and `overwrite` is not set.
+        InputError: it is a file, cannot be written, holds results and `overwrite` is not set, or a run that has not ended.
     """
 
     def __init__(self, path: str, *, writes: bool, overwrite: bool, resume: bool = False):
@@ -50,6 +52,11 @@ class OutputDirectory:
                 f"--output_dir {path} holds the {present[0]} of an earlier run; give another folder, --resume or "
                 "--overwrite_output_dir"
             )
+        if overwrite and is_locked(self.path / JOURNAL):
+            raise InputError(
+                f"--output_dir {path}: another run is writing its {JOURNAL} now; wait until that has ended, stop it, or give "
+                "another folder"
+            )
         existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not existing.is_dir():
             raise InputError(f"--output_dir {path}: {existing} is a file, not a folder")
@@ -62,11 +69,8 @@ class OutputDirectory:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         for name in _OURS:
-            target = self.path / name
-            if target.is_dir():
-                shutil.rmtree(target)
-            else:
-                target.unlink(missing_ok=True)
+            for each in (name, *(f".{name}.{what}" for what in ("writing", "old", "creating"))):  # what kills have left, too
+                remove(self.path / each)
 
     def log(self, record: dict) -> None:
         """Appends one line to metrics.jsonl; complete even if the run is stopped later."""
@@ -83,16 +87,12 @@ class OutputDirectory:
     def replace_records(self, records: list[dict]) -> None:
         """Rewrites metrics.jsonl in one go."""
         if self._writes:
-            temporary = self.path / f".{METRICS}.writing"
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-            os.replace(temporary, self.path / METRICS)
+            write_durably(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in records).encode())
 
     def write_json(self, name: str, content: dict) -> None:
-        """Writes a JSON file in one go (beside its place, then renamed)."""
+        """Writes a JSON file in one go."""
         if self._writes:
-            temporary = self.path / f".{name}.writing"
-            temporary.write_text(json.dumps(_finite(content), indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, self.path / name)
+            write_durably(self.path / name, (json.dumps(_finite(content), indent=2) + "\n").encode())
 
     @property
     def best(self) -> Path:
@@ -102,8 +102,10 @@ class OutputDirectory:
     def promote_best(self) -> None:
         """The best model so far becomes the run's model."""
         if self._writes and (self.path / BEST).exists():
-            shutil.rmtree(self.path / MODEL, ignore_errors=True)
-            os.rename(self.path / BEST, self.path / MODEL)
+            aside = self.path / f".{MODEL}.old"
+            put_back(self.path / MODEL, aside)
+            replace(self.path / BEST, self.path / MODEL, aside)
+            remove(aside)
 
 
 def _finite(value):
