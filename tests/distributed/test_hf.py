@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ds_zoadamu.hf import save_pretrained
 from ds_zoadamu.tasks import SST2, Example, PromptCollator, PromptEncoder, prompt_loss
 from tests.distributed import jobs
+from tests.distributed.crashes import run_outcomes, run_to_crash
 from tests.distributed.harness import run_ranks
 from tests.tiny_lm import make_tokenizer, save_model
 
@@ -105,6 +107,28 @@ def test_nothing_is_overwritten_silently(tmp_path):
     assert run_ranks(2, _refusals, save_model(tmp_path / "source"), taken) == [True, True]
     assert AutoModelForCausalLM.from_pretrained(taken).num_parameters() > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "taken"]
+
+
+def _save_over(rank, world_size, source, target, overwrite=True):
+    engine, _ = _engine(source, world_size)
+    save_pretrained(engine, target, overwrite=overwrite)
+
+
+def test_a_kill_while_a_model_is_replaced_behind_a_link(tmp_path):
+    """The older model lies beside its place then, and the next save puts it back, whatever comes of itself."""
+    source, place, link = save_model(tmp_path / "source"), tmp_path / "disk" / "model", tmp_path / "link"
+    older = {path.name: path.read_bytes() for path in save_model(place, seed=1).iterdir()}
+    link.symlink_to(place)
+    assert run_to_crash(1, "replacing:0", _save_over, source, link)[0].how == "killed"
+    assert not place.exists()
+    (end,) = run_outcomes(1, _save_over, source, link, False)
+    assert "model exists and is not empty; give another folder or overwrite=True" in end.value
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == older
+    run_ranks(1, _save_over, source, link)
+    assert link.is_symlink() and load_file(link / "model.safetensors").keys() == load_file(source / "model.safetensors").keys()
+    assert (place / "model.safetensors").read_bytes() != older["model.safetensors"]
+    assert [path.name for path in place.parent.iterdir()] == ["model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link", "source"]
 
 
 def _other_stage(rank, world_size, source):

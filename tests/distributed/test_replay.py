@@ -16,6 +16,7 @@ from ds_zoadamu import cli
 from ds_zoadamu.errors import JournalError, ReplayError
 from ds_zoadamu.journal import Journal, read_journal
 from ds_zoadamu.kernels.types import GRAD_BITS
+from ds_zoadamu.locks import LockedFile
 
 from . import runs
 from .harness import free_port, run_ranks
@@ -305,6 +306,23 @@ def test_refusals(odd_runs, tmp_path):
     with pytest.raises(ReplayError, match="exists and is not empty"):
         replay_odd(folder, tmp_path / "full")
     assert (tmp_path / "full" / "precious").read_text() == "mine"
+
+
+def test_one_replay_at_a_time_writes_a_folder_and_a_link_to_an_empty_one_stays(odd_runs, tmp_path):
+    folder, digests = odd_runs
+    place, output = tmp_path / "disk" / "model", tmp_path / "link"
+    place.mkdir(parents=True)
+    output.symlink_to(place)
+    busy = place.with_name(".model.replaying")
+    busy.mkdir()
+    (busy / "model.safetensors").write_text("half")
+    other = LockedFile(busy / ".lock")
+    with pytest.raises(ReplayError, match="model.replaying' is being written by another replay; wait for it, or name another"):
+        replay_odd(folder, output)
+    assert (busy / "model.safetensors").read_text() == "half"
+    other.release()  # it was killed
+    assert replay_odd(folder, output).sha256 == digests["int8-fp32"]
+    assert output.is_symlink() and os.listdir(place) == ["model.safetensors"] and os.listdir(place.parent) == ["model"]
 
 
 def test_weights_that_differ_are_found_without_file_hashes(odd_runs, tmp_path):

@@ -2,12 +2,14 @@
 refused."""
 
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ds_zoadamu.safetensors_io import DTYPES, FlatReader, FlatWriter, dtype_from_name, dtype_name, raw_bytes
+from ds_zoadamu.safetensors_io import DTYPES, FlatReader, FlatWriter, dtype_from_name, dtype_name, raw_bytes, write_durably
+from tests.distributed.disks import file_size_limit
 
 TENSORS = {
     "a.weight": torch.arange(35, dtype=torch.float32).reshape(5, 7),
@@ -63,3 +65,44 @@ def test_dtype_names():
     assert all(dtype_from_name(dtype_name(dtype)) is dtype for dtype in DTYPES.values())
     with pytest.raises(ValueError, match="'complex64'"):
         dtype_from_name("complex64")
+
+
+# --- writing: errors name the file, and leave nothing ---------------------------------------------------------------------------
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    """A limit on the size of files stops writing on an open file, whose errors name none."""
+    path = tmp_path / "x.safetensors"
+    writer = FlatWriter(path, {"a": (torch.float32, (4096,))})
+    with file_size_limit(1024):
+        with pytest.raises(OSError, match="File too large") as error:
+            writer.write("a", 1024, raw_bytes(torch.ones(8)))
+        assert error.value.filename == str(path)
+        with pytest.raises(OSError, match="File too large") as error:
+            FlatWriter(tmp_path / "y.safetensors", {"a": (torch.float32, (4096,))})
+        assert error.value.filename == str(tmp_path / "y.safetensors")
+    writer.abandon()
+
+
+def test_a_small_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+    path, link, pipe = tmp_path / "a.json", tmp_path / "link.json", tmp_path / "pipe"
+    write_durably(path, b"old")
+    with file_size_limit(64), pytest.raises(OSError, match="File too large") as error:
+        write_durably(path, bytes(100))
+    assert error.value.filename == str(tmp_path / ".a.json.writing")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.json"]
+    link.symlink_to(path)
+    write_durably(link, b"new")
+    assert link.is_symlink() and path.read_bytes() == b"new"
+    os.mkfifo(pipe)  # as a terminal
+    reader = os.open(pipe, os.O_RDWR)
+    write_durably(pipe, b"read")
+    assert os.read(reader, 10) == b"read" and pipe.is_fifo()
+    os.close(reader)
+
+
+def test_what_a_kill_has_left_is_never_written_to(tmp_path):
+    (tmp_path / "precious").write_bytes(b"precious")
+    os.link(tmp_path / "precious", tmp_path / ".a.json.writing")
+    write_durably(tmp_path / "a.json", b"new")
+    assert (tmp_path / "precious").read_bytes() == b"precious" and sorted(os.listdir(tmp_path)) == ["a.json", "precious"]
