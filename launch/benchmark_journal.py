@@ -21,9 +21,11 @@ import transformers
 import ds_zoadamu
 from ds_zoadamu import collective, kernels
 from ds_zoadamu.journal import Record, read_journal
+from ds_zoadamu.kernels.types import round_grad
 from ds_zoadamu.stepping import apply_updates, recorded_updates
 
 VOCABULARY, LENGTH = 8192, 16
+WARM_UP = 10  # appends that are not counted
 
 
 def make_engine(args: argparse.Namespace):
@@ -71,7 +73,7 @@ def append_times(engine, folder: Path, fsync_every: int, steps: int) -> tuple[li
     times, generator = [], torch.Generator().manual_seed(1)
     for step in range(1, steps + 1):
         plus, minus = (2.0 + torch.rand(2, generator=generator, dtype=torch.float64)).tolist()
-        record = Record(step, plus, minus, (plus - minus) / 2e-3, 1e-6, False, (step // 100, step % 100))
+        record = Record(step, plus, minus, round_grad((plus - minus) / 2e-3), 1e-6, False, (step // 100, step % 100))
         collective.barrier()
         start = time.perf_counter()
         engine._before_update(record, None)
@@ -79,7 +81,7 @@ def append_times(engine, folder: Path, fsync_every: int, steps: int) -> tuple[li
     engine.close_journal()
     assert len(read_journal(path).records) == steps
     header = len(path.read_bytes().split(b"\n", 1)[0]) + 1
-    return times[10:], (path.stat().st_size - header) / steps
+    return times[WARM_UP:], (path.stat().st_size - header) / steps
 
 
 def measure_checkpoints(engine, folder: Path) -> dict:
@@ -120,15 +122,28 @@ def measure_replay(engine, batch: dict, steps: int) -> dict:
     return result
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", required=True, help="new folder on the disk to measure; removed at the end")
+    parser.add_argument("--folder", type=Path, required=True, help="new folder on the disk to measure; removed at the end")
     parser.add_argument("--steps", type=int, default=1000, help="records to append (default: %(default)s)")
-    parser.add_argument("--hidden_size", type=int, default=512)
+    parser.add_argument("--replay_steps", type=int, default=100, help="steps to replay (default: %(default)s)")
+    parser.add_argument("--hidden_size", type=int, default=512, help="a multiple of 64 (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    folder = Path(args.folder)
+    for name, least in (("steps", WARM_UP + 1), ("replay_steps", 1), ("hidden_size", 64), ("layers", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} is {getattr(args, name)}; it must be at least {least}")
+    if args.hidden_size % 64:
+        parser.error(f"--hidden_size is {args.hidden_size}; it must be a multiple of 64")
+    if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
+        parser.error(f"--folder {args.folder} exists and is not empty; name a new one, for it is removed at the end")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    folder = args.folder
     engine, batch = make_engine(args)
     total = sum(torch.Size(p.shape).numel() for p in engine.optimizer.partitions)
     result = {
@@ -143,7 +158,7 @@ def main() -> None:
         result["journal bytes a step"] = size
         result[f"append, fsync {'never' if every > args.steps else f'every {every}'}"] = quantiles(times)
     result["checkpoint"] = measure_checkpoints(engine, folder)
-    result["element steps a second, a rank"] = measure_replay(engine, batch, 100)
+    result["element steps a second, a rank"] = measure_replay(engine, batch, args.replay_steps)
     collective.barrier()
     if collective.rank() == 0:
         print(json.dumps(result, indent=2))

@@ -12,10 +12,12 @@ import argparse
 import functools
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 
+OPERATIONS = ("noise", "perturb", "update")
 POINTERS = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "int8": "i8", "none": None}
 INTEGERS = {"num_full", "tail", "pair_low", "pair_high", "key0", "key1", "step", "num_older"}
 INTEGER = "integer, logic, compare, select"
@@ -30,6 +32,7 @@ UNITS = {
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, default=90, help="80: A100, 90: H100 and H200 (default: %(default)s)")
+    parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="(default: all)")
     return parser.parse_args()
 
 
@@ -101,12 +104,16 @@ def cycles(counts: Counter, capability: int) -> float:
 
 def main() -> None:
     args = arguments()
-    import triton
-
+    try:
+        import triton
+    except ImportError as error:
+        print(f"{sys.argv[0]}: needs Triton >= 3.4, but no GPU: pip install triton ({error})", file=sys.stderr)
+        sys.exit(2)
     cases = [("noise", "fp32", "none", 1)]
     for operation in ("perturb", "update"):
         cases += [(operation, "bf16", storage, 1) for storage in ("none", "int8", "bf16", "fp32")]
         cases += [(operation, "fp16", "int8", 1), (operation, "fp32", "fp32", 1), (operation, "bf16", "none", 44)]
+    cases = [case for case in cases if case[0] in args.operations]
     print(f"Instructions per element, sm_{args.capability}, Triton {triton.__version__}")
     print(f"{'':10}{'weights':>8}{'momentum':>10}{'steps':>6}{'all':>9}{'cycles':>8}   " + " | ".join([*UNITS, "other"]))
     for case in cases:
