@@ -1,8 +1,8 @@
 """Whose a folder of checkpoints is: one run's, and one engine's at a time.
 
 Two marks tell a run's checkpoints from another's: the manifest's ``run_id``, which a run keeps when it is loaded or resumed, and,
-where both were made with a journal, the journal's checksum at the checkpoint's step, which no other run has. Checkpoints of
-releases without either mark are nobody's: they are loaded as ever, never removed, and do not keep a run away.
+where both were made with a journal, the journal's checksum at the checkpoint's step, which no other run has. Checkpoints
+with neither, of earlier versions, are nobody's: they are loaded as ever, never removed, and do not keep a run away.
 """
 
 import os

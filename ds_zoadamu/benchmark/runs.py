@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from ds_zoadamu.benchmark.contenders import Contender
 from ds_zoadamu.benchmark.grid import Point
 from ds_zoadamu.benchmark.outcomes import FAILED, LOG, OUTCOME, Outcome, judge, read_outcome
 from ds_zoadamu.benchmark.processes import execute, free_port
+from ds_zoadamu.folders import remove
 from ds_zoadamu.training.output import BEST, CHECKPOINTS, MODEL
 
 
@@ -81,13 +81,13 @@ class Runner:
         """Runs it now. Its folder gets its name when the run has ended."""
         writing = run.folder.with_name(run.folder.name + ".running")
         for folder in (writing, run.folder):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
         writing.mkdir(parents=True)
         status_code = execute(self._command(run, writing), self._environment(run), writing / LOG)
         log = (writing / LOG).read_text(errors="replace")
         status, reason = judge(status_code, log, writing)
         for name in (MODEL, BEST, CHECKPOINTS):  # as large as the model, and nobody asks for them
-            shutil.rmtree(writing / "out" / name, ignore_errors=True)
+            remove(writing / "out" / name)
         about = {"status": status, "reason": reason, "commit": self._commit, "arguments": run.arguments, "ranks": run.ranks}
         (writing / OUTCOME).write_text(json.dumps({**about, "threads": run.threads}, indent=2) + "\n")
         os.rename(writing, run.folder)

@@ -40,7 +40,7 @@ def test_every_crash_point(tmp_path, dtype):
     whole = (tmp_path / "whole" / "journal.jsonl").read_bytes()
     assert expected["counters"][2] == len(settings.get("bad_steps", ()))
     folders = []
-    points = [(name, 5) for name in STEP_POINTS] + [(name, 6) for name in SAVE_POINTS]
+    points = [("journal_linked", 0)] + [(name, 5) for name in STEP_POINTS] + [(name, 6) for name in SAVE_POINTS]
     for index, (name, step) in enumerate(points):
         folder = tmp_path / name
         folder.mkdir()
