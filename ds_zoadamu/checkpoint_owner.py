@@ -1,11 +1,11 @@
 """Whose a folder of checkpoints is: one run's, and one engine's at a time.
 
-Two marks tell a run's checkpoints from another's: the manifest's ``run_id``, which a run keeps when it is loaded or resumed, and,
-where both were made with a journal, the journal's checksum at the checkpoint's step, which no other run has. Checkpoints
-with neither, of earlier versions, are nobody's: they are loaded as ever, never removed, and do not keep a run away.
+Two marks tell a run's checkpoints from another's: the manifest's ``run_id``, which a run keeps when it is loaded or resumed,
+and, where both have a journal, the journal's checksum at the checkpoint's step: runs of the same settings differ there as soon
+as a loss does. Checkpoints with neither, of earlier versions, are nobody's: they are loaded as ever, never removed, and do not
+keep a run away.
 """
 
-import os
 import uuid
 from pathlib import Path
 
@@ -56,15 +56,20 @@ class CheckpointOwner:
         if directory in self._locks:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        lock = self._lock(directory)
+        self._locks[directory] = self._lock(directory)
+        try:
+            self._check_owned(directory)
+        except BaseException:
+            self._locks.pop(directory).release()
+            raise
+
+    def _check_owned(self, directory: Path) -> None:
         for found in find_all(directory):
             if self.owns(found) is False:
-                lock.release()
                 raise CheckpointError(
                     f"checkpoint folder {str(directory)!r} holds checkpoint {found.tag!r} (step {found.step}) of another run; "
                     "give this run a folder of its own, or load that checkpoint or resume its journal to go on with that run"
                 )
-        self._locks[directory] = lock
 
     @staticmethod
     def _lock(directory: Path) -> LockedFile:

@@ -173,7 +173,9 @@ def _check_replaceable(path: Path) -> None:
     if path.is_symlink() or not path.exists() or (path / MANIFEST).exists():
         return
     if not path.is_dir() or not all(_OURS.fullmatch(name) for name in os.listdir(path)):
-        raise CheckpointError(f"{str(path)!r} is there and is no checkpoint; it is not replaced: move it away, or give another tag")
+        raise CheckpointError(
+            f"{str(path)!r} is there and is no checkpoint; it is not replaced: move it away, or give another tag"
+        )
 
 
 def discard(folder: Path) -> None:

@@ -216,6 +216,7 @@ def read_journal(path: str | Path, until: int | None = None) -> Contents:
 
 # --- the writer ---------------------------------------------------------------------------------------------------------------
 
+
 class Journal:
     """The one writer of a journal; it holds an exclusive lock on the file until it is closed or its process ends.
 

@@ -283,9 +283,7 @@ def _claim(temporary: Path) -> LockedFile:
     return lock
 
 
-def _rebuild(
-    base: _Base, rule: Rule, contents: Contents, temporary: Path, device: torch.device, show_progress: bool
-) -> str:
+def _rebuild(base: _Base, rule: Rule, contents: Contents, temporary: Path, device: torch.device, show_progress: bool) -> str:
     """Write every weight file into ``temporary``, the ranks sharing the elements; returns the digest of the trained weights."""
     header, world, rank = contents.header, collective.world_size(), collective.rank()
     updates, _ = recorded_updates(rule, contents.records, [group["weight_decay"] for group in header["groups"]])

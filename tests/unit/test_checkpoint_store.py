@@ -47,9 +47,8 @@ def test_one_engine_writes_at_a_time(tmp_path):
     save(ours, tmp_path, 1)
     other = CheckpointOwner()
     other.run_id = ours.run_id
-    code = (
-        "import sys, pathlib; from ds_zoadamu.checkpoint_owner import CheckpointOwner as O; O().claim(pathlib.Path(sys.argv[1]))"
-    )
+    code = "import sys; from pathlib import Path; from ds_zoadamu.checkpoint_owner import CheckpointOwner as Owner; "
+    code += "Owner().claim(Path(sys.argv[1]))"
     process = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert process.returncode == 1 and f"checkpoint folder '{tmp_path}' is being written by another run" in process.stderr
     with pytest.raises(CheckpointError, match=r"is being written by another run or engine; .*engine.destroy\(\)"):
@@ -178,7 +177,7 @@ def test_what_is_no_checkpoint_is_not_replaced(tmp_path):
     (tmp_path / "notes").write_text("mine")
     before = contents(tmp_path)
     for tag in ("model", "notes"):
-        with pytest.raises(CheckpointError, match=f"{tag}' is there and is no checkpoint; it is not replaced: move it away, or"):
+        with pytest.raises(CheckpointError, match=f"{tag}' is there and is no checkpoint; it is not replaced: move it away"):
             save(owner, tmp_path, 1, tag=tag)
     assert contents(tmp_path) == before
     (tmp_path / "half").mkdir()

@@ -237,7 +237,7 @@ def test_a_forked_worker_does_not_keep_the_lock(tmp_path):
         os.waitpid(worker, 0)
 
 
-# --- a kill between the two acts that give a journal its name ------------------------------------------------------------------
+# --- a kill between the two acts that give a journal its name -----------------------------------------------------------------
 
 
 def killed_while_creating(path):

@@ -30,7 +30,7 @@ def test_overwriting_removes_links_and_leftovers_and_nothing_behind_a_link(tmp_p
 
 def test_a_run_that_has_not_ended_is_not_overwritten(tmp_path):
     journal = Journal.create(tmp_path / "journal.jsonl", {})
-    with pytest.raises(InputError, match="another run is writing its journal.jsonl now; wait until that has ended, stop it, or"):
+    with pytest.raises(InputError, match="another run is writing its journal.jsonl now; wait until that has ended, stop it"):
         output(tmp_path, overwrite=True)
     journal.close()
     output(tmp_path, overwrite=True).begin()

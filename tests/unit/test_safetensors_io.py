@@ -67,7 +67,7 @@ def test_dtype_names():
         dtype_from_name("complex64")
 
 
-# --- writing: errors name the file, and leave nothing ---------------------------------------------------------------------------
+# --- writing: errors name the file, and leave nothing -------------------------------------------------------------------------
 
 
 def test_a_full_disk_names_the_file(tmp_path):
