@@ -1,5 +1,6 @@
 """A folder of checkpoints on disk: one writer, one run, links, and kills between any two acts that change it."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -14,6 +15,19 @@ from ds_zoadamu.errors import CheckpointError
 from ds_zoadamu.journal import Journal, Record
 
 FILE = "rank-00000-of-00001.safetensors"
+IDENTITY = {
+    "noise_version": 1, "optimizer": "MeZO", "options": {"seed": 3, "lr": 1e-3}, "groups": [{"weight_decay": 0.0}],
+    "micro_batch_size": 2, "micro_batches_a_step": 4, "data": None, "parameters": [],
+}  # fmt: skip
+
+
+def manifest_of(step, content=b"", **marks):
+    file = {"file": FILE, "size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "ranges": {}}
+    return {
+        "step": step, "identity": IDENTITY, "world_size": 1, "skipped_in_a_row": 0, "lrs": [1e-3], "lr_scheduler": None,
+        "counters": {"global_steps": step, "global_samples": 8 * step, "skipped_steps": 0}, "data_position": None,
+        "client_state": {}, "data_state": None, "files": [file], **marks,
+    }  # fmt: skip
 
 
 def save(owner, directory, step, content=b"", tag=None, limit=None):
@@ -23,7 +37,7 @@ def save(owner, directory, step, content=b"", tag=None, limit=None):
     folder = store.begin(directory, tag)
     (folder / FILE).write_bytes(content)
     checksum = owner.journal and owner.journal.checksum_at(step)
-    manifest = {"step": step, "run_id": owner.run_id, "journal_checksum": checksum}
+    manifest = manifest_of(step, content, run_id=owner.run_id, journal_checksum=checksum)
     store.publish(folder, tag, manifest, save_latest=True)
     if limit is not None:
         store.prune(directory, limit, tag, owner.owns)
@@ -97,7 +111,8 @@ def test_a_folder_that_was_removed_is_claimed_anew(tmp_path):
 
 
 def journal_of(path, losses):
-    journal = Journal.create(path, {"options": {}})
+    base = {"name": None, "revision": None, "sha256": None, "files": None, "note": "the model was not loaded from files"}
+    journal = Journal.create(path, {**IDENTITY, "tied": {}, "untrained": [], "base": base})
     for step, loss in enumerate(losses, 1):
         journal.append(Record(step, loss, loss, 0.0, 1e-3, False))
     return journal
@@ -155,7 +170,7 @@ def test_checkpoints_of_older_releases(tmp_path):
     directory = tmp_path / "checkpoints"
     for step, checksum in ((1, None), (2, journal.checksum_at(2))):
         (directory / f"step{step}").mkdir(parents=True)
-        manifest = {"step": step, "journal_checksum": checksum}
+        manifest = manifest_of(step, journal_checksum=checksum)
         (directory / f"step{step}" / store.MANIFEST).write_bytes(store.encode_manifest(manifest))
     without, ours = CheckpointOwner(), CheckpointOwner()
     without.go_on(store.find(directory, "step1").manifest)
