@@ -1,36 +1,38 @@
 """Which model a run started from: a folder or hub name, its revision, and SHA-256 over its safetensors files."""
 
+import glob
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from .collective import describe
-from .errors import ReplayError
+from .companions import COMPANIONS, companion_hashes
+from .errors import ConfigError, ReplayError
 from .safetensors_io import write_durably
+from .untrusted import check_file_name, open_file, parse_json, read_file, shown
 
 INDEX_NAMES = ("model.safetensors.index.json", "adapter_model.safetensors.index.json")
 SINGLE_NAMES = ("model.safetensors", "adapter_model.safetensors")
 _BLOCK = 1 << 24
+_MAX_INDEX = 1 << 28  # bytes
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model or adapter folder, the index first where there is one.
+    """The safetensors files of a model or adapter folder, the index first where there is one; the index is read, and names
+    files in the folder only.
 
     Raises ReplayError where there are none, or where one that the index names is missing.
     """
     for index_name in INDEX_NAMES:
         index = folder / index_name
         if index.exists():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as e:
-                raise ReplayError(f"{str(index)!r} is not an index of safetensors files: {e!r}") from e
-            files = [folder / name for name in names]
-            if any(Path(name).name != name for name in names):
-                raise ReplayError(f"{str(index)!r} names a file outside its folder")
+            files = [folder / name for name in _files_of(index)]
             if missing := [f.name for f in files if not f.exists()]:
                 raise ReplayError(f"{str(folder)!r} lacks {missing[0]!r}, which {index_name} names ({len(missing)} missing)")
             return [index, *files]
@@ -43,9 +45,41 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def find_folder(name: str, revision: str | None = None, *, download: bool) -> Path | None:
+def _files_of(index: Path) -> list[str]:
+    """The names of the files in an index. Raises ReplayError."""
+    try:
+        content = parse_json(read_file(index, _MAX_INDEX), repeated_keys=True)
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("it has no weight_map")
+        names = sorted({check_file_name(name) for name in weight_map.values()})
+        if others := [name for name in names if not name.endswith(".safetensors")]:
+            raise ValueError(f"it names {shown(others[0])}")
+    except ValueError as e:
+        raise ReplayError(f"{str(index)!r} is not an index of safetensors files: {e}") from e
+    return names
+
+
+def check_whole(name: str | Path, revision: str | None = None) -> None:
+    """Raise ConfigError for a safetensors file of a model on this machine that is cut short or damaged, by its name: the error
+    of the library has none, and the ranks would meet it at different times."""
+    folder = find_folder(str(name), revision, download=False)
+    try:
+        paths = [] if folder is None else weight_files(folder)
+    except ReplayError:
+        return  # no safetensors files: whoever loads the model says what it lacks
+    for path in paths:
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+        except SafetensorError as e:
+            raise ConfigError(f"{str(path)!r} is not a whole safetensors file: {e}; take an undamaged copy") from e
+
+
+def find_folder(name: str, revision: str | None = None, *, download: bool, files: Iterable[str] | None = None) -> Path | None:
     """The local folder of a model: ``name`` itself, or the hub's snapshot of it (fetched only with ``download``); None if there
-    is none."""
+    is none. Of the hub's files only ``files`` and companions are fetched (None: all safetensors files), never code."""
     if Path(name).is_dir():
         return Path(name)
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -53,7 +87,8 @@ def find_folder(name: str, revision: str | None = None, *, download: bool) -> Pa
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+    weights = ["*.safetensors", *INDEX_NAMES] if files is None else map(glob.escape, files)
+    patterns = [*weights, *COMPANIONS]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=not download))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError):
@@ -62,7 +97,7 @@ def find_folder(name: str, revision: str | None = None, *, download: bool) -> Pa
 
 def file_sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open(open_file(path)[0], "rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
@@ -119,9 +154,9 @@ class _HashCache:
 
 
 def base_identity(module: Any, base: str | Path | None) -> dict:
-    """What a journal's header says of the base model: {"name", "revision", "sha256", "files"}; sha256 and files None, with a
-    "note", where the weights did not come from safetensors files. A local folder is named without the path to it: journals are
-    published.
+    """What a journal's header says of the base model: {"name", "revision", "sha256", "files", "companions"}; sha256 and files
+    None, with a "note" and without companions, where the weights did not come from safetensors files. A local folder is named
+    without the path to it: journals are published.
 
     Args: ``module``: the model; ``base``: folder or hub name, or None: what the model itself says it was loaded from.
     Raises ReplayError where ``base`` was given and has no safetensors weights.
@@ -143,7 +178,7 @@ def base_identity(module: Any, base: str | Path | None) -> dict:
         what = "adapters were not loaded from a folder: pass base=" if adapters else "the model was not loaded from files"
         return {**unknown, "note": what}
     try:
-        files = hash_files(weight_files(folder), use_cache=True)
+        files, companions = hash_files(weight_files(folder), use_cache=True), companion_hashes(folder)
     except ReplayError as e:
         if base is not None:
             raise
@@ -151,4 +186,5 @@ def base_identity(module: Any, base: str | Path | None) -> dict:
     except OSError as e:
         raise ReplayError(f"base model {describe(e)}") from e
     short = folder.resolve().name if Path(name).is_dir() else name
-    return {"name": short, "revision": revision, "sha256": combined_sha256(files), "files": files}
+    sha256 = combined_sha256(files)
+    return {"name": short, "revision": revision, "sha256": sha256, "files": files, "companions": companions}

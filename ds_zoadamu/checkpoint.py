@@ -26,6 +26,7 @@ from .errors import CheckpointError
 from .identity import BATCH, differences, own_sampler, phrase, run_identity
 from .partition import Partition
 from .safetensors_io import FlatReader, FlatWriter, raw_bytes, sync_directory
+from .untrusted import check_alike, shown
 
 __all__ = ["load", "save", "weights_digest"]
 
@@ -242,6 +243,26 @@ def check_matches(engine: Any, found: store.Found, weights_only: bool = False, w
             f"checkpoint {str(found.path)!r} was saved with the lr scheduler {names[1]}, this run has {names[0]}; use the "
             "same, or load_lr_scheduler_states=False"
         )
+    if with_lr_scheduler and not weights_only and scheduler is not None:
+        try:
+            _check_scheduler_state(scheduler, saved["state"], len(engine.optimizer.param_groups))
+        except ValueError as e:
+            raise CheckpointError(f"checkpoint {str(found.path)!r} has a state that is none of {names[0]}: {e}") from e
+
+
+def _check_scheduler_state(scheduler: Any, state: Any, groups: int) -> None:
+    """A scheduler takes what it is given as its attributes. Raises ValueError for what cannot be of one like ``scheduler``."""
+    own = scheduler.state_dict()
+    check_alike(state, own)
+    for key, value in state.items():
+        if key not in own and hasattr(type(scheduler), key):
+            raise ValueError(f"{shown(key)} is none of its numbers")
+        if key in ("base_lrs", "_last_lr") and (not isinstance(value, list) or len(value) != groups):
+            raise ValueError(f"{key} is {shown(value)} for {groups} parameter groups")
+        try:
+            check_alike(value, own.get(key))
+        except ValueError as e:
+            raise ValueError(f"{shown(key)} holds {e}") from e
 
 
 def _read(piece: _Piece, target: torch.Tensor) -> None:
@@ -265,10 +286,7 @@ def _pieces(
         for kind in ("weight",) if weights_only else dtypes:
             reader = readers.get(entry["file"])
             if reader is None:
-                try:
-                    reader = readers[entry["file"]] = FlatReader(found.path / entry["file"])
-                except ValueError as e:
-                    raise CheckpointError(str(e)) from e
+                reader = readers[entry["file"]] = FlatReader(found.path / entry["file"], CheckpointError)
             key = f"{kind}/{partition.name}"
             info = reader.tensors.get(key)
             if info is None or info.dtype != dtypes[kind] or info.numel != high - low:
@@ -284,8 +302,8 @@ def _pieces(
 def _restore_state(engine: Any, manifest: dict, with_lr_scheduler: bool) -> None:
     engine.optimizer.step_count = manifest["step"]
     engine.optimizer.scalars = tuple(manifest.get("rule_scalars", ()))  # without: of a rule that carries none
-    for name, value in manifest["counters"].items():
-        setattr(engine, name, value)
+    for name in _COUNTERS:
+        setattr(engine, name, manifest["counters"][name])
     # DeepSpeed's micro_steps counts a rank's own micro-batches, so it is another number on another number of ranks.
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     engine._skipped_in_a_row = manifest["skipped_in_a_row"]

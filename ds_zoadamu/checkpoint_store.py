@@ -26,10 +26,13 @@ from ._crash_points import reach
 from .base_model import file_sha256
 from .errors import CheckpointError
 from .safetensors_io import sync_directory, write_beside, write_durably
+from .schemas import Manifest
+from .untrusted import check_file_name, check_shape, parse_json, read_file, shown
 
 FORMAT = "ds_zoadamu-checkpoint"
 FORMAT_VERSION = 1
 MANIFEST, LATEST, LOCK = "manifest.json", "latest", ".lock"
+_MAX_BYTES = 1 << 28
 _WRITING, _REPLACED, _REMOVING = ".writing-", ".replaced-", ".removing-"
 _OURS = re.compile(r"\..*|rank-\d{5,}-of-\d{5,}\.safetensors")
 
@@ -50,11 +53,17 @@ class Found:
 def check_tag(tag: Any) -> str:
     """The tag as a string. Raises CheckpointError for one that is not a plain folder name."""
     tag = str(tag)
-    if not tag or tag != Path(tag).name or tag.startswith(".") or tag == LATEST:
-        raise CheckpointError(
-            f"tag is {tag!r}; it must be the name of a folder, without '/' and not beginning with '.', such as 'global_step100'"
-        )
-    return tag
+    try:
+        check_file_name(tag)
+    except ValueError:
+        pass
+    else:
+        if not tag.startswith(".") and tag != LATEST:
+            return tag
+    raise CheckpointError(
+        f"tag is {shown(tag)}; it must be the name of a folder, without '/' and not beginning with '.', such as "
+        "'global_step100'"
+    )
 
 
 # --- manifests ----------------------------------------------------------------------------------------------------------------
@@ -69,30 +78,41 @@ def read_manifest(folder: Path) -> dict:
     """Raises CheckpointError where there is none, or it is damaged or of another format."""
     path = folder / MANIFEST
     try:
-        data = path.read_bytes()
+        data = read_file(path, _MAX_BYTES)
     except OSError as e:
         raise CheckpointError(
             f"checkpoint {str(folder)!r} is not whole: {MANIFEST} cannot be read: {e.strerror}; load another one"
         ) from e
+    return parse_manifest(data, folder)
+
+
+def parse_manifest(data: bytes, folder: Path) -> dict:
+    """What a manifest's bytes say; ``folder`` names the checkpoint in messages. Raises CheckpointError."""
     body, separator, tail = data.rpartition(b', "sha256": "')
     if not separator or tail != hashlib.sha256(body).hexdigest().encode() + b'"}\n':
         raise CheckpointError(
             f"checkpoint {str(folder)!r}: {MANIFEST} is damaged (its checksum does not fit); load another one"
         )
-    manifest = json.loads(body + b"}")
-    if manifest["format"] != FORMAT or manifest["version"] != FORMAT_VERSION:
+    try:
+        manifest = parse_json(body + b"}", nonfinite=True)
+        if not isinstance(manifest, dict):
+            raise ValueError(f"it holds a {type(manifest).__name__}")
+        if (manifest.get("format"), manifest.get("version")) == (FORMAT, FORMAT_VERSION):
+            check_shape(Manifest, manifest)
+            return manifest
+    except ValueError as e:
         raise CheckpointError(
-            f"checkpoint {str(folder)!r} has format {manifest['format']!r} version {manifest['version']!r}; this release reads "
-            f"{FORMAT!r} version {FORMAT_VERSION}"
-        )
-    return manifest
+            f"checkpoint {str(folder)!r}: {MANIFEST} is not that of a checkpoint: {e}; load another one"
+        ) from e
+    raise CheckpointError(
+        f"checkpoint {str(folder)!r} has format {shown(manifest.get('format'))} version {shown(manifest.get('version'))}; this "
+        f"release reads {FORMAT!r} version {FORMAT_VERSION}"
+    )
 
 
 def check_file(folder: Path, entry: dict) -> None:
     """Compare one file with its manifest's {"file", "size", "sha256"}. Raises CheckpointError."""
     path = folder / entry["file"]
-    if path.name != entry["file"]:
-        raise CheckpointError(f"checkpoint {str(folder)!r} names a file outside its folder: {entry['file']!r}")
     try:
         size = path.stat().st_size
         if size != entry["size"]:
@@ -113,11 +133,15 @@ def check_file(folder: Path, entry: dict) -> None:
 def latest_tag(directory: Path) -> str | None:
     """What ``latest`` says, or None where it is not there."""
     try:
-        return check_tag((directory / LATEST).read_text().strip())
+        data = read_file(directory / LATEST, 4096)
     except FileNotFoundError:
         return None
     except OSError as e:
         raise CheckpointError(f"{str(directory / LATEST)!r} cannot be read: {e.strerror}") from e
+    try:
+        return check_tag(data.decode(errors="replace").strip())
+    except CheckpointError as e:
+        raise CheckpointError(f"{str(directory / LATEST)!r}: {e}") from e
 
 
 def _folder(directory: Path, tag: str) -> Path:
@@ -186,11 +210,14 @@ def discard(folder: Path) -> None:
 def publish(folder: Path, tag: str, manifest: dict, *, save_latest: bool) -> Path:
     """Make a folder whose files are durable the checkpoint of its tag, in the place of an older one.
 
-    Raises OSError; everything is as it was then, for all that needs room on the disk is written first.
+    Raises OSError, or CheckpointError for a manifest that could not be read again; everything is as it was then, for all that
+    needs room on the disk is written first.
     """
     directory, step = folder.parent, manifest["step"]
+    data = encode_manifest(manifest)
+    parse_manifest(data, folder)
     path, replaced = directory / tag, directory / (_REPLACED + tag)
-    write_durably(folder / MANIFEST, encode_manifest(manifest))
+    write_durably(folder / MANIFEST, data)
     latest = write_beside(directory / LATEST, (tag + "\n").encode()) if save_latest else None
     reach("save_manifest", step)
     try:

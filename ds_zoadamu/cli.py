@@ -14,7 +14,7 @@ from .errors import CheckpointError, ConfigError, JournalError, ReplayError
 # name -> (module, one line of help); imported when it is called, for some of them import DeepSpeed
 SUBCOMMANDS = {
     "journal": ("journal_report", "print a summary of a journal, and draw it"),
-    "replay": ("replay", "rebuild a tuned model from its base and its journal"),
+    "replay": ("replay_command", "rebuild a tuned model from its base and its journal"),
     "plan": ("plan.command", "what fits, with which settings, and how long a step takes"),
     "digest": ("digest_command", "print the SHA-256 of a model's trained weights"),
 }
@@ -22,7 +22,7 @@ _USER_ERRORS = (CheckpointError, ConfigError, JournalError, ReplayError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; what the user can put right is one line on stderr and exit status 1."""
+    """Run a subcommand; what the user can put right is one line on stderr and exit status 2 (docs/commands.md)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="ds_zoadamu", description="Plan, record and rebuild zeroth-order fine-tuning runs.")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ds_zoadamu: {e}", file=sys.stderr)
     except OSError as e:
         print(f"ds_zoadamu: {describe(e)}", file=sys.stderr)
-    return 1
+    return 2
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 DeepSpeed itself ignores keys that it does not know, so a misspelt option would train with its default. Ours are refused.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from . import nvme
 from .errors import ConfigError
 from .rules import RULES, RuleConfig
 from .rules.options import reject_unknown
+from .untrusted import parse_json
 
 
 def read_config(config: dict | str | Path) -> dict:
@@ -30,7 +30,7 @@ def read_config(config: dict | str | Path) -> dict:
 def read_json(path: str | Path, what: str, remedy: str = "") -> Any:
     """The value in a JSON file. Raises ConfigError, which begins with ``what``, where it cannot be read or parsed."""
     try:
-        return json.loads(Path(path).read_text())
+        return parse_json(Path(path).read_bytes(), nonfinite=True, repeated_keys=True)
     except OSError as e:
         raise ConfigError(f"{what} cannot be read: {e.strerror}{remedy}") from e
     except ValueError as e:

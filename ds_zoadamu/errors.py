@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+from .untrusted import shown
+
 
 class ConfigError(ValueError):
     """A setting that cannot work; raised before the model is touched."""
@@ -27,8 +29,9 @@ class ReplayError(ValueError):
 def unknown_keys_message(where: str, unknown: Iterable[str], known: Iterable[str]) -> str:
     """One sentence for keys that nobody reads, each with the nearest known one."""
     known = sorted(known)
-    parts = []
-    for key in sorted(map(str, unknown)):
+    parts, unknown = [], sorted(map(str, unknown))
+    for key in unknown[:8]:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        parts.append(f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
-    return f"{where}: unknown {', '.join(parts)}; known: {', '.join(known)}"
+        parts.append(shown(key) + (f" (did you mean {near[0]!r}?)" if near else ""))
+    more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+    return f"{where}: unknown {', '.join(parts)}{more}; known: {', '.join(known)}"

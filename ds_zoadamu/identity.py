@@ -12,6 +12,7 @@ from .kernels import NOISE_VERSION
 from .partition import canonical_name
 from .rules import origin
 from .safetensors_io import dtype_name
+from .untrusted import printed, shown
 
 # They bound or end a run, or are defaults of others, but no update depends on them: a resume may change them.
 FREE_OPTIONS = ("total_steps", "max_skipped_steps", "momentum.max_window")
@@ -94,7 +95,7 @@ def differences(ours: dict, theirs: dict, *, ignore: tuple[str, ...] = ()) -> li
     same."""
     mine, other = _flat(ours), _flat(theirs)
     found = [
-        f"{key} is {mine.get(key)!r} here and {other.get(key)!r} there" + _hint(key)
+        f"{printed(key)} is {shown(mine.get(key))} here and {shown(other.get(key))} there" + _hint(key)
         for key in sorted(mine.keys() | other.keys())
         if key not in (*FREE_OPTIONS, *ignore) and mine.get(key) != other.get(key)
     ]
@@ -105,11 +106,11 @@ def differences(ours: dict, theirs: dict, *, ignore: tuple[str, ...] = ()) -> li
             found.append(f"parameter {parameter['name']!r} is trained here and not there")
             continue
         found += [
-            f"{key} of {parameter['name']!r} is {parameter[key]!r} here and {match[key]!r} there"
+            f"{key} of {parameter['name']!r} is {shown(parameter[key])} here and {shown(match[key])} there"
             for key in ("shape", "dtype", "group")
             if parameter[key] != match[key]
         ]
-    found += [f"parameter {name!r} is trained there and not here" for name in by_name]
+    found += [f"parameter {shown(name)} is trained there and not here" for name in by_name]
     return found
 
 

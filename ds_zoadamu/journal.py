@@ -30,14 +30,17 @@ from typing import Any
 from ._crash_points import reach
 from .collective import describe
 from .errors import JournalError
-from .kernels.types import GRAD_BITS, round_grad
+from .kernels.types import FP32_MAX, GRAD_BITS, round_grad
 from .locks import LockedFile
 from .safetensors_io import sync_directory
+from .schemas import MAX_COUNT, Header
+from .untrusted import check_shape, parse_json, read_file, shown
 
 FORMAT = "ds_zoadamu-journal"
 FORMAT_VERSION = 1
 FIELDS = ("step", "loss_plus", "loss_minus", "projected_grad", "lr", "skipped", "data_position", "checksum")
 
+_MAX_BYTES = 1 << 32  # some 40 million steps
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _HEADER_LINE = re.compile(rb'(\{.*),"checksum":"([0-9a-f]{16})"\}')
 _RECORD_LINE = re.compile(rb'(\[.*),"([0-9a-f]{16})"\]')
@@ -86,12 +89,18 @@ def _encode(value: Scalars) -> Any:
     return [_encode_scalar(v) for v in value] if isinstance(value, (tuple, list)) else _encode_scalar(value)
 
 
-def _decode(value: Any) -> Scalars:
-    if isinstance(value, list) and value:
-        return tuple(_decode(v) for v in value)
-    if isinstance(value, float):
+def _decode(name: str, value: Any) -> float:
+    if type(value) is float:
         return value
-    return _NOT_FINITE[value]
+    if isinstance(value, str) and value in _NOT_FINITE:
+        return _NOT_FINITE[value]
+    raise ValueError(f"{name} is {shown(value)}, not a number as a journal writes it")
+
+
+def _decode_several(name: str, value: Any) -> Scalars:
+    if isinstance(value, list) and value:
+        return tuple(_decode(name, v) for v in value)
+    return _decode(name, value)
 
 
 def _checksum(previous: str, body: bytes) -> str:
@@ -129,35 +138,65 @@ def _parse_header(line: bytes, where: str) -> tuple[dict, str]:
     body, checksum = match[1], match[2].decode()
     if _checksum("", body) != checksum:
         raise JournalError(f"{where}, line 1: the header's checksum does not fit, so it is damaged; take an undamaged copy")
-    header = json.loads(body + b"}")
-    if header.get("format") != FORMAT or header.get("version") != FORMAT_VERSION:
-        raise JournalError(
-            f"{where}, line 1: format {header.get('format')!r} version {header.get('version')!r}; this release reads "
-            f"{FORMAT!r} version {FORMAT_VERSION}: use the release of ds_zoadamu that wrote it"
-        )
-    return header, checksum
+    try:
+        header = parse_json(body + b"}")
+        if header.get("format") == FORMAT and header.get("version") == FORMAT_VERSION:
+            check_shape(Header, header)
+            if header.get("fields") != list(FIELDS):
+                raise ValueError(f"fields are {shown(header.get('fields'))}, not {', '.join(FIELDS)}")
+            return header, checksum
+    except ValueError as e:
+        raise JournalError(f"{where}, line 1: not the header of a run: {e}; whoever wrote it, take an undamaged copy") from e
+    raise JournalError(
+        f"{where}, line 1: format {shown(header.get('format'))} version {shown(header.get('version'))}; this release reads "
+        f"{FORMAT!r} version {FORMAT_VERSION}: use the release of ds_zoadamu that wrote it"
+    )
 
 
-def _parse_record(line: bytes, previous: str, step: int) -> tuple[Record, str]:
-    """Raises ValueError, KeyError or TypeError for a line that is not the record of ``step`` after ``previous``."""
+def _parse_record(line: bytes, previous: str, step: int, header: dict) -> tuple[Record, str]:
+    """Raises ValueError for a line that is not the record of ``step`` after ``previous`` in the run of ``header``."""
     match = _RECORD_LINE.fullmatch(line)
     if match is None:
         raise ValueError("it is not a record")
     body, checksum = match[1], match[2].decode()
-    number, plus, minus, grad, lr, skipped, position = json.loads(body + b"]")
-    if number != step:
-        raise ValueError(f"it is of step {number!r}, step {step} is due: records are missing, repeated or out of order")
+    values = parse_json(body + b"]")
+    if len(values) != len(FIELDS) - 1:
+        raise ValueError("it is not a record")
+    number, plus, minus, grad, lr, skipped, position = values
+    if type(number) is not int or number != step:
+        raise ValueError(f"it is of step {shown(number)}, step {step} is due: records are missing, repeated or out of order")
     if _checksum(previous, body) != checksum:
         raise ValueError("its checksum does not fit")
-    if skipped not in (0, 1):
-        raise ValueError(f"skipped is {skipped!r}")
-    if any(round_grad(g) != g for g in (_decode(grad) if isinstance(grad, list) else (_decode(grad),)) if math.isfinite(g)):
-        raise ValueError(
-            f"projected_grad is {grad!r}, more than the {GRAD_BITS} significant bits that a step uses: it was changed"
-        )
+    if type(skipped) is not int or skipped not in (0, 1):
+        raise ValueError(f"skipped is {shown(skipped)}; it must be 0 or 1")
+    grads, lrs = _decode_several("projected_grad", grad), _decode_several("lr", lr)
+    _check_scalars(grads, lrs, bool(skipped), header)
     if position is not None:
-        position = (int(position[0]), int(position[1]))
-    return Record(step, _decode(plus), _decode(minus), _decode(grad), _decode(lr), bool(skipped), position), checksum
+        if not isinstance(position, list) or [type(n) is int and 0 <= n <= MAX_COUNT for n in position] != [True, True]:
+            raise ValueError(f"data_position is {shown(position)}, not the epoch and the micro-batches within it")
+        position = (position[0], position[1])
+    return Record(step, _decode("loss_plus", plus), _decode("loss_minus", minus), grads, lrs, bool(skipped), position), checksum
+
+
+def _check_scalars(grad: Scalars, lr: Scalars, skipped: bool, header: dict) -> None:
+    """Raises ValueError for what no step of the header's run can have had."""
+    grads, lrs = (value if isinstance(value, tuple) else (value,) for value in (grad, lr))
+    directions, groups = header["options"].get("num_perturbations", 1), len(header["groups"])
+    if len(grads) != directions:
+        raise ValueError(f"it has {len(grads)} projected gradients, num_perturbations is {shown(directions)}")
+    if isinstance(lr, tuple) and len(lrs) != groups:
+        raise ValueError(f"it has {len(lrs)} learning rates for {groups} parameter groups")
+    if not all(map(math.isfinite, lrs)):
+        raise ValueError(f"lr is {shown(lr)}; it must be finite")
+    if not skipped and not all(map(math.isfinite, grads)):
+        raise ValueError(f"projected_grad is {shown(grad)} in a step that is not skipped")
+    factors = [1.0, *(abs(g) for g in grads if not skipped), *(group["weight_decay"] for group in header["groups"])]
+    if max(map(abs, lrs)) * max(factors) > FP32_MAX:
+        raise ValueError(f"lr is {shown(lr)}: times {shown(max(factors))} it is more than fp32 holds")
+    if any(round_grad(g) != g for g in grads if math.isfinite(g)):
+        raise ValueError(
+            f"projected_grad is {shown(grad)}, more than the {GRAD_BITS} significant bits that a step uses: it was changed"
+        )
 
 
 def parse_journal(data: bytes, where: str, until: int | None = None) -> Contents:
@@ -180,9 +219,9 @@ def parse_journal(data: bytes, where: str, until: int | None = None) -> Contents
         if until is not None and step > until:
             return Contents(header, records, checksums, end, 0)
         try:
-            record, checksum = _parse_record(line, checksum, step)
-        except (ValueError, KeyError, TypeError, IndexError) as e:
-            reason = str(e) if type(e) is ValueError else "it is not a record"
+            record, checksum = _parse_record(line, checksum, step, header)
+        except ValueError as e:
+            reason = "it is not a record" if isinstance(e, json.JSONDecodeError) else e
             damage = JournalError(
                 f"{where}, line {step + 1}: {reason}. The records before it, to step {step - 1}, are whole: take an undamaged "
                 f"copy, or rebuild the model up to there with ds_zoadamu replay --until {step - 1}"
@@ -197,7 +236,7 @@ def parse_journal(data: bytes, where: str, until: int | None = None) -> Contents
 def read_bytes(path: str | Path) -> bytes:
     """A journal's bytes. Raises JournalError naming the file and the reason where it cannot be read."""
     try:
-        return Path(path).read_bytes()
+        return read_file(path, _MAX_BYTES)
     except OSError as e:
         raise JournalError(f"journal {describe(e)}") from e
 
@@ -240,6 +279,7 @@ class Journal:
         path = Path(path)
         _check_fsync_every(fsync_every)
         line, checksum = header_line(header)
+        _parse_header(line[:-1], f"journal {str(path)!r}")  # no run begins whose journal could not be read
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = _new_file(path)
@@ -295,6 +335,12 @@ class Journal:
         if record.step != self.last_step + 1:
             raise JournalError(
                 f"journal {str(self.path)!r} ends at step {self.last_step}; the record of step {record.step} cannot follow"
+            )
+        lrs = record.lr if isinstance(record.lr, tuple) else (record.lr,)
+        if not all(map(math.isfinite, lrs)):  # no reader takes such a record
+            raise JournalError(
+                f"journal {str(self.path)!r}: step {record.step} has the lr {record.lr}, which is not finite; the step was not "
+                "taken: mend the lr scheduler"
             )
         line, checksum = record_line(record, self.checksum)
         reach("before_append", record.step)

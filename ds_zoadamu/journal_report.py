@@ -2,12 +2,12 @@
 
 import hashlib
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 from .errors import JournalError
 from .journal import Contents, Record, parse_journal, read_bytes
+from .untrusted import printed, shown
 
 
 def add_arguments(parser: Any) -> None:
@@ -17,7 +17,8 @@ def add_arguments(parser: Any) -> None:
 
 
 def run(args: Any) -> int:
-    """Print the summary, and draw the picture if asked; returns the exit status. Raises JournalError."""
+    """Print the summary, and draw the picture if asked; returns the exit status. Raises JournalError, for a damaged journal
+    after the summary of its whole lines."""
     data = read_bytes(args.journal)
     contents = parse_journal(data, f"journal {args.journal!r}")
     print("\n".join(summary(contents, data)))
@@ -25,13 +26,16 @@ def run(args: Any) -> int:
         plot(contents.records, Path(args.plot))
         print(f"plot       {args.plot}")
     if contents.damage is not None:
-        print(f"ds_zoadamu: {contents.damage}", file=sys.stderr)
-        return 1
+        raise contents.damage
     return 0
 
 
 def _loss(record: Record) -> float:
     return (record.loss_plus + record.loss_minus) / 2.0
+
+
+def _pairs(values: dict) -> str:
+    return ", ".join(f"{printed(key)} {printed(value)}" for key, value in values.items())
 
 
 def summary(contents: Contents, data: bytes) -> list[str]:
@@ -43,20 +47,22 @@ def summary(contents: Contents, data: bytes) -> list[str]:
     base = header["base"]
     lines = [
         f"steps      {len(records)}"
-        + (f" of {options['total_steps']}" if "total_steps" in options else "")
+        + (f" of {shown(options['total_steps'])}" if "total_steps" in options else "")
         + f", {len(records) - len(taken)} skipped",
-        f"optimizer  {header['optimizer']}, noise version {header['noise_version']}",
-        "options    " + ", ".join(f"{k} {v}" for k, v in options.items() if not isinstance(v, dict)),
+        f"optimizer  {printed(header['optimizer'])}, noise version {header['noise_version']}",
+        "options    " + _pairs({k: v for k, v in options.items() if not isinstance(v, dict)}),
         *(
-            f"{section:<10} " + ", ".join(f"{k} {v}" for k, v in values.items())
+            f"{printed(section):<10} " + _pairs(values)
             for section, values in options.items()
             if isinstance(values, dict)
         ),
         f"batch      micro-batch {header['micro_batch_size']}, {header['micro_batches_a_step']} a step",
         f"trained    {numel:,} elements in {len(header['parameters'])} parameters of "
-        f"{', '.join(sorted({p['dtype'] for p in header['parameters']}))}",
-        f"base       {base['name']}" + (f", revision {base['revision']}" if base["revision"] else ""),
-        f"           SHA-256 {base['sha256']}" if base["sha256"] else f"           not identified by files: {base['note']}",
+        f"{', '.join(sorted({printed(p['dtype']) for p in header['parameters']}))}",
+        f"base       {printed(base['name'])}" + (f", revision {base['revision']}" if base["revision"] else ""),
+        f"           SHA-256 {base['sha256']}"
+        if base["sha256"]
+        else f"           not identified by files: {printed(base.get('note', ''))}",
     ]
     if taken:
         best = min(taken, key=_loss)

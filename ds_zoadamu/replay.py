@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,8 +20,9 @@ from tqdm import tqdm
 
 from . import collective
 from .base_model import combined_sha256, find_folder, hash_files, weight_files
+from .companions import leads_out, read_companions, without_code
 from .digest import combine
-from .errors import ReplayError
+from .errors import ConfigError, ReplayError
 from .folders import remove
 from .journal import Contents, read_journal
 from .kernels import NOISE_VERSION
@@ -28,9 +30,9 @@ from .locks import LockedFile
 from .rules import RULES, Elements, Rule, Update, make_rule
 from .safetensors_io import FlatReader, FlatWriter, dtype_from_name, dtype_name, raw_bytes, sync_directory, write_durably
 from .stepping import apply_updates, recorded_updates
+from .untrusted import printed, shown
 
 _SLICE = 1 << 22  # elements read, stepped and written at a time
-_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,10 @@ class _Tensor:
 
 @dataclass
 class _Base:
-    """A base folder, opened: readers by file name, and every tensor that the rebuilt model has."""
+    """A base folder, opened: its weight files, readers of them by name, and every tensor that the rebuilt model has."""
 
     folder: Path
+    files: list[Path] = field(default_factory=list)
     readers: dict[str, FlatReader] = field(default_factory=dict)
     tensors: list[_Tensor] = field(default_factory=list)
 
@@ -98,21 +101,24 @@ def replay(
     """
     output = Path(output)
     with collective.on_all_ranks(ReplayError):
+        _check_expected(expect)
         contents = _read(journal, until)
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise ReplayError(f"--output {str(output)!r} exists and is not empty; name a new folder")
+        rule, updates = _rule_and_updates(contents, journal)
         folder = _resolve(base, revision, contents.header)
-        rule = _rule(contents.header)
         opened = _open(folder, contents.header)
     try:
         _verify_base(opened, contents.header)
+        with collective.on_all_ranks(ReplayError):
+            companions = _companions(folder, contents.header) if collective.rank() == 0 else {}
         place = Path(os.path.realpath(output))
         temporary, lock = place.with_name(f".{place.name}.replaying"), None
         with collective.on_all_ranks(ReplayError):
             if collective.rank() == 0:
                 lock = _claim(temporary)
         try:
-            sha256 = _rebuild(opened, rule, contents, temporary, torch.device(device), show_progress)
+            sha256 = _rebuild(opened, rule, updates, contents.header, temporary, torch.device(device), show_progress)
             with collective.on_all_ranks(ReplayError):
                 if expect is not None and sha256 != expect.lower():
                     raise ReplayError(
@@ -120,7 +126,7 @@ def replay(
                         f"{str(output)!r}"
                     )
                 if collective.rank() == 0:
-                    _finish(opened, contents.header, temporary)
+                    _finish(opened, companions, temporary)
                     lock.path.unlink()
                     os.rename(temporary, place)  # into the place of an empty folder, but of nothing else
                     sync_directory(place.parent)
@@ -138,6 +144,13 @@ def replay(
 
 
 # --- what the journal and the base say ----------------------------------------------------------------------------------------
+
+
+def _check_expected(expect: str | None) -> None:
+    if expect is not None and not re.fullmatch("[0-9a-fA-F]{64}", expect):
+        raise ReplayError(
+            f"--expect is {shown(expect)}; a SHA-256 has 64 hexadecimal digits: compare it with what was published"
+        )
 
 
 def _read(journal: str | Path, until: int | None) -> Contents:
@@ -160,22 +173,36 @@ def _read(journal: str | Path, until: int | None) -> Contents:
 
 
 def _resolve(base: str | Path, revision: str | None, header: dict) -> Path:
-    folder = find_folder(str(base), revision or (header["base"] or {}).get("revision"), download=True)
+    said = header["base"]
+    folder = find_folder(str(base), revision or said["revision"], download=True, files=said["files"])
     if folder is None:
         raise ReplayError(
             f"--base {str(base)!r} is neither a folder nor a model that the hub hands out; the journal's base is "
-            f"{header['base']['name']!r}"
+            f"{shown(said['name'])}"
         )
     return folder
 
 
-def _rule(header: dict) -> Rule:
-    """The rule of the run. Raises ReplayError where nobody has registered it: code that a journal names is never imported."""
+def _rule_and_updates(contents: Contents, journal: str | Path) -> tuple[Rule, list[list[Update]]]:
+    """The rule of the run and, for each parameter group, what its steps did.
+
+    Raises ReplayError where nobody has registered the rule: code that a journal names is never imported; and where the rule
+    cannot have made such a run.
+    """
+    header, where = contents.header, f"journal {str(journal)!r}"
     name, source = header["optimizer"], header.get("rule_from")
     if name not in RULES:
-        remedy = f"; import {source!r} first, if you trust it: ds_zoadamu --import {source} replay ..." if source else ""
-        raise ReplayError(f"the journal is of the rule {name!r}; known here: {', '.join(RULES)}{remedy}")
-    return make_rule(name, header["options"])
+        remedy = ""
+        if source is not None and source.isprintable():
+            remedy = f"; import {shown(source)} first, if you trust it: ds_zoadamu --import {shlex.quote(source)} replay ..."
+        raise ReplayError(f"{where} is of the rule {shown(name)}; known here: {', '.join(RULES)}{remedy}")
+    try:
+        RULES[name].config_class.parse(header["options"], "options of its header")  # also refuses names that are no options
+        rule = make_rule(name, header["options"])
+        updates, _ = recorded_updates(rule, contents.records, [group["weight_decay"] for group in header["groups"]])
+    except (ConfigError, ArithmeticError) as e:
+        raise ReplayError(f"{where} is of no run that {name} can make: {e}") from e
+    return rule, updates
 
 
 def _names_in_files(name: str, keys: dict[str, str]) -> Iterator[str]:
@@ -191,13 +218,14 @@ def _names_in_files(name: str, keys: dict[str, str]) -> Iterator[str]:
 def _open(folder: Path, header: dict) -> _Base:
     """Open the base's files and find the run's parameters in them. Raises ReplayError for one that is missing or has another
     shape."""
-    base = _Base(folder)
-    for path in weight_files(folder):
+    base = _Base(folder, weight_files(folder))
+    for path in base.files:
+        if header["base"]["files"] is None and leads_out(path, folder):
+            raise ReplayError(
+                f"{str(path)!r} is a link out of its folder, and the journal has no SHA-256 of it; put the file in its place"
+            )
         if path.suffix == ".safetensors":
-            try:
-                base.readers[path.name] = FlatReader(path)
-            except ValueError as e:
-                raise ReplayError(str(e)) from e
+            base.readers[path.name] = FlatReader(path, ReplayError)
     file_of = {key: file for file, reader in base.readers.items() for key in reader.tensors}
     dtypes, trained, dropped = {}, {}, set()
     for parameter in header["parameters"]:
@@ -222,7 +250,10 @@ def _open(folder: Path, header: dict) -> _Base:
     for name, dtype in header["untrained"]:
         key = next((k for k in _names_in_files(name, file_of) if k in file_of and k not in trained), None)
         if key is not None:
-            dtypes[key] = dtype_from_name(dtype)
+            try:
+                dtypes[key] = dtype_from_name(dtype)
+            except ValueError as e:
+                raise ReplayError(f"{str(folder)!r} has {shown(name)}, of which the journal's header says: {e}") from e
     for key, file in file_of.items():
         if key not in dropped:
             info = base.readers[file].tensors[key]
@@ -236,17 +267,18 @@ def _verify_base(base: _Base, header: dict) -> None:
     expected = header["base"]
     if expected["sha256"] is None and rank == 0:
         tqdm.write(
-            f"the journal does not know its base's files ({expected['note']}); the weights that were trained are verified"
+            f"the journal does not know its base's files ({printed(expected.get('note', ''))}); the weights that were trained "
+            "are verified"
         )
     with collective.on_all_ranks(ReplayError):
-        files = hash_files(weight_files(base.folder)[rank::world], use_cache=False)
+        files = hash_files(base.files[rank::world], use_cache=False)
     files = {name: sha for part in collective.gather_json(files) for name, sha in part.items()}
     if expected["sha256"] is not None and combined_sha256(files) != expected["sha256"]:
         differing = sorted(n for n in files.keys() | expected["files"].keys() if files.get(n) != expected["files"].get(n))
         raise ReplayError(
             f"{str(base.folder)!r} is not the base of this journal: SHA-256 differs for {', '.join(differing[:3])}. The run "
             "began with "
-            f"{expected['name']!r}" + (f", revision {expected['revision']}" if expected["revision"] else "")
+            f"{shown(expected['name'])}" + (f", revision {expected['revision']}" if expected["revision"] else "")
         )
     trained = [t for t in base.tensors if t.trained]
     with collective.on_all_ranks(ReplayError):
@@ -283,10 +315,17 @@ def _claim(temporary: Path) -> LockedFile:
     return lock
 
 
-def _rebuild(base: _Base, rule: Rule, contents: Contents, temporary: Path, device: torch.device, show_progress: bool) -> str:
+def _rebuild(
+    base: _Base,
+    rule: Rule,
+    updates: list[list[Update]],
+    header: dict,
+    temporary: Path,
+    device: torch.device,
+    show_progress: bool,
+) -> str:
     """Write every weight file into ``temporary``, the ranks sharing the elements; returns the digest of the trained weights."""
-    header, world, rank = contents.header, collective.world_size(), collective.rank()
-    updates, _ = recorded_updates(rule, contents.records, [group["weight_decay"] for group in header["groups"]])
+    world, rank = collective.world_size(), collective.rank()
     specs = {file: {t.key: (t.dtype, t.shape) for t in base.tensors if t.file == file} for file in base.readers}
     writers: dict[str, FlatWriter] = {}
     try:
@@ -355,18 +394,28 @@ def _file_sha256(folder: Path, tensor: _Tensor) -> str:
         reader.close()
 
 
-def _finish(base: _Base, header: dict, temporary: Path) -> None:
+def _companions(folder: Path, header: dict) -> dict[str, bytes]:
+    """What the rebuilt model's folder holds beside the weights, by name: no code, and nothing that names code. On rank 0."""
+    expected, dtypes = header["base"].get("companions"), {p["dtype"] for p in header["parameters"]}
+    contents = read_companions(folder, expected)
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    result = {}
+    for name, content in contents.items():
+        result[name], dropped = without_code(name, content, folder / name, dtype)
+        if dropped:
+            tqdm.write(f"{name} is written without {', '.join(dropped)}: a rebuilt model names no code (docs/journal.md)")
+    if expected is None and contents:
+        tqdm.write(
+            f"the journal has no SHA-256 of these files of the base, which are copied as they are: {', '.join(contents)}"
+        )
+    return result
+
+
+def _finish(base: _Base, companions: dict[str, bytes], temporary: Path) -> None:
     """Add configuration, tokenizer and index."""
-    for path in sorted(base.folder.iterdir()):
-        if path.is_file() and not path.name.endswith(_NOT_COPIED) and not path.name.startswith("."):
-            shutil.copyfile(path, temporary / path.name)
-    dtypes = {p["dtype"] for p in header["parameters"]}
-    config = temporary / "config.json"
-    if config.exists() and len(dtypes) == 1:
-        values = json.loads(config.read_text())
-        values["torch_dtype" if "torch_dtype" in values else "dtype"] = dtypes.pop()
-        write_durably(config, (json.dumps(values, indent=2) + "\n").encode())
-    for path in weight_files(base.folder):
+    for name, content in companions.items():
+        write_durably(temporary / name, content)
+    for path in base.files:
         if path.suffix == ".json":
             total = sum(t.numel * t.dtype.itemsize for t in base.tensors)
             index = {
@@ -396,36 +445,3 @@ def folder_digest(folder: str | Path, journal: str | Path) -> str:
     finally:
         for reader in base.readers.values():
             reader.close()
-
-
-# --- the command --------------------------------------------------------------------------------------------------------------
-
-
-def add_arguments(parser: Any) -> None:
-    """The arguments of ``ds_zoadamu replay``."""
-    parser.add_argument(
-        "--base", required=True, help="folder or hub name of the model the run started from, or its adapters before training"
-    )
-    parser.add_argument("--journal", required=True, help="the run's journal.jsonl")
-    parser.add_argument("--output", required=True, help="new folder for the model, as from_pretrained reads it")
-    parser.add_argument("--until", type=int, metavar="STEP", help="stop after this step (default: the journal's last)")
-    parser.add_argument("--revision", help="of a base on the hub (default: the one in the journal)")
-    parser.add_argument(
-        "--expect", metavar="SHA256", help="digest that the trained weights must have; anything else is an error"
-    )
-    parser.add_argument("--device", help='"cpu" or "cuda" (default: cuda where there is one)')
-
-
-def run(args: Any) -> int:
-    """Rebuild the model, on one process or a launcher's ranks; returns the exit status. Raises ReplayError, JournalError."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
-    if device == "cuda":
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % max(1, torch.cuda.device_count())}"
-    result = replay(
-        args.base, args.journal, args.output, until=args.until, revision=args.revision, expect=args.expect, device=device
-    )
-    if collective.rank() == 0:
-        print(f"{result.output}: the model after step {result.steps}\nSHA-256 of the trained weights: {result.sha256}")
-    return 0

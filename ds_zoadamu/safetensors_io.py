@@ -11,9 +11,12 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
+
+from .untrusted import is_text, open_file, parse_json, shown
 
 DTYPES = {
     "F64": torch.float64,
@@ -43,7 +46,7 @@ def dtype_from_name(name: str) -> torch.dtype:
     for dtype in DTYPES.values():
         if dtype_name(dtype) == name:
             return dtype
-    raise ValueError(f"{name!r} is not the name of a dtype")
+    raise ValueError(f"{shown(name)} is not the name of a dtype")
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
@@ -78,43 +81,67 @@ class TensorInfo:
 
 
 class FlatReader:
-    """Reads flat ranges of the tensors of one file. Raises OSError, or ValueError for a file that is not whole or not of this
-    format."""
+    """Reads flat ranges of the tensors of one file.
 
-    def __init__(self, path: str | Path):
+    Raises OSError, or ``error``, a ValueError, for a file that is not whole or not of this format: as the safetensors library
+    does, for tensors that overlap, leave gaps or do not end where the file ends.
+    """
+
+    def __init__(self, path: str | Path, error: type[ValueError] = ValueError):
         self.path = Path(path)
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._error = error
+        self._fd, size = open_file(path)
         try:
-            self.tensors = self._parse_header()
+            self.tensors = self._parse_header(size)
+        except ValueError as e:
+            self.close()
+            raise error(f"{str(self.path)!r} is not a whole safetensors file: {e}") from e
         except BaseException:
             self.close()
             raise
 
-    def _parse_header(self) -> dict[str, TensorInfo]:
-        size = os.fstat(self._fd).st_size
-        try:
-            length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
-            if size < 8 or not 0 < length <= min(_MAX_HEADER, size - 8):
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(os.pread(self._fd, length, 8))
-            tensors = {}
-            for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
-                begin, end = entry["data_offsets"]
-                info = TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin)
-                if not 0 <= begin <= end or 8 + length + end > size or end - begin != info.numel * info.dtype.itemsize:
-                    raise ValueError(f"tensor {name!r} does not fit")
-                tensors[name] = info
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{str(self.path)!r} is not a whole safetensors file: {e}") from e
+    def _parse_header(self, size: int) -> dict[str, TensorInfo]:
+        length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
+        if size < 8 or not 0 < length <= _MAX_HEADER:
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
+        if length > size - 8:
+            raise ValueError(f"it has {size} bytes, its header alone says {8 + length}; it was cut short")
+        header = parse_json(os.pread(self._fd, length, 8))
+        if not isinstance(header, dict):
+            raise ValueError(f"its header is a {type(header).__name__}")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(map(is_text, (*metadata, *metadata.values()))):
+            raise ValueError("its metadata is not text")
+        ranges, tensors = [], {}
+        for name, entry in header.items():
+            try:
+                if not is_text(name):
+                    raise ValueError("its name is not text")
+                dtype, shape, (begin, end) = _parse_entry(entry)
+            except ValueError as e:
+                raise ValueError(f"tensor {shown(name)}: {e}") from e
+            ranges.append((begin, end, name))
+            tensors[name] = TensorInfo(dtype, shape, 8 + length + begin)
+        self._check_ranges(sorted(ranges), size - 8 - length)
         return tensors
+
+    def _check_ranges(self, ranges: list[tuple[int, int, str]], size: int) -> None:
+        """The tensors' bytes follow each other, from the header's end to the file's."""
+        position = 0
+        for begin, end, name in ranges:
+            if begin != position:
+                raise ValueError(f"tensor {shown(name)} begins at byte {begin}, the one before it ends at {position}")
+            position = end
+        if position != size:
+            raise ValueError(
+                f"its tensors have {position} bytes, {size} are there" + ("; it was cut short" if size < position else "")
+            )
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements start <= i < stop of the flattened tensor: a 1-D CPU tensor of its own memory."""
         info = self.tensors[name]
         if not 0 <= start <= stop <= info.numel:
-            raise ValueError(f"{str(self.path)!r}: {name!r} has {info.numel} elements, asked for {start} to {stop}")
+            raise self._error(f"{str(self.path)!r}: {name!r} has {info.numel} elements, asked for {start} to {stop}")
         if start == stop:
             return torch.empty(0, dtype=info.dtype)
         buffer = numpy.empty((stop - start) * info.dtype.itemsize, dtype=numpy.uint8)
@@ -123,7 +150,7 @@ class FlatReader:
             with naming(self.path):
                 count = os.preadv(self._fd, [view], offset)
             if count == 0:
-                raise ValueError(f"{str(self.path)!r} ended early: it was shortened while it was read")
+                raise self._error(f"{str(self.path)!r} ended early: it was shortened while it was read")
             view, offset = view[count:], offset + count
         return torch.from_numpy(buffer).view(info.dtype)
 
@@ -131,6 +158,21 @@ class FlatReader:
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1
+
+
+def _parse_entry(entry: Any) -> tuple[torch.dtype, tuple[int, ...], tuple[int, int]]:
+    """(dtype, shape, (begin, end)) of a tensor's entry in the header. Raises ValueError."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"its entry is {shown(entry)}, not dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"dtype is {shown(dtype)}; read are {', '.join(DTYPES)}")
+    for key, value in (("shape", shape), ("data_offsets", offsets)):
+        if not isinstance(value, list) or len(value) > 64 or any(type(n) is not int or not 0 <= n < 2**63 for n in value):
+            raise ValueError(f"{key} is {shown(value)}, not a list of sizes")
+    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise ValueError(f"data_offsets are {shown(offsets)} for {shown(shape)} elements of {dtype}")
+    return DTYPES[dtype], tuple(shape), (offsets[0], offsets[1])
 
 
 class FlatWriter:

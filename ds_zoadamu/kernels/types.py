@@ -11,7 +11,7 @@ def fp32(value: float) -> float:
     return struct.unpack("<f", struct.pack("<f", value))[0]
 
 
-_FP32_MAX = (2.0 - 2.0**-23) * 2.0**127
+FP32_MAX = (2.0 - 2.0**-23) * 2.0**127
 
 GRAD_BITS = 22
 """Significant bits of a projected gradient. Two neighbours still differ when lr * projected_grad is rounded to fp32, as the
@@ -21,7 +21,7 @@ nearly equal fp32 losses has fewer bits that mean anything."""
 
 def round_grad(value: float) -> float:
     """``value`` rounded to GRAD_BITS significant bits; NaN as it is, what fp32 cannot hold as an infinity."""
-    if not abs(value) <= _FP32_MAX:
+    if not abs(value) <= FP32_MAX:
         return value * math.inf
     mantissa, exponent = math.frexp(value)
     return math.ldexp(round(math.ldexp(mantissa, GRAD_BITS)), exponent - GRAD_BITS)

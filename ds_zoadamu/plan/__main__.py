@@ -9,7 +9,7 @@ from .command import add_arguments, run
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the plan; what the user can put right is one line on stderr and exit status 1."""
+    """Run the plan; what the user can put right is one line on stderr and exit status 2 (docs/commands.md)."""
     parser = argparse.ArgumentParser(
         prog="ds_zoadamu plan", description="What fits, with which settings, and how long a step takes."
     )
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         return status
     except ConfigError as error:
         print(f"ds_zoadamu plan: {error}", file=sys.stderr)
-        return 1
+        return 2
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what was asked for. 0: done and it fits; 2: it does not fit. Raises ConfigError for what the user can put right."""
+    """Print what was asked for. 0: done and it fits; 3: it does not fit. Raises ConfigError for what the user can put right."""
     length = integer("--seq", args.seq, 2, 2**20)
     if args.table:
         from .table import table
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         base = None if args.config is None else read_config(args.config)
         write_config(args.write, matching_config(base, model, choice))
         print(f"written: {args.write}")
-    return 0 if choice.fits else 2
+    return 0 if choice.fits else 3
 
 
 def _rehearse(args: argparse.Namespace, request: Request, choice: Choice) -> int:

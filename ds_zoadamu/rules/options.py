@@ -1,12 +1,14 @@
 """Options of an update rule, parsed strictly: a field of a dataclass is its name, its default and its check."""
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from ..errors import ConfigError, unknown_keys_message
 from ..kernels.types import Rounding
+from ..untrusted import shown
 
 Check = Callable[[str, str, Any], Any]
 """(where, key, value) -> the value as it is stored. Raises ConfigError naming the place, the value and the bound."""
@@ -25,10 +27,10 @@ def number(low: float, high: float = math.inf, *, above: bool = False) -> Check:
 
     def check(where: str, key: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ConfigError(f"{where}: {key} is {value!r}, a {type(value).__name__}; it must be a number")
-        if not math.isfinite(value) or value > high or value < low or (above and value == low):
+            raise ConfigError(f"{where}: {key} is {shown(value)}, a {type(value).__name__}; it must be a number")
+        if not low <= value <= min(high, sys.float_info.max) or (above and value == low):
             bound = f"{'>' if above else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
-            raise ConfigError(f"{where}: {key} is {value!r}; it must be finite and {bound}")
+            raise ConfigError(f"{where}: {key} is {shown(value)}; it must be finite and {bound}")
         return float(value)
 
     return check
@@ -39,9 +41,9 @@ def integer(low: int, high: int) -> Check:
 
     def check(where: str, key: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{where}: {key} is {value!r}, a {type(value).__name__}; it must be an integer")
+            raise ConfigError(f"{where}: {key} is {shown(value)}, a {type(value).__name__}; it must be an integer")
         if not low <= value <= high:
-            raise ConfigError(f"{where}: {key} is {value}; it must be >= {low} and <= {high}")
+            raise ConfigError(f"{where}: {key} is {shown(value)}; it must be >= {low} and <= {high}")
         return value
 
     return check
@@ -52,7 +54,7 @@ def choice(*choices: str) -> Check:
 
     def check(where: str, key: str, value: Any) -> str:
         if value not in choices:
-            raise ConfigError(f"{where}: {key} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+            raise ConfigError(f"{where}: {key} is {shown(value)}; it must be one of {', '.join(map(repr, choices))}")
         return value
 
     return check
@@ -109,7 +111,7 @@ class RuleConfig:
     def parse(cls, given: Any, where: str = "optimizer.params") -> "RuleConfig":
         """Options from a JSON object; ``where`` begins every message. Raises ConfigError."""
         if not isinstance(given, dict):
-            raise ConfigError(f"{where} is {given!r}; it must be an object of options")
+            raise ConfigError(f"{where} is {shown(given)}; it must be an object of options")
         config = cls(**cls.complete(where, parse_fields(cls, where, given)))
         config.check(where)
         return config

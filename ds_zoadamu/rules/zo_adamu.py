@@ -7,6 +7,7 @@ import torch
 
 from ..errors import ConfigError
 from ..kernels.types import Recurrence, fp32
+from ..untrusted import shown
 from .options import MAX_STEP, RuleConfig, choice, integer, number, option, optional, parse_fields
 from .rule import Rule, Scalars
 from .schedules import Schedule
@@ -33,7 +34,7 @@ class MomentumConfig:
     def parse(cls, where: str, key: str, given: Any) -> "MomentumConfig":
         where = f"{where}.{key}"
         if not isinstance(given, dict):
-            raise ConfigError(f'{where} is {given!r}; it must be an object such as {{"dtype": "int8"}}')
+            raise ConfigError(f'{where} is {shown(given)}; it must be an object such as {{"dtype": "int8"}}')
         return cls(**parse_fields(cls, where, given))
 
 

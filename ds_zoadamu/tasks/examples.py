@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ds_zoadamu.tasks.errors import InputError
 from ds_zoadamu.tasks.tables import read_rows
 from ds_zoadamu.tasks.task import Task
+from ds_zoadamu.untrusted import printed, shown
 
 
 @dataclass(frozen=True)
@@ -75,17 +76,17 @@ def majority_accuracy(examples: Sequence[Example]) -> float:
 def _example(task: Task, where: str, row: dict) -> Example:
     for column in (*task.columns, task.label_column):
         if column not in row:
-            raise InputError(f"{where}: column {column!r} is missing; the row has {', '.join(map(repr, row)) or 'none'}")
+            raise InputError(f"{where}: column {column!r} is missing; the row has {', '.join(map(shown, row)) or 'none'}")
     values = {column: row[column] for column in task.columns}
     for column, value in values.items():
         if not isinstance(value, (str, int, float)):
-            raise InputError(f"{where}: column {column!r} must hold text, got {value!r}")
+            raise InputError(f"{where}: column {column!r} must hold text, got {shown(value)}")
         if not str(value).strip():
             raise InputError(f"{where}: column {column!r} is empty")
     label = task.label_index(row[task.label_column])
     if label is None:
         raise InputError(
-            f"{where}: column {task.label_column!r} has the label {row[task.label_column]!r}; "
-            f"task {task.name!r} knows {', '.join(task.label_words)}"
+            f"{where}: column {task.label_column!r} has the label {shown(row[task.label_column])}; "
+            f"task {task.name!r} knows {', '.join(map(printed, task.label_words))}"
         )
     return Example(task.template.format(**{column: str(value).strip() for column, value in values.items()}), label)

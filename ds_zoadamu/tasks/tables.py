@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def find_file(task: Task, split: str, data_dir: str) -> Path:
     name = task.train_file if split == "train" else task.validation_file
     candidates = [folder / name] if Path(name).suffix in SUFFIXES else [folder / f"{name}{suffix}" for suffix in SUFFIXES]
     for path in candidates:
-        if path.is_file():
+        if os.path.isfile(path):  # False also for a name that no file can have
             return path
     raise InputError(f"the {split} split is missing: looked for {', '.join(str(path) for path in candidates)}")
 

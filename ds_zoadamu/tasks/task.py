@@ -8,7 +8,9 @@ from pathlib import Path
 
 from ds_zoadamu.errors import unknown_keys_message
 from ds_zoadamu.tasks.errors import InputError
+from ds_zoadamu.untrusted import is_text, parse_json, printed, read_file, shown
 
+_MAX_BYTES = 1 << 24
 _TASK_KEYS = ("name", "template", "label_words", "label_column", "train_file", "validation_file", "hub_path", "hub_name")
 
 
@@ -44,36 +46,52 @@ class Task:
             value = getattr(self, field.name)
             if field.name == "label_words" or (value is None and field.name.startswith("hub_")):
                 continue
-            if not isinstance(value, str) or not value:
-                raise InputError(f"task {self.name!r}: {field.name} must be a non-empty string, got {value!r}")
+            longest = _MAX_BYTES if field.name == "template" else 255
+            if not is_text(value) or not 0 < len(value) <= longest:
+                raise InputError(
+                    f"task {shown(self.name)}: {field.name} must be a non-empty string of at most {longest} characters, got "
+                    f"{shown(value)}"
+                )
+        for key in ("train_file", "validation_file"):
+            file = getattr(self, key)
+            if Path(file).is_absolute() or ".." in Path(file).parts or not file.isprintable():
+                raise InputError(f"task {self.name!r}: {key} is {shown(file)}; it must name a file inside the data folder")
         if not self.columns:
             raise InputError(
-                f"task {self.name!r}: template {self.template!r} names no column; "
+                f"task {self.name!r}: template {shown(self.template)} names no column; "
                 'write a column in braces, for example "{sentence} It was"'
             )
         words = list(self.label_words.values())
         if len(words) < 2:
-            raise InputError(f"task {self.name!r}: label_words needs at least two labels, got {dict(self.label_words)!r}")
+            raise InputError(f"task {self.name!r}: label_words needs at least two labels, got {shown(dict(self.label_words))}")
         for word in words:
-            if not isinstance(word, str) or not word.strip():
+            if not is_text(word) or not word.strip():
                 raise InputError(
-                    f"task {self.name!r}: label_words has the empty word {word!r}; each label needs a word of its own"
+                    f"task {self.name!r}: label_words has the empty word {shown(word)}; each label needs a word of its own"
                 )
         if len(set(words)) < len(words):
             raise InputError(
-                f"task {self.name!r}: label_words repeats a word: {words}; no prediction could tell the labels apart"
+                f"task {self.name!r}: label_words repeats a word: {shown(words)}; no prediction could tell the labels apart"
             )
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that the template reads, in order of first use."""
         try:
-            names = [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
+            columns = [part[1:] for part in string.Formatter().parse(self.template) if part[1] is not None]
         except ValueError as error:
-            raise InputError(f"task {self.name!r}: template {self.template!r} is malformed: {error}") from error
-        for name in names:
+            raise InputError(f"task {self.name!r}: template {shown(self.template)} is malformed: {error}") from error
+        for name, spec, conversion in columns:
             if not name.isidentifier():
-                raise InputError(f"task {self.name!r}: template {self.template!r} has {{{name}}}, which is no column name")
+                raise InputError(
+                    f"task {self.name!r}: template {shown(self.template)} has {{{printed(name)}}}, which is no column name"
+                )
+            if spec or conversion:
+                raise InputError(
+                    f"task {self.name!r}: template {shown(self.template)} formats the column {shown(name)}; a column "
+                    f"stands as it is: write {{{printed(name)}}}"
+                )
+        names = [name for name, _, _ in columns]
         return tuple(dict.fromkeys(names))
 
     @property
@@ -115,7 +133,7 @@ def label_words_from(words: object, where: str) -> dict[str, str]:
     if isinstance(words, (list, tuple)):
         return {str(index): word for index, word in enumerate(words)}
     raise InputError(
-        f'{where}: label_words must be {{"label": " word", ...}} or a list of words for labels 0, 1, ..., got {words!r}'
+        f'{where}: label_words must be {{"label": " word", ...}} or a list of words for labels 0, 1, ..., got {shown(words)}'
     )
 
 
@@ -131,13 +149,13 @@ def load_task(name_or_path: str) -> Task:
     if path.suffix != ".json":
         raise InputError(f"unknown task {name_or_path!r}; known: {', '.join(TASKS)}, or the path of a .json task file")
     try:
-        text = path.read_text(encoding="utf-8")
+        section = parse_json(read_file(path, _MAX_BYTES))
     except OSError as error:
         raise InputError(f"cannot read the task file {path}: {error.strerror}") from error
-    try:
-        section = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(section, dict):
         raise InputError(f"{path}: a task file is one JSON object, got {type(section).__name__}")
     if unknown := set(section) - set(_TASK_KEYS):
@@ -146,4 +164,7 @@ def load_task(name_or_path: str) -> Task:
         if key not in section:
             raise InputError(f"{path}: the key {key!r} is missing")
     section["label_words"] = label_words_from(section["label_words"], str(path))
-    return Task(**{"name": path.stem, **section})
+    try:
+        return Task(**{"name": path.stem, **section})
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
