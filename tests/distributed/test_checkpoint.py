@@ -116,6 +116,7 @@ def refused(rank, world_size, folder):
     """The message of each load or save that must fail. Nothing in memory and no earlier checkpoint may change."""
     import torch.distributed as dist
 
+    from ds_zoadamu import checkpoint_store as store
     from ds_zoadamu.errors import CheckpointError
 
     folder = Path(folder)
@@ -147,6 +148,16 @@ def refused(rank, world_size, folder):
     def rewrite(file, change):
         return lambda path: (path / file).write_bytes(change((path / file).read_bytes()))
 
+    def forged(name, change):
+        """With another manifest, whose checksum is right."""
+
+        def rewrite_manifest(path):
+            manifest = store.read_manifest(path)
+            change(manifest)
+            (path / "manifest.json").write_bytes(store.encode_manifest(manifest))
+
+        damaged(name, rewrite_manifest)
+
     second = "rank-00001-of-00002.safetensors"
     damaged("missing file", lambda path: (path / second).unlink())
     damaged("shortened file", rewrite(second, lambda data: data[:-8]))
@@ -155,6 +166,8 @@ def refused(rank, world_size, folder):
     damaged("changed manifest", rewrite("manifest.json", lambda data: data.replace(b'"step": 3', b'"step": 4', 1)))
     damaged("latest astray", lambda path: (path.parent / "latest").write_text("global_step9"))
     damaged("latest outside", lambda path: (path.parent / "latest").write_text("../../etc"))
+    forged("a gap", lambda manifest: manifest["files"][1]["ranges"].update({"embed.weight": [40, 77]}))
+    forged("an attribute", lambda manifest: manifest["counters"].update(train_batch=0))
     good = folder / "good"
     attempt("other model", lambda engine: engine.load_checkpoint(good), model="opt")
     attempt("other dtype", lambda engine: engine.load_checkpoint(good), dtype="bf16")
@@ -179,7 +192,9 @@ def test_refusals_on_two_ranks(tmp_path):
         "no manifest": "is not whole: manifest.json cannot be read",
         "changed manifest": "manifest.json is damaged",
         "latest astray": "no checkpoint 'global_step9' in",
-        "latest outside": "tag is '../../etc'; it must be the name of a folder",
+        "latest outside": "latest': tag is '../../etc'; it must be the name of a folder",
+        "a gap": "the ranges of 'embed.weight' are not its 77 elements, each once",
+        "an attribute": "counters.train_batch is 0: extra inputs are not permitted",
         "other model": "is trained here and not there",
         "other dtype": "dtype of 'temperature' is 'bfloat16' here and 'float32' there",
         "other momentum": "momentum.dtype is 'fp32' here and 'int8' there (a stored momentum cannot change",

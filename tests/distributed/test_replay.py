@@ -364,11 +364,11 @@ def test_the_journal_command(odd_runs, tmp_path, capsys):
     damaged.write_bytes(journal.read_bytes().replace(b",0,[0,8]", b",0,[0,9]", 1))
     assert cli.main(["journal", str(torn)]) == 0
     assert "steps      8 of 12" in (out := capsys.readouterr().out) and "torn last line" in out
-    assert cli.main(["journal", str(damaged)]) == 1
+    assert cli.main(["journal", str(damaged)]) == 2
     captured = capsys.readouterr()
     assert "steps      1 of 12" in captured.out and "line 3: its checksum does not fit" in captured.err
     for path, message in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
-        assert cli.main(["journal", str(path)]) == 1
+        assert cli.main(["journal", str(path)]) == 2
         assert message in (err := capsys.readouterr().err) and "Traceback" not in err and err.count("\n") == 1
 
 
@@ -376,7 +376,7 @@ def test_the_replay_and_digest_commands(odd_runs, tmp_path, capsys):
     folder, digests = odd_runs
     journal, output = str(folder / "bf16-bf16" / "journal.jsonl"), str(tmp_path / "out")
     arguments = ["replay", "--base", str(folder / "base-bf16"), "--journal", journal, "--output", output]
-    assert cli.main([*arguments, "--expect", "1" * 64]) == 1
+    assert cli.main([*arguments, "--expect", "1" * 64]) == 2
     assert "expected was 1111" in (err := capsys.readouterr().err) and "Traceback" not in err
     assert cli.main(arguments) == 0
     captured = capsys.readouterr()
@@ -384,7 +384,7 @@ def test_the_replay_and_digest_commands(odd_runs, tmp_path, capsys):
     assert "replay: 100%" in captured.err
     assert cli.main(["digest", output, "--journal", journal]) == 0
     assert capsys.readouterr().out.strip() == digests["bf16-bf16"]
-    assert cli.main(arguments) == 1
+    assert cli.main(arguments) == 2
     assert "exists and is not empty" in capsys.readouterr().err
 
 

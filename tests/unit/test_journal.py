@@ -18,7 +18,11 @@ from ds_zoadamu.journal import Journal, Record, parse_journal, read_journal, rec
 from ds_zoadamu.kernels.types import fp32, round_grad
 from ds_zoadamu.locks import LockedFile
 
-HEADER = {"noise_version": 1, "options": {"seed": 3}, "parameters": []}
+HEADER = {
+    "noise_version": 1, "optimizer": "MeZO", "options": {"seed": 3, "lr": 1e-3}, "groups": [{"weight_decay": 0.0}],
+    "micro_batch_size": 2, "micro_batches_a_step": 4, "data": None, "parameters": [], "tied": {}, "untrained": [],
+    "base": {"name": None, "revision": None, "sha256": None, "files": None, "note": "the model was not loaded from files"},
+}  # fmt: skip
 
 
 def record(step: int, **changes) -> Record:
@@ -34,8 +38,8 @@ def record(step: int, **changes) -> Record:
     return Record(**values | changes)
 
 
-def written(path, steps: int = 5, **changes):
-    journal = Journal.create(path, HEADER)
+def written(path, steps: int = 5, header=HEADER, **changes):
+    journal = Journal.create(path, header)
     for step in range(1, steps + 1):
         journal.append(record(step, **changes))
     journal.close()
@@ -46,7 +50,7 @@ def test_round_trip(tmp_path):
     path = written(tmp_path / "journal.jsonl")
     contents = read_journal(path)
     assert contents.records == [record(step) for step in range(1, 6)]
-    assert contents.header["options"] == {"seed": 3}
+    assert contents.header["options"] == {"seed": 3, "lr": 1e-3}
     assert contents.torn == 0
     assert len(contents.checksums) == 6
     assert all(isinstance(json.loads(line), (list, dict)) for line in path.read_text().splitlines())
@@ -62,7 +66,9 @@ def test_floats_survive_exactly(tmp_path, value):
 
 
 def test_several_rates_and_directions(tmp_path):
-    path = written(tmp_path / "journal.jsonl", 1, lr=(1e-3, 2e-4), projected_grad=(0.5, -1.5, math.nan), data_position=None)
+    header = HEADER | {"options": {"num_perturbations": 3}, "groups": [{"weight_decay": 0.0}, {"weight_decay": 0.1}]}
+    values = {"lr": (1e-3, 2e-4), "projected_grad": (0.5, -1.5, math.nan), "skipped": True, "data_position": None}
+    path = written(tmp_path / "journal.jsonl", 1, header, **values)
     [back] = read_journal(path).records
     assert back.lr == (1e-3, 2e-4) and back.projected_grad[:2] == (0.5, -1.5) and back.data_position is None
 
@@ -135,7 +141,7 @@ def test_missing_repeated_and_reordered_records(tmp_path, order, line):
 def test_records_of_another_run_do_not_fit(tmp_path):
     path = written(tmp_path / "journal.jsonl")
     other = tmp_path / "other.jsonl"
-    journal = Journal.create(other, HEADER | {"options": {"seed": 4}})
+    journal = Journal.create(other, HEADER | {"options": {"seed": 4, "lr": 1e-3}})
     journal.close()
     other.write_bytes(other.read_bytes() + b"".join(path.read_bytes().splitlines(keepends=True)[1:]))
     with pytest.raises(JournalError, match="line 2: its checksum does not fit"):

@@ -282,23 +282,23 @@ def test_it_is_a_subcommand_of_the_console_command(capsys):
 
     assert console(["plan", "--model", "opt-125m", "--batch", "1", "--seq", "64"]) == 0
     assert "125,239,296 parameters" in capsys.readouterr().out
-    assert console(["plan", "--model", "opt-125m", "--gpus", "0"]) == 1
+    assert console(["plan", "--model", "opt-125m", "--gpus", "0"]) == 2
     assert "--gpus 0" in capsys.readouterr().err
 
 
 def test_command_says_by_how_much_it_does_not_fit(capsys, tmp_path):
     path = tmp_path / "plan.json"
     status, out, _ = run(capsys, "--model", "opt-175b", "--gpus", "4", "--seq", "128")
-    assert status == 2 and "DOES NOT FIT by" in out and "it fits 8 such GPUs" in out
+    assert status == 3 and "DOES NOT FIT by" in out and "it fits 8 such GPUs" in out
     status, out, err = run(capsys, "--model", "opt-175b", "--gpus", "4", "--seq", "128", "--write", str(path))
-    assert status == 1 and "not written" in err and not path.exists()
+    assert status == 2 and "not written" in err and not path.exists()
 
 
 def test_command_uses_the_host_where_its_memory_is_given(capsys):
     status, out, _ = run(capsys, "--model", "opt-66b", "--gpus", "1", "--seq", "128", "--host-memory", "512")
     assert status == 0 and "host memory: 197.2 of 512.0 GB" in out
     status, out, _ = run(capsys, "--model", "opt-66b", "--gpus", "1", "--seq", "128", "--host-memory", "100")
-    assert status == 2
+    assert status == 3
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_command_uses_the_host_where_its_memory_is_given(capsys):
 def test_command_refuses(capsys, words, message):
     model = ["--model", "opt-125m"] if words else []
     status, _, err = run(capsys, *model, *words)
-    assert status == 1
+    assert status == 2
     for part in message:
         assert part in err
 
@@ -347,7 +347,7 @@ def test_command_refuses_a_json(capsys, tmp_path, change, message):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(config))
     status, _, err = run(capsys, "--model", "opt-125m", "--config", str(path))
-    assert status == 1 and message in err
+    assert status == 2 and message in err
 
 
 def test_replay_with_a_window_that_is_too_long_is_refused(capsys, tmp_path):
@@ -355,7 +355,7 @@ def test_replay_with_a_window_that_is_too_long_is_refused(capsys, tmp_path):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"optimizer": {"type": "ZOAdaMU", "params": params}, "zero_optimization": {"stage": 3}}))
     status, _, err = run(capsys, "--model", "opt-125m", "--config", str(path))
-    assert status == 1 and "max_window is 64" in err
+    assert status == 2 and "max_window is 64" in err
 
 
 def test_models_that_cannot_be_read(capsys, tmp_path, monkeypatch):

@@ -66,7 +66,7 @@ def test_mezo_needs_what_replay_needs_and_does_not_make_its_noise(opt):
 
 def test_mezo_has_no_momentum_option(capsys, tmp_path):
     status, _, err = run(capsys, "--config", json_file(tmp_path / "ds.json", "MeZO", momentum={"dtype": "int8"}))
-    assert status == 1 and "'momentum'" in err
+    assert status == 2 and "'momentum'" in err
 
 
 # --- several perturbations a step ---------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_the_choice_sees_every_momentum(capsys, tmp_path):
     assert json.loads(written.read_text())["optimizer"]["params"]["num_perturbations"] == 8
     kept = json_file(tmp_path / "kept.json", num_perturbations=8, momentum={"dtype": "int8"})
     status, out, _ = run(capsys, "--config", kept, "--gpu-memory", "0.8")
-    assert status == 2 and "it fits with num_perturbations 1" in out
+    assert status == 3 and "it fits with num_perturbations 1" in out
 
 
 # --- a constant beta1 ---------------------------------------------------------------------------------------------------------
@@ -130,10 +130,10 @@ def test_replay_s_window_under_a_constant_beta1(capsys, tmp_path, beta1, window)
 def test_a_small_constant_beta1_leaves_replay_out(capsys, tmp_path):
     given = json_file(tmp_path / "ds.json", constant_beta1=0.05)  # 0.95^135 = 0.00098
     status, out, _ = run(capsys, "--config", given, "--gpu-memory", "0.3")
-    assert status == 2 and "replay is left out: it needs K = 135 steps of noise, max_window is 64" in out
+    assert status == 3 and "replay is left out: it needs K = 135 steps of noise, max_window is 64" in out
     asked = json_file(tmp_path / "asked.json", constant_beta1=0.05, momentum={"dtype": "replay"})
     status, _, err = run(capsys, "--config", asked)
-    assert status == 1 and "135" in err and "max_window is 64" in err
+    assert status == 2 and "135" in err and "max_window is 64" in err
 
 
 # --- adapters -----------------------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def test_an_adapter_that_is_unknown_or_does_not_fit_is_refused(capsys, tmp_path,
     if text is not None:
         (tmp_path / "adapter_config.json").write_text(text)
     status, _, err = run(capsys, "--adapter", str(tmp_path))
-    assert status == 1 and "--adapter" in err
+    assert status == 2 and "--adapter" in err
     for part in message:
         assert part in err
 
@@ -217,4 +217,4 @@ def test_command_refuses_a_json_that_lacks_something(capsys, tmp_path, config, m
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}} | config))
     status, _, err = run(capsys, "--config", str(path))
-    assert status == 1 and message in err
+    assert status == 2 and message in err

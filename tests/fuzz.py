@@ -1,0 +1,426 @@
+"""Files that a stranger has made: a reader takes one, or refuses it by its own error, in one line that names the file.
+
+    python -m tests.fuzz --cases 10000 --seed 0      all four readers, that many files each; prints the counts of outcomes
+
+Half of the files are damaged in their bytes; in the others the content is changed and all checksums are made right again, by
+code of this file's own. The same seed gives the same files.
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import io
+import json
+import random
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from ds_zoadamu import checkpoint
+from ds_zoadamu import checkpoint_store as store
+from ds_zoadamu.base_model import base_identity
+from ds_zoadamu.digest import tensor_sha256
+from ds_zoadamu.errors import CheckpointError, JournalError, ReplayError
+from ds_zoadamu.journal import Journal, Record, parse_journal, read_bytes
+from ds_zoadamu.journal_report import summary
+from ds_zoadamu.kernels.types import round_grad
+from ds_zoadamu.replay import replay
+from ds_zoadamu.rules import RULES
+from ds_zoadamu.rules.zo_adamu import MOMENTUM_DTYPES
+from ds_zoadamu.safetensors_io import FlatReader, FlatWriter, raw_bytes
+from ds_zoadamu.tasks import InputError, load_examples, load_task
+
+# --- damage -------------------------------------------------------------------------------------------------------------------
+
+RAW = [  # JSON texts that json.dumps does not make
+    "[" * 90 + "]" * 90, "[" * 200 + "]" * 200, "[" * 100_000 + "]" * 100_000, '{"a":' * 100_000 + "1" + "}" * 100_000,
+    "1e999", "-1e999", "NaN", "Infinity", "-0.0", "-0", "1" * 5000, "01", "1.0", '"\\ud800"', '"\\u0000"', "'x'", "", "0x10",
+]  # fmt: skip
+HOSTILE = [
+    None, True, False, 0, 1, -1, 2, 0.5, 1.5, -1e-300, 1e300, 1e308, float("nan"), float("inf"), 10**30,
+    2**31, 2**32, 2**63 - 1, 2**63, 2**64, "", " ", "0", "nan", "inf", "../x", "..", ".", "/etc/passwd", "a/b", "a\\b", "a\0b",
+    "a\nb", "\x1b[2J", "x" * 300, "x" * 100_000, "é", "\udfff", "evil.py", "model.bin", "config.json", "f" * 64, "float32",
+    "complex64", "ZOAdaMU", "MeZO", [], {}, [[]], [0], [1, 2], [0, 0], [2, 1], [-1, 1], [2**62, 2**62], [0] * 1000, {"a": 1},
+    {"": {}}, [None], ["x"], "{a}", "{a:9}", "{a:{b}}", "{a!r}", "{", "{}", "{a.b}", "{a[0]} x",
+    *(f"@raw:{index}@" for index in range(len(RAW))),
+]  # fmt: skip
+
+
+def damage_bytes(rng: random.Random, data: bytes) -> bytes:
+    """One to three changes of the bytes, whatever they mean."""
+    for _ in range(rng.randint(1, 3)):
+        begin, end = sorted((rng.randint(0, len(data)), rng.randint(0, len(data))))
+        end = min(end, begin + rng.choice((1, 2, 8, 64, 10**6)))
+        other = rng.randint(0, len(data))
+        data = rng.choice(
+            (
+                data[:begin],
+                data[:begin] + data[end:],
+                data[:begin] + rng.randbytes(end - begin) + data[end:],
+                data[:begin] + data[begin:end] * 2 + data[end:],
+                data[:begin] + data[other : other + end - begin] + data[end:],
+                data[:begin] + rng.choice((b"[", b"{", b'"', b"\n", b"\0", b"\xff", b"]", b",", b"-", b"9")) + data[begin:],
+                data[:begin] + bytes([data[begin] ^ 1 << rng.randrange(8)]) + data[begin + 1 :] if begin < len(data) else b"",
+            )
+        )
+    return data
+
+
+def change(rng: random.Random, value: Any) -> Any:
+    """A copy of a JSON value with one to three changes: other values, other keys, more or fewer of them."""
+    top = [copy.deepcopy(value)]
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        places = _places(top)
+        container, key = places[rng.randrange(1, len(places))] if len(places) > 1 else places[0]
+        what = rng.randrange(10)
+        if what <= 3:
+            container[key] = copy.deepcopy(rng.choice(HOSTILE))
+        elif what == 4:
+            del container[key]
+        elif what == 5:
+            other, name = rng.choice(places)
+            container[key] = copy.deepcopy(other[name])
+        elif what == 6 and isinstance(container, dict):
+            container[rng.choice(("@dup@" + key, key + "x", key.upper(), "", "../x", "a\0b", "\ud800"))] = container[key]
+        elif what == 7 and isinstance(container, dict):
+            container[rng.choice((key + " ", "x" * 300, "\n", "zz"))] = container.pop(key)
+        elif what == 8 and isinstance(container[key], list):
+            container[key] = container[key] * rng.choice((0, 2, 100))
+        elif isinstance(container[key], (int, float)):
+            container[key] += rng.choice((1, -1, 0.5, 1e-9, 2**40))
+        else:
+            container[key] = [container[key]]
+        if not top:
+            top = [None]
+    return top[0]
+
+
+def _places(value: Any) -> list[tuple[Any, Any]]:
+    """(container, key) of all values inside a list or dict."""
+    found, todo = [], [value]
+    while todo:
+        container = todo.pop()
+        for key in list(container) if isinstance(container, dict) else range(len(container)):
+            found.append((container, key))
+            if isinstance(container[key], (dict, list)):
+                todo.append(container[key])
+    return found
+
+
+def to_text(value: Any, separators: tuple[str, str] = (",", ":")) -> str:
+    """JSON, with the marks of ``RAW`` and of keys that come twice put into effect."""
+    text = json.dumps(value, separators=separators).replace('"@dup@', '"')
+    return re.sub(r'"@raw:(\d+)@"', lambda match: RAW[int(match[1])], text)
+
+
+# --- the readers --------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Reader:
+    """``write(rng)``: puts one damaged file in its place; ``read()``: all that is done with it; ``errors``: how it may end."""
+
+    write: Callable[[random.Random], None]
+    read: Callable[[], None]
+    errors: tuple[type[Exception], ...]
+
+
+TENSORS = {
+    "embed.weight": torch.arange(35, dtype=torch.float32).reshape(5, 7) / 64,
+    "out.bias": torch.arange(6).to(torch.bfloat16) / 8,
+    "scale": torch.tensor(2.5),
+    "buffer": torch.tensor([3, 4]),
+}
+
+
+def journal_reader(folder: Path) -> Reader:
+    """A run of six steps of ZO-AdaMU on a base in two files; read, printed and replayed."""
+    base, path, output = folder / "base", folder / "journal.jsonl", folder / "output"
+    base.mkdir()
+    weight_map = {name: f"model-0000{1 + (name > 'c')}-of-00002.safetensors" for name in TENSORS}
+    for file in set(weight_map.values()):
+        safetensors.torch.save_file({n: t for n, t in TENSORS.items() if weight_map[n] == file}, base / file)
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (base / "config.json").write_text('{"model_type": "opt"}')
+    trained = [name for name, tensor in TENSORS.items() if tensor.is_floating_point()]
+    given = {"lr": 1e-3, "total_steps": 12, "num_perturbations": 2, "momentum": {"window_tolerance": 0.05, "max_window": 200}}
+    header = {
+        "noise_version": 1,
+        "optimizer": "ZOAdaMU",
+        "options": dataclasses.asdict(RULES["ZOAdaMU"].config_class.parse(given)),
+        "groups": [{"weight_decay": 0.0}, {"weight_decay": 0.1}],
+        "micro_batch_size": 2,
+        "micro_batches_a_step": 4,
+        "data": {"num_examples": 24, "seed": 0},
+        "parameters": [
+            {
+                "name": name,
+                "shape": list(TENSORS[name].shape),
+                "dtype": str(TENSORS[name].dtype).removeprefix("torch."),
+                "group": index % 2,
+                "sha256": tensor_sha256(TENSORS[name]),
+            }
+            for index, name in enumerate(trained)
+        ],
+        "tied": {"embed.weight": ["head.weight"]},
+        "untrained": [["buffer", "int64"]],
+        "base": base_identity(None, base),
+    }
+    journal = Journal.create(path, header)
+    for step in range(1, 7):
+        grads, lr = (round_grad(0.1 * step), float("nan") if step == 3 else round_grad(-0.7 / step)), (1e-3 / step, 2e-3)
+        journal.append(Record(step, 2.0 + 0.1 * step, 2.1, grads, lr, step == 3, (0, 4 * step)))
+    journal.close()
+    whole = path.read_bytes()
+    lines = [json.loads(line) for line in whole.splitlines()]
+    del lines[0]["checksum"]
+
+    def chained(changed: list[Any]) -> bytes:
+        data, previous = b"", ""
+        for number, line in enumerate(changed):
+            body = (to_text(line[:-1] if number and isinstance(line, list) else line)[:-1]).encode()
+            previous = hashlib.sha256(previous.encode() + body).hexdigest()[:16]
+            data += body + (b',"' if number else b',"checksum":"') + previous.encode() + (b'"]\n' if number else b'"}\n')
+        return data
+
+    def write(rng: random.Random) -> None:
+        if rng.random() < 0.5:
+            path.write_bytes(damage_bytes(rng, whole))
+            return
+        changed, number = copy.deepcopy(lines), rng.choice((0, 0, rng.randrange(len(lines))))
+        changed[0]["options"]["momentum"]["dtype"] = rng.choice(MOMENTUM_DTYPES)
+        if rng.random() < 0.1:
+            changed[number:] = rng.choice((changed[number + 1 :], [changed[number], *changed[number:]], changed[number:][::-1]))
+        else:
+            changed[number] = change(rng, changed[number])
+        path.write_bytes(chained(changed))
+
+    def read() -> None:
+        data = read_bytes(path)
+        contents = parse_journal(data, f"journal {str(path)!r}")
+        if any("\n" in line or not line.isprintable() for line in summary(contents, data)):
+            raise AssertionError("the summary has a line that is none")
+        shutil.rmtree(output, ignore_errors=True)
+        try:
+            replay(base, path, output, show_progress=False)
+        except (JournalError, ReplayError):
+            assert sorted(p.name for p in folder.iterdir()) == ["base", "journal.jsonl"], "a refused replay left something"
+            raise
+        assert sorted(p.suffix for p in output.iterdir())[-2:] == [".safetensors"] * 2
+
+    return Reader(write, read, (JournalError, ReplayError))
+
+
+def checkpoint_reader(folder: Path) -> Reader:
+    """A checkpoint of two ranks; found, verified, and read by one rank that needs all of it."""
+    path, numels = folder / "global_step4", {"a": 13, "b": 2}
+    path.mkdir()
+    (folder / "latest").write_text("global_step4\n")
+    entries = []
+    for rank, ranges in enumerate(({"a": [0, 7], "b": [0, 2]}, {"a": [7, 13]})):
+        name = f"rank-0000{rank}-of-00002.safetensors"
+        specs = {f"{k}/{n}": (d, (hi - lo,)) for n, (lo, hi) in ranges.items() for k, d in KINDS.items()}
+        writer = FlatWriter(path / name, specs)
+        for key, (dtype, (count,)) in specs.items():
+            writer.write(key, 0, raw_bytes(torch.arange(count).to(dtype)))
+        writer.close()
+        data = (path / name).read_bytes()
+        entries.append({"file": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "ranges": ranges})
+    identity = {
+        "noise_version": 1,
+        "optimizer": "MeZO",
+        "options": dataclasses.asdict(RULES["MeZO"].config_class.parse({"lr": 1e-3})),
+        "groups": [{"weight_decay": 0.0}],
+        "micro_batch_size": 2,
+        "micro_batches_a_step": 4,
+        "data": None,
+        "parameters": [{"name": n, "shape": [count], "dtype": "float32", "group": 0} for n, count in numels.items()],
+    }
+    manifest = {
+        "step": 4,
+        "identity": identity,
+        "world_size": 2,
+        "counters": {"global_steps": 4, "global_samples": 32, "skipped_steps": 0},
+        "skipped_in_a_row": 0,
+        "lrs": [1e-3],
+        "lr_scheduler": {"type": "WarmupLR", "state": {"last_batch_iteration": 3}},
+        "data_position": [0, 16],
+        "client_state": {"best": float("inf")},
+        "journal_checksum": "0" * 16,
+        "files": entries,
+        "data_state": None,
+    }
+    whole = {file.name: file.read_bytes() for file in path.iterdir()}
+    whole[store.MANIFEST] = store.encode_manifest(manifest)
+    plain = {"format": store.FORMAT, "version": store.FORMAT_VERSION, **manifest}
+
+    def write(rng: random.Random) -> None:
+        files, changed = dict(whole), plain
+        kind = rng.random()
+        if kind < 0.5:
+            name = rng.choice((store.MANIFEST, *files))
+            files[name] = damage_bytes(rng, files[name])
+        elif kind < 0.8:
+            changed = change(rng, plain)
+        else:
+            number = rng.randrange(2)
+            name = entries[number]["file"]
+            files[name] = changed_safetensors(rng, files[name])
+            right = {"size": len(files[name]), "sha256": hashlib.sha256(files[name]).hexdigest()}
+            changed = plain | {"files": [e | right if e["file"] == name else e for e in entries]}
+        if changed is not plain:
+            body = to_text(changed, (", ", ": "))[:-1].encode()
+            sha = hashlib.sha256(body).hexdigest().encode()
+            files[store.MANIFEST] = body + b', "sha256": "' + sha + b'"}\n'
+        for name, data in files.items():
+            (path / name).write_bytes(data)
+
+    (path / store.MANIFEST).write_bytes(whole[store.MANIFEST])
+    partitions = [SimpleNamespace(name=n, start=0, stop=count, length=count) for n, count in numels.items()]
+    engine = SimpleNamespace(optimizer=SimpleNamespace(stored_dtypes=lambda partition: KINDS))
+
+    def read() -> None:
+        found = store.find(folder, store.latest_tag(folder))
+        if differing := checkpoint.differences(identity, found.manifest["identity"], ignore=checkpoint.BATCH):
+            raise CheckpointError(f"{found.path}: {checkpoint.phrase(differing)}")
+        for entry in found.manifest["files"]:
+            store.check_file(found.path, entry)
+        readers: dict[str, FlatReader] = {}
+        try:
+            for partition in partitions:
+                stored = {kind: torch.empty(partition.length, dtype=dtype) for kind, dtype in KINDS.items()}
+                for piece in checkpoint._pieces(engine, partition, found, readers, False):
+                    checkpoint._read(piece, stored[piece.kind])
+            if found.manifest["data_position"] is not None:
+                checkpoint._position_here(HERE, found.manifest)
+        finally:
+            for reader in readers.values():
+                reader.close()
+
+    return Reader(write, read, (CheckpointError,))
+
+
+KINDS = {"weight": torch.float32, "momentum": torch.int8}
+HERE = SimpleNamespace(gradient_accumulation_steps=lambda: 4, train_micro_batch_size_per_gpu=lambda: 2)
+
+
+def changed_safetensors(rng: random.Random, data: bytes) -> bytes:
+    """A file of this format with another header, or other data behind it."""
+    length = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    if rng.random() < 0.8:
+        header = change(rng, header)
+    text = to_text(header).encode() + b" " * rng.randrange(9)
+    if rng.random() < 0.2:
+        body = rng.choice((body[: rng.randint(0, len(body))], body + bytes(rng.randint(1, 9)), b""))
+    lengths = (len(text),) * 9 + (rng.choice((0, 1, len(text) + 1, len(text) - 1, len(data), 2**31, 2**63, 2**64 - 1)),)
+    return rng.choice(lengths).to_bytes(8, "little") + text + body
+
+
+def safetensors_reader(folder: Path) -> Reader:
+    """A file of weights; what is taken, the safetensors library must take too, as the same bytes."""
+    path = folder / "model.safetensors"
+    whole = safetensors.torch.save(TENSORS, metadata={"format": "pt"})
+
+    def write(rng: random.Random) -> None:
+        path.write_bytes((damage_bytes if rng.random() < 0.5 else changed_safetensors)(rng, whole))
+
+    def read() -> None:
+        reader = FlatReader(path, ReplayError)
+        try:
+            found = {name: reader.read(name, 0, info.numel) for name, info in reader.tensors.items()}
+        finally:
+            reader.close()
+        data = path.read_bytes()
+        if b"-0" in data:  # a number that Python takes for the integer 0, the library for a float
+            return
+        theirs = safetensors.torch.load(data)
+        assert theirs.keys() == found.keys()
+        for name, tensor in found.items():
+            assert reader.tensors[name].shape == tuple(theirs[name].shape) and tensor.dtype == theirs[name].dtype
+            assert bytes(raw_bytes(tensor)) == bytes(raw_bytes(theirs[name]))
+
+    return Reader(write, read, (ReplayError,))
+
+
+def task_reader(folder: Path) -> Reader:
+    """A task file, and a prompt made by it."""
+    path = folder / "topic.json"
+    task = {
+        "name": "topic",
+        "template": "{a}: {b} Topic:",
+        "label_words": {"0": " sports", "1": " science"},
+        "label_column": "label",
+        "train_file": "train",
+        "validation_file": "held_out.jsonl",
+        "hub_path": None,
+        "hub_name": None,
+    }
+    row = {"a": "Cup", "b": "They won.", "label": 1}
+    for name in ("train.jsonl", "held_out.jsonl", "validation.jsonl"):
+        (folder / name).write_text(json.dumps(row) + "\n")
+    whole = json.dumps(task, indent=1).encode()
+
+    def write(rng: random.Random) -> None:
+        path.write_bytes(damage_bytes(rng, whole) if rng.random() < 0.5 else to_text(change(rng, task)).encode())
+
+    def read() -> None:
+        task = load_task(str(path))
+        for split in ("train", "validation"):
+            load_examples(task, split, str(folder))
+
+    return Reader(write, read, (InputError,))
+
+
+READERS = {"journal": journal_reader, "checkpoint": checkpoint_reader, "safetensors": safetensors_reader, "task": task_reader}
+
+
+def fuzz(name: str, cases: int, seed: int, folder: Path) -> Counter:
+    """How many files of a reader were taken, and refused by which error. Raises AssertionError, naming the case, for one that
+    ended in another way."""
+    outcomes: Counter = Counter()
+    reader = READERS[name](folder)
+    for case in range(cases):
+        reader.write(random.Random(f"{seed} {name} {case}"))
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                reader.read()
+            outcomes["taken"] += 1
+        except reader.errors as e:
+            message = str(e)
+            if "\n" in message or not message.isprintable() or len(message) > 1500 or str(folder) not in message:
+                raise AssertionError(f"{name}, seed {seed}, case {case}: not one line that names the file: {message!r}") from e
+            outcomes[type(e).__name__] += 1
+        except Exception as e:
+            raise AssertionError(f"{name}, seed {seed}, case {case}: {type(e).__name__}: {e}") from e
+    return outcomes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=1000, help="files for each reader (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reader", choices=READERS, help="this one only")
+    args = parser.parse_args()
+    for name in [args.reader] if args.reader else READERS:
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.process_time()
+            outcomes = fuzz(name, args.cases, args.seed, Path(folder))
+            seconds = time.process_time() - began
+        print(f"{name:12} {', '.join(f'{k} {v}' for k, v in sorted(outcomes.items()))}; {seconds:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
