@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -210,7 +211,9 @@ BAD_INPUT = {
     "--num_train 60": "too few examples",
     "--data_dir {tmp}/nowhere": "nowhere: no such folder",
     "--data_dir {tmp}/broken": "train.jsonl:2: column 'label' is missing",
+    "--task {tmp}/deep.json": "deep.json: not JSON: lists or objects more than 100 deep",
     "--model_name_or_path {tmp}/nowhere": "no config there",
+    "--model_name_or_path {tmp}/cut": "cut/model.safetensors' is not a whole safetensors file: ",
     "--output_dir {tmp}/taken": "holds the results.json of an earlier run; give another folder, "
     "--resume or --overwrite_output_dir",
     "--output_dir {tmp}/taken/results.json": "is a file, not a folder",
@@ -253,6 +256,10 @@ def test_bad_input_ends_every_rank_with_the_message_and_changes_no_file(model, d
     (tmp_path / "taken" / "results.json").write_text("{}")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "train.jsonl").write_text('{"sentence": "a", "label": 1}\n{"sentence": "b"}\n')
+    (tmp_path / "deep.json").write_text('{"template": ' + "[" * 100_000)
+    shutil.copytree(model, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
     params = {"lr": "auto", "total_steps": "auto"}
     good = {"optimizer": {"type": "ZOAdaMU", "params": params}, "zero_optimization": {"stage": 3}}
     for name, change in {
