@@ -61,9 +61,7 @@ def read_companions(folder: Path, expected: dict[str, str] | None) -> dict[str, 
             )
         contents[name] = read_file(path, _MAX_BYTES)
         if expected is not None and hashlib.sha256(contents[name]).hexdigest() != expected[name]:
-            raise ReplayError(
-                f"{str(path)!r} is not what the journal's run began with (SHA-256 differs); take the same files"
-            )
+            raise ReplayError(f"{str(path)!r} is not what the journal's run began with (SHA-256 differs); take the same files")
     return contents
 
 

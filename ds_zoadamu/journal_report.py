@@ -51,11 +51,7 @@ def summary(contents: Contents, data: bytes) -> list[str]:
         + f", {len(records) - len(taken)} skipped",
         f"optimizer  {printed(header['optimizer'])}, noise version {header['noise_version']}",
         "options    " + _pairs({k: v for k, v in options.items() if not isinstance(v, dict)}),
-        *(
-            f"{printed(section):<10} " + _pairs(values)
-            for section, values in options.items()
-            if isinstance(values, dict)
-        ),
+        *(f"{printed(section):<10} " + _pairs(values) for section, values in options.items() if isinstance(values, dict)),
         f"batch      micro-batch {header['micro_batch_size']}, {header['micro_batches_a_step']} a step",
         f"trained    {numel:,} elements in {len(header['parameters'])} parameters of "
         f"{', '.join(sorted({printed(p['dtype']) for p in header['parameters']}))}",

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from .companions import check_companion
+from .rules.options import MAX_STEP
 from .safetensors_io import dtype_from_name
 from .untrusted import check_file_name, shown
 
 MAX_COUNT = 2**63 - 1
-MAX_STEP = 2**32 - 1  # as in optimizers/options.py, which needs DeepSpeed; a summary of a journal does not
 
 
 def _check_numel(shape: list[int]) -> list[int]:
