@@ -23,7 +23,7 @@ from .data import MicroBatchSampler
 from .distributed import init_distributed, launched_world_size
 from .durability import Durability
 from .errors import ConfigError, NonFiniteLossError
-from .losses import LossFn, as_pair, causal_lm_loss, global_means
+from .losses import LossFn, as_pair, global_means, model_loss
 from .partition import Fill, PerturbedGathers, find_partitions, lift_scalars, lower_scalars, reject_empty, reject_too_large
 from .rules import RULES, Evaluation, RuleConfig, make_rule
 from .zero3.optimizer import ZerothOrderOptimizer
@@ -60,7 +60,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
 
     def __init__(self, *args, loss_fn: LossFn | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.loss_fn = loss_fn or causal_lm_loss
+        self.loss_fn = loss_fn or model_loss
         self._skipped_in_a_row = 0
 
     # --- one step

@@ -69,10 +69,10 @@ class Sentences(torch.utils.data.Dataset):
 
 def skipping_loss(bad_steps: tuple[int, ...], counter: dict):
     """The model's loss, but infinite in the given steps, as an overflow in fp16 would make it."""
-    from ds_zoadamu.losses import causal_lm_loss
+    from ds_zoadamu.losses import model_loss
 
     def loss(module, batch):
-        value, weight = causal_lm_loss(module, batch)
+        value, weight = model_loss(module, batch)
         return (value * float("inf") if counter["engine"].optimizer.next_step in bad_steps else value), weight
 
     return loss
