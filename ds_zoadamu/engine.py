@@ -24,7 +24,17 @@ from .distributed import init_distributed, launched_world_size
 from .durability import Durability
 from .errors import ConfigError, NonFiniteLossError
 from .losses import LossFn, as_pair, global_means, model_loss
-from .partition import Fill, PerturbedGathers, find_partitions, lift_scalars, lower_scalars, reject_empty, reject_too_large
+from .partition import (
+    Fill,
+    PerturbedGathers,
+    TrainedSet,
+    find_partitions,
+    lift_scalars,
+    lower_scalars,
+    reject_empty,
+    reject_same_names,
+    reject_too_large,
+)
 from .rules import RULES, Evaluation, RuleConfig, make_rule
 from .zero3.optimizer import ZerothOrderOptimizer
 
@@ -72,10 +82,11 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         that is 1. The model runs in eval mode (no dropout) and without gradients; the same micro-batches serve all
         perturbations, and the same perturbation both signs.
 
-        Raises: StopIteration when the iterator is empty; ValueError for weights that sum to 0; NonFiniteLossError after
-        ``max_skipped_steps`` steps in a row whose loss was not finite.
+        Raises: StopIteration when the iterator is empty; ValueError for weights that sum to 0; ConfigError where requires_grad
+        of a parameter was changed; NonFiniteLossError after ``max_skipped_steps`` steps in a row whose loss was not finite.
         """
         self._require_zeroth_order("train_batch")
+        self._trained_set.reject_changes()
         micro_batches = self._draw(batch)
         self.tput_timer.start()
         evaluations = self.optimizer.rule.evaluations(self.optimizer.next_step)
@@ -281,6 +292,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         self._scalars = []
         if self._zeroth_order_options() is not None:
             reject_empty(model)
+            reject_same_names(model)
             reject_too_large(model, read_config(self.config))
             self._scalars = lift_scalars(model)
         super()._configure_distributed_model(model)
@@ -297,6 +309,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         lower_scalars(self._scalars)
         with collective.on_all_ranks(ConfigError):
             client_optimizer.bind(find_partitions(self.module))
+        self._trained_set = TrainedSet(self.module)
         self._gathers = PerturbedGathers(self.module, client_optimizer.partitions, self._offload.partition_all_parameters)
         self.optimizer = self.basic_optimizer = client_optimizer
         log_dist(

@@ -171,6 +171,33 @@ def find_partitions(module: torch.nn.Module) -> list[Partition]:
     return partitions
 
 
+def reject_same_names(module: torch.nn.Module) -> None:
+    """Raise ConfigError for two parameters with one canonical name: they would get the same noise and one place in a file."""
+    names: dict[str, str] = {}
+    for name, _ in module.named_parameters():
+        if (first := names.setdefault(canonical_name(name), name)) != name:
+            raise ConfigError(
+                f"parameters {first!r} and {name!r} of {type(module).__name__} are both {canonical_name(name)!r} without the "
+                f"prefixes of wrappers ({', '.join(_WRAPPER_PREFIXES)}), and the name decides the noise; rename one of them"
+            )
+
+
+class TrainedSet:
+    """Which parameters of a module are trained, as it was when the engine was made."""
+
+    def __init__(self, module: torch.nn.Module):
+        self._trained = [(name, param, param.requires_grad) for name, param in module.named_parameters()]
+
+    def reject_changes(self) -> None:
+        """Raise ConfigError where requires_grad of a parameter was set to something else since."""
+        for name, param, trained in self._trained:
+            if param.requires_grad != trained:
+                raise ConfigError(
+                    f"requires_grad of {name!r} is {param.requires_grad} and was {trained} when the engine was made, which "
+                    "decides what is trained; set it back, or save the model and make a new engine"
+                )
+
+
 def stored_weight_bytes(module: torch.nn.Module) -> int:
     """Bytes of this rank's partitions of all parameters, frozen ones too, padding included, in memory or on NVMe; tied ones
     once."""

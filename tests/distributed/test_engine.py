@@ -376,6 +376,54 @@ def test_a_parameter_of_no_elements_works_on_one_rank_and_is_named_on_several():
         assert error.startswith("ConfigError") and "'nothing' has 0 elements" in error and not touched
 
 
+def _two_parameters_of_one_name(rank, world_size):
+    import ds_zoadamu
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.module = net
+            self.head = torch.nn.Linear(11, 11, bias=False)
+
+        def forward(self, **batch):
+            return self.module(**batch)
+
+    model = Wrapper(OddModel())
+    model.module.head.weight = torch.nn.Parameter(torch.zeros(11, 7))  # not tied, so a parameter of its own
+    error = _raised(ds_zoadamu.initialize, model=model, config=config(world_size))
+    touched = any(hasattr(p, "ds_id") for p in model.parameters())
+    del model.head
+    engine = engine_for(model, config(world_size))
+    return error, touched, [p.name for p in engine.optimizer.partitions]
+
+
+def test_two_parameters_of_one_canonical_name_are_refused():
+    for error, touched, names in run_ranks(2, _two_parameters_of_one_name):
+        assert error.startswith("ConfigError: parameters 'module.head.weight' and 'head.weight' of Wrapper are both 'head.weight'")
+        assert not touched and "head.weight" in names
+
+
+def _requires_grad_in_the_middle(rank, world_size):
+    engine = engine_for(OddModel(), config(world_size))
+    batch = odd_batches(1)[0]
+    engine.train_batch(batch)
+    errors = []
+    for name, value in (("mix.bias", False), ("frozen.weight", True)):
+        param = engine.module.get_parameter(name)
+        param.requires_grad_(value)
+        errors.append(_raised(engine.train_batch, batch))
+        param.requires_grad_(not value)
+    engine.train_batch(batch)
+    return errors, engine.global_steps
+
+
+def test_requires_grad_cannot_change_in_the_middle_of_a_run():
+    for errors, steps in run_ranks(2, _requires_grad_in_the_middle):
+        assert errors[0].startswith("ConfigError: requires_grad of 'mix.bias' is False and was True when the engine was made")
+        assert errors[1].startswith("ConfigError: requires_grad of 'frozen.weight' is True and was False")
+        assert steps == 2
+
+
 def _one_rank_fails(rank, world_size):
     def loss_fn(module, batch):
         if rank == 1:
