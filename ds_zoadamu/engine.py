@@ -1,6 +1,7 @@
 """The DeepSpeed engine whose step is two forward passes."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,6 +73,10 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         super().__init__(*args, **kwargs)
         self.loss_fn = loss_fn or model_loss
         self._skipped_in_a_row = 0
+        if "transformers" in sys.modules and self.zero_optimization_partition_weights():
+            from . import hf_zero3  # not above: importing Transformers takes seconds, and not every model is one of its
+
+            hf_zero3.attach(self.module, self.config)
 
     # --- one step
 
@@ -348,8 +353,13 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         return check_config(self.config)
 
     def destroy(self) -> None:
-        """DeepSpeed's, and ZeRO-3's hooks off the module, and the swap buffers: weights on NVMe cannot be read any more."""
+        """DeepSpeed's, and ZeRO-3's hooks off the module, and the swap buffers: weights on NVMe cannot be read any more.
+        ``generate`` of a Transformers model does not know of the partitions any more."""
         super().destroy()
+        if "transformers" in sys.modules:
+            from . import hf_zero3
+
+            hf_zero3.detach(self.module)
         if gathers := self.__dict__.get("_gathers"):
             gathers.close()
         if offload := self.__dict__.pop("_offload", None):

@@ -1,6 +1,6 @@
 """Hugging Face causal language models: loaded straight into ZeRO-3 partitions, and saved from them parameter by parameter.
 
-Only public interfaces are used: `HfDeepSpeedConfig` to load, `deepspeed.zero.GatheredParameters` to read and write.
+`deepspeed.zero.GatheredParameters` reads and writes the partitions.
 """
 
 import json
@@ -16,9 +16,8 @@ from deepspeed import comm as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.integrations import HfDeepSpeedConfig
 
-from ds_zoadamu import folders, nvme
+from ds_zoadamu import folders, hf_zero3, nvme
 from ds_zoadamu.auto_config import fill_auto_for_library, has_auto, hidden_size_of
 from ds_zoadamu.base_model import check_whole
 from ds_zoadamu.config import read_config
@@ -40,7 +39,7 @@ def load_causal_lm(path: str, config: dict | str | Path, dtype: torch.dtype | No
         kwargs: passed on to `from_pretrained`.
 
     Returns:
-        The model. It holds the `HfDeepSpeedConfig`, so `generate` knows of the partitions as long as the model lives.
+        The model. Its `generate` and `resize_token_embeddings` know of the partitions; other models are loaded as ever.
 
     Raises:
         ValueError: the configuration is not of stage 3.
@@ -64,10 +63,9 @@ def load_causal_lm(path: str, config: dict | str | Path, dtype: torch.dtype | No
         )
     check_whole(path, kwargs.get("revision"))
     nvme.prepare(config)
-    # Transformers finds this object through a weak reference, so someone has to keep it.
-    hf_config = HfDeepSpeedConfig(config)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
-    model.hf_deepspeed_config = hf_config
+    with hf_zero3.zero3_known(config) as known:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+    hf_zero3.attach(model, known)
     return model
 
 

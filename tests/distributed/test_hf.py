@@ -142,6 +142,54 @@ def test_other_stages_are_refused(tmp_path):
     run_ranks(1, _other_stage, save_model(tmp_path / "source"))
 
 
+def _generate(rank, world_size, source, loaded):
+    """README's first example, then prompts of unequal length; other models are loaded in between as if nothing were."""
+    import copy
+
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    import ds_zoadamu
+    from ds_zoadamu import hf_zero3
+
+    settings = jobs.config(world_size, micro_batch=1, zero={"stage3_param_persistence_threshold": 0})
+    if loaded:
+        model = ds_zoadamu.load_causal_lm(str(source), config=settings)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(source)
+    before = AutoModelForCausalLM.from_pretrained(source)
+    assert all(p.numel() for p in before.parameters()), "another model was partitioned too"
+
+    def loss_fn(module, batch):
+        reward = AutoModelForCausalLM.from_pretrained(source)  # inside a step, too
+        return module(**batch).loss + 0 * reward(**batch).loss, 1.0
+
+    engine = jobs.engine_for(model, settings, loss_fn=loss_fn)
+    engine.eval()
+    ids = torch.arange(5, 15).reshape(1, 10)
+    engine.train_batch({"input_ids": ids, "labels": ids})
+    prompt = ids[:, : 3 + 4 * rank]  # so that the ranks take 9 and 5 forward passes
+    mask = torch.ones_like(prompt)
+    tokens = engine.module.generate(prompt, attention_mask=mask, max_length=12, min_length=12, do_sample=False)
+    dense = AutoModelForCausalLM.from_pretrained(source).eval()
+    weights = jobs.whole_model(engine)
+    with torch.no_grad():
+        for name, param in dense.named_parameters():
+            param.copy_(weights[name])
+    expected = dense.generate(prompt, attention_mask=mask, max_length=12, min_length=12, do_sample=False)
+    assert not is_deepspeed_zero3_enabled() and "generate" not in vars(dense)
+    hf_zero3.attach(dense, settings)
+    copied = copy.deepcopy(dense)
+    assert copied.generate.__self__ is copied and dense.generate.__self__ is dense
+    engine.destroy()
+    return torch.equal(tokens, expected), tokens.shape[1], "generate" in vars(engine.module)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_unequal_prompts_generate_and_other_models_load(tmp_path, loaded):
+    source = save_model(tmp_path / "source")
+    assert run_ranks(2, _generate, source, loaded, timeout=120) == [(True, 12, False)] * 2
+
+
 OTHER_ARCHITECTURES = {
     "llama": {
         "hidden_size": 12,
