@@ -17,6 +17,7 @@ _EXPORTS = {
     "noise": "rules.noise",
     "check_config": "config",
     "weights_digest": "digest",
+    "frozen_digest": "digest",
     "read_journal": "journal",
     "CheckpointError": "errors",
     "ConfigError": "errors",

@@ -153,6 +153,22 @@ class _HashCache:
             pass
 
 
+def base_folder(module: Any, base: str | Path | None) -> Path | None:
+    """The local folder of a run's base model: of ``base``, or None: of what the model itself says it was loaded from."""
+    name = _base_name(module, base)
+    return find_folder(name, _revision(module), download=False) if name else None
+
+
+def _base_name(module: Any, base: str | Path | None) -> str:
+    if base is not None:
+        return str(base)
+    return "" if hasattr(module, "peft_config") else getattr(getattr(module, "config", None), "_name_or_path", None) or ""
+
+
+def _revision(module: Any) -> str | None:
+    return getattr(getattr(module, "config", None), "_commit_hash", None)
+
+
 def base_identity(module: Any, base: str | Path | None) -> dict:
     """What a journal's header says of the base model: {"name", "revision", "sha256", "files", "companions"}; sha256 and files
     None, with a "note" and without companions, where the weights did not come from safetensors files. A local folder is named
@@ -161,11 +177,8 @@ def base_identity(module: Any, base: str | Path | None) -> dict:
     Args: ``module``: the model; ``base``: folder or hub name, or None: what the model itself says it was loaded from.
     Raises ReplayError where ``base`` was given and has no safetensors weights.
     """
-    config = getattr(module, "config", None)
     adapters = hasattr(module, "peft_config")
-    name = str(base) if base is not None else ("" if adapters else getattr(config, "_name_or_path", None) or "")
-    revision = getattr(config, "_commit_hash", None)
-    folder = find_folder(name, revision, download=False) if name else None
+    name, revision, folder = _base_name(module, base), _revision(module), base_folder(module, base)
     unknown = {
         "name": Path(name).name if os.path.isabs(name) else name or None,
         "revision": revision,

@@ -21,7 +21,7 @@ from . import checkpoint_store as store
 from . import collective
 from ._crash_points import reach
 from .checkpoint_owner import CheckpointOwner
-from .digest import weights_digest
+from .digest import frozen_digests, weights_digest
 from .errors import CheckpointError
 from .identity import BATCH, differences, own_sampler, phrase, run_identity
 from .partition import Partition
@@ -56,6 +56,7 @@ def save(
     """
     # A link to a folder stays one: what it points to is written.
     directory, step = Path(os.path.realpath(directory)), engine.optimizer.step_count
+    frozen_digests(engine)
     with collective.on_all_ranks(CheckpointError):
         tag = store.check_tag(f"global_step{engine.global_steps}" if tag is None else tag)
         if save_total_limit is not None and (isinstance(save_total_limit, bool) or not save_total_limit >= 1):
@@ -205,6 +206,7 @@ def load(
     ranks.
     """
     manifest = found.manifest
+    frozen_digests(engine)
     readers: dict[str, FlatReader] = {}
     try:
         with collective.on_all_ranks(CheckpointError):

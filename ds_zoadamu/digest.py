@@ -13,6 +13,7 @@ import deepspeed
 import torch
 
 from . import collective
+from .partition import frozen_parameters, whole_shape
 from .safetensors_io import dtype_name, raw_bytes
 
 _SLICE = 1 << 24  # elements hashed at a time: bounds the copy of a tensor that lies on a GPU
@@ -33,15 +34,19 @@ def combine(entries: Iterable[tuple[str, str, Sequence[int], str]]) -> str:
 
 
 def partition_digests(partitions: Sequence[Any]) -> list[str]:
-    """SHA-256 of every whole parameter of an engine's partitions, on every rank. Parameters are gathered one by one; ranks take
-    turns."""
+    """SHA-256 of every whole parameter of an engine's partitions, on every rank. Call it on all ranks."""
+    return _whole_digests([partition.param for partition in partitions])
+
+
+def _whole_digests(params: Sequence[torch.nn.Parameter]) -> list[str]:
+    """Parameters are gathered one by one; ranks take turns."""
     mine = {}
-    for index, partition in enumerate(partitions):
-        with deepspeed.zero.GatheredParameters([partition.param]):
+    for index, param in enumerate(params):
+        with deepspeed.zero.GatheredParameters([param]):
             if index % collective.world_size() == collective.rank():
-                mine[index] = tensor_sha256(partition.param)
+                mine[index] = tensor_sha256(param)
     everyone = {int(index): sha for part in collective.gather_json(mine) for index, sha in part.items()}
-    return [everyone[index] for index in range(len(partitions))]
+    return [everyone[index] for index in range(len(params))]
 
 
 def weights_digest(engine: Any) -> str:
@@ -53,3 +58,21 @@ def weights_digest(engine: Any) -> str:
     partitions = engine.optimizer.partitions
     digests = partition_digests(partitions)
     return combine((p.name, dtype_name(p.dtype), p.shape, sha) for p, sha in zip(partitions, digests, strict=True))
+
+
+def frozen_digests(engine: Any) -> dict[str, str]:
+    """SHA-256 of every frozen parameter of an engine by its name, worked out once: nothing changes them. Call it on all ranks."""
+    if engine.frozen_sha256s is None:
+        frozen = frozen_parameters(engine.module)
+        engine.frozen_sha256s = dict(zip(frozen, _whole_digests(list(frozen.values())), strict=True))
+    return engine.frozen_sha256s
+
+
+def frozen_digest(engine: Any) -> str | None:
+    """SHA-256 in hex over the frozen weights of an engine, as ``weights_digest`` over the trained ones; None where there are
+    none. Call it on all ranks.
+    """
+    digests, frozen = frozen_digests(engine), frozen_parameters(engine.module)
+    if not frozen:
+        return None
+    return combine((name, dtype_name(p.dtype), whole_shape(p), digests[name]) for name, p in frozen.items())

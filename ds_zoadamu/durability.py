@@ -19,6 +19,8 @@ class Durability:
     data_source: Any = None
     """The user's data iterator, where it has ``state_dict`` and ``load_state_dict``: noted by ``train_batch``, saved in
     checkpoints."""
+    frozen_sha256s: dict[str, str] | None = None
+    """SHA-256 of each frozen parameter, once ``digest.frozen_digests`` has worked them out."""
     _journal: Journal | None = None  # on rank 0
     _journaling = False  # on all ranks
     _weight_decays: tuple[float, ...] = ()

@@ -8,6 +8,7 @@ from typing import Any
 
 from . import collective
 from .data import MicroBatchSampler
+from .digest import frozen_digest, frozen_digests
 from .kernels import NOISE_VERSION
 from .partition import canonical_name
 from .rules import origin
@@ -25,7 +26,10 @@ def own_sampler(engine: Any) -> MicroBatchSampler | None:
 
 
 def run_identity(engine: Any) -> dict:
-    """The identity of an engine's run as JSON holds it. The same on all ranks and for any number of ranks."""
+    """The identity of an engine's run as JSON holds it. The same on all ranks and for any number of ranks.
+
+    The first call on an engine hashes the frozen parameters: call ``digest.frozen_digests`` on all ranks before.
+    """
     optimizer = engine.optimizer
     group_of = {id(param): index for index, group in enumerate(optimizer.param_groups) for param in group["params"]}
     parameters = [
@@ -42,12 +46,14 @@ def run_identity(engine: Any) -> dict:
         "micro_batches_a_step": engine.gradient_accumulation_steps() * collective.world_size(),
         "data": None if sampler is None else {"num_examples": sampler.num_examples, "seed": sampler.seed},
         "parameters": parameters,
+        "frozen_sha256": frozen_digest(engine),
     }
 
 
 def surroundings(engine: Any) -> dict:
     """What a rebuilt model needs beside the trained parameters: {"tied": {name: other names}, "untrained": [[name, dtype],
-    ...]}, and where a rule that is not the library's own comes from."""
+    ...], "model_class"}, and where a rule that is not the library's own comes from. Frozen parameters have their SHA-256 as a
+    third entry."""
     module = engine.module
     names: dict[int, list[str]] = {}
     for name, param in module.named_parameters(remove_duplicate=False):
@@ -58,11 +64,14 @@ def surroundings(engine: Any) -> dict:
         for n, p in module.named_parameters(remove_duplicate=False)
         if id(p) not in trained
     ]
+    digests = frozen_digests(engine)
+    untrained = [[*entry, digests[entry[0]]] if entry[0] in digests else entry for entry in untrained]
     persistent = module.state_dict().keys()
     untrained += [[canonical_name(n), dtype_name(b.dtype)] for n, b in module.named_buffers() if n in persistent]
     tied = {names[id(p.param)][0]: names[id(p.param)][1:] for p in engine.optimizer.partitions if len(names[id(p.param)]) > 1}
     source = origin(type(engine.optimizer.rule))
-    return {"tied": tied, "untrained": untrained} | ({} if source is None else {"rule_from": source})
+    found = {"tied": tied, "untrained": untrained, "model_class": type(module).__name__}
+    return found | ({} if source is None else {"rule_from": source})
 
 
 def _flat(identity: dict) -> dict[str, Any]:
@@ -99,6 +108,11 @@ def differences(ours: dict, theirs: dict, *, ignore: tuple[str, ...] = ()) -> li
         for key in sorted(mine.keys() | other.keys())
         if key not in (*FREE_OPTIONS, *ignore) and mine.get(key) != other.get(key)
     ]
+    if "frozen_sha256" in theirs and ours.get("frozen_sha256") != theirs["frozen_sha256"]:  # older files do not have it
+        found.append(
+            f"the frozen parameters have SHA-256 {ours.get('frozen_sha256')} here and {theirs['frozen_sha256']} there (another "
+            "base model)"
+        )
     by_name = {p["name"]: p for p in theirs.get("parameters", [])}
     for parameter in ours["parameters"]:
         match = by_name.pop(parameter["name"], None)

@@ -198,6 +198,16 @@ class TrainedSet:
                 )
 
 
+def frozen_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that are not trained by their canonical names; tied ones once."""
+    return {canonical_name(name): param for name, param in module.named_parameters() if not param.requires_grad}
+
+
+def whole_shape(param: torch.Tensor) -> tuple[int, ...]:
+    """The shape of a parameter when it is gathered."""
+    return tuple(getattr(param, "ds_shape", param.shape))
+
+
 def stored_weight_bytes(module: torch.nn.Module) -> int:
     """Bytes of this rank's partitions of all parameters, frozen ones too, padding included, in memory or on NVMe; tied ones
     once."""

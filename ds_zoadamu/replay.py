@@ -4,34 +4,31 @@ engine.
 Ranks, where there are several, share the elements; nothing has to be exchanged but "done" and digests.
 """
 
-import hashlib
 import json
 import os
-import re
 import shlex
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from . import collective
-from .base_model import combined_sha256, find_folder, hash_files, weight_files
-from .companions import leads_out, read_companions, without_code
+from .base_model import combined_sha256, find_folder, hash_files
+from .companions import read_companions, without_code
 from .digest import combine
 from .errors import ConfigError, ReplayError
 from .folders import remove
 from .journal import Contents, read_journal
 from .kernels import NOISE_VERSION
 from .locks import LockedFile
+from .replay_base import SLICE, Base, Fused, Tensor, open_base
 from .rules import RULES, Elements, Rule, Update, make_rule
-from .safetensors_io import FlatReader, FlatWriter, dtype_from_name, dtype_name, raw_bytes, sync_directory, write_durably
+from .safetensors_io import FlatWriter, dtype_name, raw_bytes, sync_directory, write_durably
 from .stepping import apply_updates, recorded_updates
 from .untrusted import printed, shown
-
-_SLICE = 1 << 22  # elements read, stepped and written at a time
 
 
 @dataclass(frozen=True)
@@ -41,40 +38,6 @@ class Replayed:
     output: Path
     steps: int
     sha256: str
-
-
-@dataclass
-class _Tensor:
-    """A tensor of the base under its ``key`` in ``file``; ``trained``: its entry in the journal's header, or None."""
-
-    file: str
-    key: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    trained: dict | None = None
-
-    @property
-    def numel(self) -> int:
-        return torch.Size(self.shape).numel()
-
-
-@dataclass
-class _Base:
-    """A base folder, opened: its weight files, readers of them by name, and every tensor that the rebuilt model has."""
-
-    folder: Path
-    files: list[Path] = field(default_factory=list)
-    readers: dict[str, FlatReader] = field(default_factory=dict)
-    tensors: list[_Tensor] = field(default_factory=list)
-
-    def slices(self, tensor: _Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """(start, elements from there on, in the run's dtype) over a whole tensor."""
-        for start in range(0, tensor.numel, _SLICE):
-            yield start, self.read(tensor, start, min(start + _SLICE, tensor.numel))
-
-    def read(self, tensor: _Tensor, start: int, stop: int) -> torch.Tensor:
-        # As Transformers casts on loading; the digests in the header tell whether it did.
-        return self.readers[tensor.file].read(tensor.key, start, stop).to(tensor.dtype)
 
 
 def replay(
@@ -106,7 +69,7 @@ def replay(
             raise ReplayError(f"--output {str(output)!r} exists and is not empty; name a new folder")
         rule, updates = _rule_and_updates(contents, journal)
         folder = _resolve(base, revision, contents.header)
-        opened = _open(folder, contents.header)
+        opened = open_base(folder, contents.header)
     try:
         _verify_base(opened, contents.header)
         with collective.on_all_ranks(ReplayError):
@@ -137,8 +100,7 @@ def replay(
             if lock is not None:
                 lock.release()
     finally:
-        for reader in opened.readers.values():
-            reader.close()
+        opened.close()
     return Replayed(output, len(contents.records), sha256)
 
 
@@ -204,63 +166,7 @@ def _rule_and_updates(contents: Contents, journal: str | Path) -> tuple[Rule, li
     return rule, updates
 
 
-def _names_in_files(name: str, keys: dict[str, str]) -> Iterator[str]:
-    """The keys under which a parameter may be stored: its own; PEFT's, without the adapter's name; with or without the model's
-    prefix."""
-    peft = re.sub(r"\.modules_to_save\.[^.]+\.", ".", re.sub(r"\.(lora_[A-Za-z_]+)\.[^.]+", r".\1", name))
-    for candidate in dict.fromkeys((name, peft)):
-        yield candidate
-        yield candidate.partition(".")[2]
-        yield from (f"{prefix}.{candidate}" for prefix in sorted({key.partition(".")[0] for key in keys}))
-
-
-def _open(folder: Path, header: dict) -> _Base:
-    """Open the base's files and find the run's parameters in them. Raises ReplayError for one that is missing or has another
-    shape."""
-    base = _Base(folder, weight_files(folder))
-    for path in base.files:
-        if header["base"]["files"] is None and leads_out(path, folder):
-            raise ReplayError(
-                f"{str(path)!r} is a link out of its folder, and the journal has no SHA-256 of it; put the file in its place"
-            )
-        if path.suffix == ".safetensors":
-            base.readers[path.name] = FlatReader(path, ReplayError)
-    file_of = {key: file for file, reader in base.readers.items() for key in reader.tensors}
-    dtypes, trained, dropped = {}, {}, set()
-    for parameter in header["parameters"]:
-        keys = [
-            key
-            for name in (parameter["name"], *header["tied"].get(parameter["name"], ()))
-            if (key := next((k for k in _names_in_files(name, file_of) if k in file_of), None))
-        ]
-        if not keys:
-            raise ReplayError(
-                f"{str(folder)!r} has no tensor {parameter['name']!r}, which the journal's run has trained; give the base "
-                "model of the run, or the adapters as they were saved before training"
-            )
-        trained[keys[0]] = parameter
-        dropped |= set(keys[1:]) - {keys[0]}  # copies under tied names: the tuned model stores the weight once
-        info = base.readers[file_of[keys[0]]].tensors[keys[0]]
-        if list(info.shape) != parameter["shape"]:
-            raise ReplayError(
-                f"{parameter['name']!r} has shape {list(info.shape)} in {str(folder)!r} and {parameter['shape']} in the journal"
-            )
-        dtypes[keys[0]] = dtype_from_name(parameter["dtype"])
-    for name, dtype in header["untrained"]:
-        key = next((k for k in _names_in_files(name, file_of) if k in file_of and k not in trained), None)
-        if key is not None:
-            try:
-                dtypes[key] = dtype_from_name(dtype)
-            except ValueError as e:
-                raise ReplayError(f"{str(folder)!r} has {shown(name)}, of which the journal's header says: {e}") from e
-    for key, file in file_of.items():
-        if key not in dropped:
-            info = base.readers[file].tensors[key]
-            base.tensors.append(_Tensor(file, key, info.shape, dtypes.get(key, info.dtype), trained.get(key)))
-    return base
-
-
-def _verify_base(base: _Base, header: dict) -> None:
+def _verify_base(base: Base, header: dict) -> None:
     """The files of the base, then the weights the run started with, against the header. Raises ReplayError on all ranks."""
     world, rank = collective.world_size(), collective.rank()
     expected = header["base"]
@@ -279,22 +185,32 @@ def _verify_base(base: _Base, header: dict) -> None:
             "began with "
             f"{shown(expected['name'])}" + (f", revision {expected['revision']}" if expected["revision"] else "")
         )
-    trained = [t for t in base.tensors if t.trained]
+    _verify_weights(base, header)
+
+
+def _verify_weights(base: Base, header: dict) -> None:
+    known = [t for t in base.tensors if t.trained or t.frozen] + [
+        fused for fused in base.fused if any(whole.trained or whole.frozen for whole in fused.wholes.values())
+    ]
     with collective.on_all_ranks(ReplayError):
-        for tensor in trained[rank::world]:
-            if _sha256(part for _, part in base.slices(tensor)) != tensor.trained["sha256"]:
+        for tensor, sha256 in base.digests(known[collective.rank() :: collective.world_size()]):
+            if tensor.trained and sha256 != tensor.trained["sha256"]:
                 raise ReplayError(
                     f"{tensor.trained['name']!r} in {str(base.folder)!r} is not what the run started with: another base, or "
                     "the model was changed between loading and open_journal (resized embeddings, fresh adapters); save that "
                     "model and give it as the base"
                 )
-
-
-def _sha256(parts: Iterator[torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(raw_bytes(part))
-    return digest.hexdigest()
+            if tensor.frozen and sha256 != tensor.frozen[1]:
+                raise ReplayError(
+                    f"{tensor.frozen[0]!r} in {str(base.folder)!r} is not what the run kept frozen; give the base model of the run"
+                )
+    frozen = sum(len(entry) > 2 for entry in header["untrained"])
+    missing = frozen - sum(tensor.frozen is not None for tensor in base.in_memory)
+    if missing and collective.rank() == 0:
+        tqdm.write(
+            f"{missing} of {frozen} frozen parameters of the run are not in {str(base.folder)!r} and cannot be verified; the "
+            f"run's have SHA-256 {header['frozen_sha256']} (ds_zoadamu.frozen_digest of an engine)"
+        )
 
 
 # --- rebuilding ---------------------------------------------------------------------------------------------------------------
@@ -315,7 +231,7 @@ def _claim(temporary: Path) -> LockedFile:
 
 
 def _rebuild(
-    base: _Base,
+    base: Base,
     rule: Rule,
     updates: list[list[Update]],
     header: dict,
@@ -325,7 +241,7 @@ def _rebuild(
 ) -> str:
     """Write every weight file into ``temporary``, the ranks sharing the elements; returns the digest of the trained weights."""
     world, rank = collective.world_size(), collective.rank()
-    specs = {file: {t.key: (t.dtype, t.shape) for t in base.tensors if t.file == file} for file in base.readers}
+    specs = {file: {t.key: (t.dtype, t.shape) for t in base.in_files if t.file == file} for file in base.readers}
     writers: dict[str, FlatWriter] = {}
     try:
         with collective.on_all_ranks(ReplayError):
@@ -341,16 +257,25 @@ def _rebuild(
     finally:
         for writer in writers.values():
             writer.abandon()
-    trained = [t for t in base.tensors if t.trained]
     with collective.on_all_ranks(ReplayError):
-        entries = []
-        for tensor in trained[rank::world]:
-            entries.append((tensor.trained["name"], tensor.trained["dtype"], tensor.shape, _file_sha256(temporary, tensor)))
+        written = base.reopened(temporary)
+        try:
+            entries = list(_entries(written, rank, world))
+        finally:
+            written.close()
     return combine(entry for part in collective.gather_json(entries) for entry in part)
 
 
+def _entries(base: Base, rank: int, world: int) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
+    """What ``combine`` takes of every ``world``-th trained tensor."""
+    trained = [*(t for t in base.tensors if t.trained), *(fused for fused in base.fused if fused.trained)]
+    for tensor, sha256 in base.digests(trained[rank::world]):
+        if tensor.trained:
+            yield tensor.trained["name"], dtype_name(tensor.dtype), tensor.shape, sha256
+
+
 def _write_share(
-    base: _Base,
+    base: Base,
     rule: Rule,
     updates: list[list[Update]],
     header: dict,
@@ -358,39 +283,69 @@ def _write_share(
     device: torch.device,
     show_progress: bool,
 ) -> None:
-    """This rank's share of the slices: trained ones through all steps, the others as they are."""
-    keys, num_steps = rule.keys(p["name"] for p in header["parameters"]), len(updates[0])
+    """This rank's share of the slices and of what is fused: trained ones through all steps, the others as they are."""
     shares = [
-        (tensor, start, min(start + _SLICE, tensor.numel))
+        (tensor, start, min(start + SLICE, tensor.numel))
         for trained in (True, False)
         for tensor, start in _every_nth([t for t in base.tensors if bool(t.trained) == trained])
     ]
-    total = sum(stop - start for tensor, start, stop in shares if tensor.trained) * num_steps
+    fused = [f for trained in (True, False) for f in base.fused if f.trained == trained]
+    fused = fused[collective.rank() :: collective.world_size()]
+    elements = sum(stop - start for tensor, start, stop in shares if tensor.trained)
+    elements += sum(whole.numel for f in fused for whole in f.wholes.values() if whole.trained)
     shown = show_progress and collective.rank() == 0
-    with tqdm(total=total, desc="replay", unit=" element steps", unit_scale=True, disable=not shown, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=elements * len(updates[0]), desc="replay", unit=" element steps", unit_scale=True, disable=not shown, dynamic_ncols=True
+    ) as bar:
+        stepper = _Stepper(rule, updates, header, device, bar.update)
         for tensor, start, stop in shares:
             weight = base.read(tensor, start, stop)
-            if tensor.trained and num_steps:
-                name = tensor.trained["name"]
-                weight, state = weight.to(device), rule.new_state(weight.numel(), weight.dtype, device)
-                elements = Elements(name, tensor.shape, keys[name], start, stop)
-                own = updates[tensor.trained["group"]]
-                apply_updates(rule, own, weight, state, elements, device=device, progress=bar.update)
-            writers[tensor.file].write(tensor.key, start, raw_bytes(weight))
+            writers[tensor.file].write(tensor.key, start, raw_bytes(stepper.stepped(weight, tensor.trained, start)))
+        for one in fused:
+            _write_fused(base, one, stepper, writers)
 
 
-def _every_nth(tensors: list[_Tensor]) -> list[tuple[_Tensor, int]]:
+def _write_fused(base: Base, fused: Fused, stepper: "_Stepper", writers: dict[str, FlatWriter]) -> None:
+    wholes = base.wholes(fused)
+    for name, whole in wholes.items():
+        flat = whole.reshape(-1)
+        for start in range(0, flat.numel(), SLICE):
+            part = flat[start : start + SLICE]
+            part.copy_(stepper.stepped(part, fused.wholes[name].trained, start))
+    files = {part.key: part.file for part in fused.parts}
+    for key, part in fused.split.convert(wholes).items():
+        writers[files[key]].write(key, 0, raw_bytes(part))
+
+
+@dataclass
+class _Stepper:
+    """Takes elements of the weights through all steps of a run."""
+
+    rule: Rule
+    updates: list[list[Update]]
+    header: dict
+    device: torch.device
+    progress: Callable[[int], Any]
+
+    def __post_init__(self):
+        self._keys = self.rule.keys(p["name"] for p in self.header["parameters"])
+
+    def stepped(self, weight: torch.Tensor, trained: dict | None, start: int) -> torch.Tensor:
+        """Flat elements from ``start`` on of the parameter with the entry ``trained``, after the last step."""
+        if trained is None or not self.updates[0]:
+            return weight
+        stop, name = start + weight.numel(), trained["name"]
+        weight, state = weight.to(self.device), self.rule.new_state(weight.numel(), weight.dtype, self.device)
+        elements = Elements(name, tuple(trained["shape"]), self._keys[name], start, stop)
+        updates = self.updates[trained["group"]]
+        apply_updates(self.rule, updates, weight, state, elements, device=self.device, progress=self.progress)
+        return weight
+
+
+def _every_nth(tensors: list[Tensor]) -> list[tuple[Tensor, int]]:
     """This rank's slices of tensors: every world_size-th, so that the ranks have equal shares also of a single large one."""
-    slices = [(tensor, start) for tensor in tensors for start in range(0, tensor.numel, _SLICE)]
+    slices = [(tensor, start) for tensor in tensors for start in range(0, tensor.numel, SLICE)]
     return slices[collective.rank() :: collective.world_size()]
-
-
-def _file_sha256(folder: Path, tensor: _Tensor) -> str:
-    reader = FlatReader(folder / tensor.file)
-    try:
-        return _sha256(reader.read(tensor.key, s, min(s + _SLICE, tensor.numel)) for s in range(0, tensor.numel, _SLICE))
-    finally:
-        reader.close()
 
 
 def _companions(folder: Path, header: dict) -> dict[str, bytes]:
@@ -410,16 +365,16 @@ def _companions(folder: Path, header: dict) -> dict[str, bytes]:
     return result
 
 
-def _finish(base: _Base, companions: dict[str, bytes], temporary: Path) -> None:
+def _finish(base: Base, companions: dict[str, bytes], temporary: Path) -> None:
     """Add configuration, tokenizer and index."""
     for name, content in companions.items():
         write_durably(temporary / name, content)
     for path in base.files:
         if path.suffix == ".json":
-            total = sum(t.numel * t.dtype.itemsize for t in base.tensors)
+            total = sum(t.numel * t.dtype.itemsize for t in base.in_files)
             index = {
                 "metadata": {"total_size": total},
-                "weight_map": {t.key: t.file for t in sorted(base.tensors, key=lambda t: t.key)},
+                "weight_map": {t.key: t.file for t in sorted(base.in_files, key=lambda t: t.key)},
             }
             write_durably(temporary / path.name, (json.dumps(index, indent=2) + "\n").encode())
     sync_directory(temporary)
@@ -431,16 +386,8 @@ def folder_digest(folder: str | Path, journal: str | Path) -> str:
 
     Raises ReplayError or JournalError.
     """
-    header = read_journal(journal, until=0).header
-    base = _open(Path(folder), header)
+    base = open_base(Path(folder), read_journal(journal, until=0).header, as_stored=True)
     try:
-        for tensor in base.tensors:
-            tensor.dtype = base.readers[tensor.file].tensors[tensor.key].dtype
-        return combine(
-            (t.trained["name"], dtype_name(t.dtype), t.shape, _sha256(part for _, part in base.slices(t)))
-            for t in base.tensors
-            if t.trained
-        )
+        return combine(_entries(base, 0, 1))
     finally:
-        for reader in base.readers.values():
-            reader.close()
+        base.close()

@@ -10,11 +10,12 @@ from typing import Any
 
 from . import checkpoint, collective
 from . import checkpoint_store as store
-from .base_model import base_identity
-from .digest import partition_digests
+from .base_model import base_folder, base_identity
+from .digest import frozen_digests, partition_digests
 from .errors import CheckpointError, JournalError, ReplayError
 from .identity import differences, own_sampler, phrase, run_identity, surroundings
 from .journal import Contents, Journal, Record, parse_journal, read_bytes
+from .replay_base import open_base
 from .stepping import apply_updates, recorded_updates
 
 
@@ -51,10 +52,26 @@ def start_journal(engine: Any, path: str | Path, base: str | Path | None, fsync_
 
 def _header(engine: Any, base: str | Path | None) -> dict:
     """All ranks call it; the weights' digests are worked out together, the base's on rank 0, whose header counts."""
+    frozen_digests(engine)
     header = run_identity(engine)
     for parameter, sha in zip(header["parameters"], partition_digests(engine.optimizer.partitions), strict=True):
         parameter["sha256"] = sha
-    return {**header, **surroundings(engine), "base": _base(engine, base)}
+    header = {**header, **surroundings(engine), "base": _base(engine, base)}
+    with collective.on_all_ranks(ReplayError):
+        if collective.rank() == 0 and header["base"]["sha256"] is not None:
+            _check_readable(engine, base, header)
+    return header
+
+
+def _check_readable(engine: Any, base: str | Path | None, header: dict) -> None:
+    """Raises ReplayError where a replay would not find the run's parameters in its base."""
+    try:
+        open_base(base_folder(engine.module, base), header).close()
+    except ReplayError as e:
+        raise ReplayError(
+            f"{e}. The run could not be rebuilt from this base: save the model as it is now with "
+            "ds_zoadamu.save_pretrained(engine, FOLDER), and pass base=FOLDER"
+        ) from e
 
 
 def _base(engine: Any, base: str | Path | None) -> dict | None:
@@ -76,6 +93,7 @@ def resume(
     """See ``Durability.resume``; returns what was resumed and, on rank 0, the journal."""
     if engine.optimizer.step_count:
         raise JournalError(f"this engine has taken {engine.optimizer.step_count} steps; resume with a new one")
+    frozen_digests(engine)
     journal, contents = _open(path, fsync_every)
     try:
         _check_header(engine, contents.header, path, base)
