@@ -61,7 +61,8 @@ def weights_digest(engine: Any) -> str:
 
 
 def frozen_digests(engine: Any) -> dict[str, str]:
-    """SHA-256 of every frozen parameter of an engine by its name, worked out once: nothing changes them. Call it on all ranks."""
+    """SHA-256 of every frozen parameter of an engine by its name, worked out once: nothing changes them. Call it on all
+    ranks."""
     if engine.frozen_sha256s is None:
         frozen = frozen_parameters(engine.module)
         engine.frozen_sha256s = dict(zip(frozen, _whole_digests(list(frozen.values())), strict=True))

@@ -13,15 +13,18 @@ from pathlib import Path
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from deepspeed.utils import logger
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ds_zoadamu import folders, hf_zero3, nvme
+from ds_zoadamu import collective, folders, hf_zero3, nvme
 from ds_zoadamu.auto_config import fill_auto_for_library, has_auto, hidden_size_of
 from ds_zoadamu.base_model import check_whole
 from ds_zoadamu.config import read_config
 from ds_zoadamu.distributed import init_distributed, launched_world_size
+from ds_zoadamu.hf_names import FileNames, Group
+from ds_zoadamu.partition import whole_shape
 
 _INDEX = "model.safetensors.index.json"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -83,7 +86,9 @@ def save_pretrained(
     """Writes an engine's model as `AutoModelForCausalLM.from_pretrained(directory)` reads it.
 
     Parameters are gathered one by one on all ranks; rank 0 collects them in files of at most `max_shard_size` (a single
-    larger parameter makes a larger file) and holds no more than one file's bytes at a time. Tied weights are stored once.
+    larger parameter makes a larger file) and holds no more than one file's bytes at a time, and a parameter and its pieces
+    where Transformers stores it in pieces: names and pieces are those of the files that the model was loaded from, or of its
+    architecture. Tied weights are stored once.
     The folder appears complete or not at all: it is written beside its place and renamed. Call it on all ranks. After a kill
     in the middle of replacing one, the older is in `.NAME.old`, and the next call puts it back before it does anything else.
 
@@ -140,19 +145,40 @@ def load_weights(engine, directory: str | Path) -> None:
         ValueError: a parameter is missing in the folder or has another shape there.
     """
     model, directory, reads = engine.module, Path(directory), dist.get_rank() == 0
-    files = _weight_files(directory) if reads else {}
+    stored, groups, files = _stored_names(model), [], {}
     with _on_all_ranks("load_weights"):
-        missing = [name for name in _stored_names(model) if reads and name not in files]
-        if missing:
-            raise ValueError(
-                f"{directory} has no weights for {missing[0]!r} ({len(missing)} missing); was it saved from this model?"
-            )
+        if reads:
+            files = _weight_files(directory)
+            groups = FileNames(model, {n: whole_shape(p) for n, p in stored.items()}).from_files(_file_shapes(files))
+            missing = stored.keys() - {name for group in groups for name in group.made}
+            if missing:
+                first = next(name for name in stored if name in missing)
+                raise ValueError(
+                    f"{directory} has no weights for {first!r} ({len(missing)} missing); was it saved from this model?"
+                )
+    names = json.loads(collective.broadcast_bytes(json.dumps([group.made for group in groups]).encode()))
     _release_gathered(engine)
-    for name, parameter in _stored_names(model).items():
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+    for index, made in enumerate(names):
+        with deepspeed.zero.GatheredParameters([stored[name] for name in made], modifier_rank=0):
             if reads:
-                with safe_open(files[name], framework="pt") as file:
-                    parameter.data.copy_(file.get_tensor(name))
+                for name, tensor in groups[index].convert(_read(files, groups[index].given)).items():
+                    stored[name].data.copy_(tensor)
+
+
+def _file_shapes(files: dict[str, Path]) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for path in set(files.values()):
+        with safe_open(path, framework="pt") as file:
+            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys() if files.get(key) == path}
+    return shapes
+
+
+def _read(files: dict[str, Path], keys: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for key in keys:
+        with safe_open(files[key], framework="pt") as file:
+            tensors[key] = file.get_tensor(key)
+    return tensors
 
 
 class _ShardWriter:
@@ -210,20 +236,34 @@ def _release_gathered(engine) -> None:
 
 
 def _full_tensors(model: PreTrainedModel, wanted: bool) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """Each stored tensor in full, as a copy on the CPU where `wanted` and None elsewhere; a collective call."""
-    for name, parameter in _stored_names(model).items():
-        with deepspeed.zero.GatheredParameters([parameter]):
-            tensor = parameter.detach().to("cpu", copy=True).contiguous() if wanted else None
-        yield name, tensor
+    """Each stored tensor in full under its name in files, as a copy on the CPU where `wanted` and None elsewhere; a collective
+    call."""
+    stored: dict[str, torch.Tensor] = dict(_stored_names(model))
     # Buffers are not partitioned. state_dict() knows which of them are persistent.
     persistent = model.state_dict().keys()
-    for name, buffer in model.named_buffers():
-        if name in persistent:
-            yield name, buffer.detach().to("cpu", copy=True).contiguous() if wanted else None
+    stored |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    for group in _groups_in_files(model, {name: whole_shape(tensor) for name, tensor in stored.items()}):
+        tensors = [stored[name] for name in group.given]
+        with deepspeed.zero.GatheredParameters([t for t in tensors if isinstance(t, torch.nn.Parameter)]):
+            copies = {n: stored[n].detach().to("cpu", copy=True).contiguous() for n in group.given} if wanted else None
+        made = dict.fromkeys(group.made) if copies is None else group.convert(copies)
+        del copies
+        for key in group.made:  # pieces of a fused tensor have memory of their own: the format allows no other
+            tensor = made.pop(key)
+            yield key, tensor if tensor is None or group.keeps else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _groups_in_files(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) -> list[Group]:
+    try:
+        return FileNames(model, shapes).to_files()
+    except ValueError as error:
+        logger.warning("the model is saved under its names in memory, since in the format of its files %s", error)
+        return [Group((name,), (name,)) for name in shapes]
 
 
 def _stored_names(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
-    """Parameters by the name under which they are stored: of a tied parameter's names, the one that is not tied to another."""
+    """Parameters by the name of which the stored one is made: of a tied parameter's names, the one that is not tied to
+    another."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     names: dict[int, tuple[str, torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -233,7 +273,7 @@ def _stored_names(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
 
 
 def _weight_files(directory: Path) -> dict[str, Path]:
-    """Parameter name -> the safetensors file in `directory` that holds it."""
+    """Tensor name -> the safetensors file in `directory` that holds it."""
     if (directory / _INDEX).exists():
         weight_map = json.loads((directory / _INDEX).read_text())["weight_map"]
         return {name: directory / file for name, file in weight_map.items()}

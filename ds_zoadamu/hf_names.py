@@ -2,8 +2,8 @@
 
 Transformers 5 renames, fuses and splits tensors as it loads them (the experts of a layer of Mixtral are one parameter in memory
 and many tensors in files) and undoes that as it saves. Here its conversions are applied to one group of tensors at a time, so
-that no more than a fused parameter and its pieces are held. The only module that touches them. Checked against Transformers 5.24;
-releases before 5 convert nothing.
+that no more than a fused parameter and its pieces are held. The only module that touches them. Checked against Transformers
+5.24; releases before 5 convert nothing.
 """
 
 import copy
@@ -52,8 +52,8 @@ class FileNames:
         self._format: list[Any] = _format_of(model)
 
     def to_files(self) -> list[Group]:
-        """How the tensors are saved, in the order of ``shapes``: in the format the model was loaded from, or that ``from_files``
-        has found, else in the model's own.
+        """How the tensors are saved, in the order of ``shapes``: in the format the model was loaded from, or that
+        ``from_files`` has found, else in the model's own.
 
         Raises ValueError, naming a tensor, where Transformers would not read back what was saved.
         """
@@ -139,13 +139,15 @@ class FileNames:
 
 
 def meta_model(folder: Path, class_name: str | None) -> PreTrainedModel | None:
-    """The model of a folder's ``config.json`` without memory: of the class ``class_name`` (None: of the configuration's own) if
-    Transformers has it, else None. No code is loaded from the folder, and no weights."""
+    """The model of a folder's ``config.json`` without memory: of the class ``class_name`` (None: of the configuration's own)
+    where Transformers has it, else None. No code is loaded from the folder, and no weights."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError):  # adapters, a model of one's own, or of remote code: nothing is known to be converted
         return None
-    model_class = getattr(transformers, class_name or (getattr(config, "architectures", None) or [""])[0], None)
+    if class_name is None:
+        class_name = (getattr(config, "architectures", None) or [""])[0]
+    model_class = getattr(transformers, class_name, None)
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         return None
     with torch.device("meta"):

@@ -2,8 +2,8 @@
 
 Transformers keeps one DeepSpeed configuration for the whole process (``HfDeepSpeedConfig``, behind a weak reference). While it
 is of stage 3, ``generate`` keeps ranks in step, and every ``from_pretrained`` and ``from_config`` builds into partitions, which
-no model can use that is not given to an engine. So it is set inside the methods of partitioned models that ask for it, and while
-such a model is loaded. The only module that touches that reference. Checked against Transformers 5.24.
+no model can use that is not given to an engine. So it is set inside the methods of partitioned models that ask for it, and
+while such a model is loaded. The only module that touches that reference. Checked against Transformers 5.24.
 """
 
 import functools

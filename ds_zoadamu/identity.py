@@ -69,8 +69,9 @@ def surroundings(engine: Any) -> dict:
     persistent = module.state_dict().keys()
     untrained += [[canonical_name(n), dtype_name(b.dtype)] for n, b in module.named_buffers() if n in persistent]
     tied = {names[id(p.param)][0]: names[id(p.param)][1:] for p in engine.optimizer.partitions if len(names[id(p.param)]) > 1}
+    own = type(module).__module__.startswith("transformers.")  # remote code converts nothing, whatever its name
     source = origin(type(engine.optimizer.rule))
-    found = {"tied": tied, "untrained": untrained, "model_class": type(module).__name__}
+    found = {"tied": tied, "untrained": untrained, "model_class": type(module).__name__ if own else ""}
     return found | ({} if source is None else {"rule_from": source})
 
 

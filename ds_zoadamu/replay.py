@@ -202,7 +202,8 @@ def _verify_weights(base: Base, header: dict) -> None:
                 )
             if tensor.frozen and sha256 != tensor.frozen[1]:
                 raise ReplayError(
-                    f"{tensor.frozen[0]!r} in {str(base.folder)!r} is not what the run kept frozen; give the base model of the run"
+                    f"{tensor.frozen[0]!r} in {str(base.folder)!r} is not what the run kept frozen; give the base model of the "
+                    "run"
                 )
     frozen = sum(len(entry) > 2 for entry in header["untrained"])
     missing = frozen - sum(tensor.frozen is not None for tensor in base.in_memory)
@@ -294,9 +295,8 @@ def _write_share(
     elements = sum(stop - start for tensor, start, stop in shares if tensor.trained)
     elements += sum(whole.numel for f in fused for whole in f.wholes.values() if whole.trained)
     shown = show_progress and collective.rank() == 0
-    with tqdm(
-        total=elements * len(updates[0]), desc="replay", unit=" element steps", unit_scale=True, disable=not shown, dynamic_ncols=True
-    ) as bar:
+    total = elements * len(updates[0])
+    with tqdm(total=total, desc="replay", unit=" element steps", unit_scale=True, disable=not shown, dynamic_ncols=True) as bar:
         stepper = _Stepper(rule, updates, header, device, bar.update)
         for tensor, start, stop in shares:
             weight = base.read(tensor, start, stop)

@@ -51,7 +51,7 @@ class Fused:
     parts: list[Tensor]
     wholes: dict[str, Tensor]
     join: "Group"
-    split: "Group"
+    split: "Group | None"  # until it has been checked that there is one
 
     @property
     def trained(self) -> bool:
@@ -172,11 +172,6 @@ def _stored(base: Base, model_class: str | None) -> dict[str, Tensor]:
         made = group.convert(_on_meta([in_files[key] for key in group.given]))
         wholes = {name: Tensor("", "", tuple(tensor.shape), tensor.dtype) for name, tensor in made.items()}
         split = next((g for g in writing if set(g.given) == set(wholes) and set(g.made) == set(group.given)), None)
-        if split is None:
-            raise ReplayError(
-                f"{group.given[0]!r} in {str(base.folder)!r} is a part of {next(iter(wholes))!r}, which Transformers would not "
-                "store that way again; load the model, save it with ds_zoadamu.save_pretrained, and start from that folder"
-            )
         base.fused.append(Fused([in_files[key] for key in group.given], wholes, group, split))
         parts.update(group.given)
         stored |= wholes
@@ -214,7 +209,8 @@ def _names_in_files(name: str, stored: dict[str, Tensor]) -> Iterator[str]:
 
 
 def _find_parameters(stored: dict[str, Tensor], header: dict, folder: Path, as_stored: bool) -> list[Tensor]:
-    """Note in the tensors what the run made of them. Returns copies under tied names: the tuned model stores the weight once."""
+    """Note in the tensors what the run made of them. Returns the copies under tied names: the tuned model stores the weight
+    once."""
     dropped = []
     for parameter in header["parameters"]:
         names = (parameter["name"], *header["tied"].get(parameter["name"], ()))
@@ -228,7 +224,8 @@ def _find_parameters(stored: dict[str, Tensor], header: dict, folder: Path, as_s
         dropped += [other for other in found[1:] if other is not tensor]
         if list(tensor.shape) != parameter["shape"]:
             raise ReplayError(
-                f"{parameter['name']!r} has shape {list(tensor.shape)} in {str(folder)!r} and {parameter['shape']} in the journal"
+                f"{parameter['name']!r} has shape {list(tensor.shape)} in {str(folder)!r} and {parameter['shape']} in the "
+                "journal"
             )
         tensor.trained = parameter
         if not as_stored:
@@ -251,13 +248,15 @@ def _first(name: str, stored: dict[str, Tensor]) -> str | None:
 
 
 def _check_split(fused: Fused, folder: Path) -> None:
-    """Note in the parts the dtypes with which they are stored again. Raises ReplayError for other shapes."""
-    wholes = {n: torch.empty(whole.shape, dtype=whole.dtype, device="meta") for n, whole in fused.wholes.items()}
-    made = fused.split.convert(wholes)
+    """Note in the parts the dtypes with which they are stored again. Raises ReplayError where they would be others."""
+    made = {}
+    if fused.split is not None:
+        wholes = {n: torch.empty(whole.shape, dtype=whole.dtype, device="meta") for n, whole in fused.wholes.items()}
+        made = fused.split.convert(wholes)
     for part in fused.parts:
-        if tuple(made[part.key].shape) != tuple(part.shape):
+        if part.key not in made or tuple(made[part.key].shape) != part.shape:
             raise ReplayError(
-                f"{part.key!r} has shape {list(part.shape)} in {str(folder)!r} and would be stored as "
-                f"{list(made[part.key].shape)}; save the model with ds_zoadamu.save_pretrained, and start from that folder"
+                f"{part.key!r} in {str(folder)!r} is a part of {next(iter(fused.wholes))!r}, which Transformers would not store "
+                "that way again; save the model with ds_zoadamu.save_pretrained, and start from that folder"
             )
         part.dtype = made[part.key].dtype

@@ -399,7 +399,7 @@ def _two_parameters_of_one_name(rank, world_size):
 
 def test_two_parameters_of_one_canonical_name_are_refused():
     for error, touched, names in run_ranks(2, _two_parameters_of_one_name):
-        assert error.startswith("ConfigError: parameters 'module.head.weight' and 'head.weight' of Wrapper are both 'head.weight'")
+        assert error.startswith("ConfigError: parameters 'module.head.weight' and 'head.weight' of Wrapper are both ")
         assert not touched and "head.weight" in names
 
 

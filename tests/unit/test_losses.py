@@ -77,7 +77,8 @@ def test_the_mean_over_micro_batches_is_that_of_all_labels(head):
 
 def test_one_token_answers_weigh_something():
     model = t.T5ForConditionalGeneration(_t5()).eval()
-    assert float(model_loss(model, {"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.tensor([[5], [6]])})[1]) == 2
+    batch = {"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.tensor([[5], [6]])}
+    assert float(model_loss(model, batch)[1]) == 2
 
 
 def test_virtual_tokens_make_the_first_label_count():
@@ -106,7 +107,7 @@ class _Odd(torch.nn.Module):
 @pytest.mark.parametrize(
     "output, message",
     [
-        (t.modeling_outputs.QuestionAnsweringModelOutput(loss=torch.tensor(1.0)), "returned a QuestionAnsweringModelOutput, of"),
+        (t.modeling_outputs.QuestionAnsweringModelOutput(loss=torch.tensor(1.0)), "a QuestionAnsweringModelOutput, of"),
         (torch.tensor(1.0), "returned a Tensor, of"),
         (t.modeling_outputs.CausalLMOutput(logits=torch.zeros(1, 2, 3)), "no loss of the batch's labels"),
     ],
