@@ -1,5 +1,6 @@
 """The tuned model out of base and journal alone: bit for bit the run's own, in every mode, on any number of ranks."""
 
+import hashlib
 import json
 import math
 import os
@@ -240,14 +241,32 @@ def train_lora(rank, world_size, folder):
     return runs.state(engine)["weights"], len(engine.optimizer.partitions)
 
 
-def test_lora_adapters(tmp_path):
+def frozen_as_one_would(model) -> str:
+    """SHA-256 over the frozen parameters, worked out from the format in the docs."""
+    lines = []
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            sha = hashlib.sha256(param.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+            lines.append(f"{name} bfloat16 {'x'.join(map(str, param.shape))} {sha}\n")
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def test_lora_adapters(tmp_path, capsys):
     import peft
 
     from ds_zoadamu.replay import replay
 
     digest, count = run_ranks(2, train_lora, str(tmp_path))[0]
     assert count == 8
+    frozen = frozen_as_one_would(
+        peft.get_peft_model(
+            tiny_opt(torch.bfloat16), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        )
+    )
+    assert read_journal(tmp_path / "journal.jsonl").header["frozen_sha256"] == frozen
     result = replay(tmp_path / "adapters", tmp_path / "journal.jsonl", tmp_path / "tuned", expect=digest, show_progress=False)
+    assert f"frozen parameters of the run are not in {str(tmp_path / 'adapters')!r}" in (said := capsys.readouterr().out)
+    assert frozen in said
     before, after = (load_file(path / "adapter_model.safetensors") for path in (tmp_path / "adapters", result.output))
     assert before.keys() == after.keys() and all(t.dtype == torch.bfloat16 for t in after.values())
     model = peft.PeftModel.from_pretrained(tiny_opt(torch.bfloat16), result.output)
@@ -276,6 +295,10 @@ def test_refusals(odd_runs, tmp_path):
         path.write_bytes(b"".join(change(journal.read_bytes().splitlines(keepends=True))))
         return path
 
+    of_unknown_base = tmp_path / "unknown.jsonl"
+    header = read_journal(journal).header
+    header = {k: v for k, v in header.items() if k not in ("format", "version", "fields")}
+    Journal.create(of_unknown_base, header | {"base": {"name": None, "revision": None, "sha256": None, "note": "?"}}).close()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("mine")
     (tmp_path / "pickle").mkdir()
@@ -288,6 +311,11 @@ def test_refusals(odd_runs, tmp_path):
             ReplayError,
             "is not the base of this journal",
             {"base": copy_of_base("frozen", lambda t: t["frozen.weight"].add_(1))},
+        ),
+        (
+            ReplayError,
+            "'frozen.weight' in .* is not what the run kept frozen",
+            {"base": tmp_path / "frozen", "journal": of_unknown_base},
         ),
         (ReplayError, "has shape \\[3\\] in", {"base": copy_of_base("shape", lambda t: t.update(pair=torch.zeros(3)))}),
         (ReplayError, "has no tensor 'pair'", {"base": copy_of_base("missing", lambda t: t.pop("pair"))}),

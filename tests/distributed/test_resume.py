@@ -1,10 +1,12 @@
 """No step is lost: whenever and wherever a run dies, the resumed run ends with the bits of one that never stopped."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from ds_zoadamu._crash_points import SAVE_POINTS, STEP_POINTS
 from tests.crash_test import crash_test
@@ -286,3 +288,52 @@ def test_random_kills(tmp_path, dtype, momentum, seed):
     said: list[str] = []
     crash_test(tmp_path, 3, dtype, momentum, seed, say=said.append)  # raises where a bit differs
     assert ["killed" in line for line in said] == [True, True, True, False] and "the same bits" in said[-1]
+
+
+# --- the frozen parameters ----------------------------------------------------------------------------------------------------
+
+
+def frozen_base(rank, world_size, folder):
+    """A run, and what a resume and a load say on another frozen parameter; the digest of the frozen ones."""
+    import ds_zoadamu
+    from ds_zoadamu.journal import Journal, read_journal
+
+    from .models import OddModel
+
+    journal, checkpoints = f"{folder}/journal.jsonl", f"{folder}/checkpoints"
+    engine, batches = runs.make_engine(world_size)
+    digest = ds_zoadamu.frozen_digest(engine)
+    engine.open_journal(journal)
+    runs.train(engine, batches, 3, save_every=3, folder=checkpoints)
+    engine.destroy()
+    if rank == 0:  # as an older release wrote it
+        header = {k: v for k, v in read_journal(journal).header.items() if k not in ("format", "version", "fields")}
+        header["untrained"] = [entry[:2] for entry in header["untrained"]]
+        del header["frozen_sha256"], header["model_class"]
+        Journal.create(f"{folder}/old.jsonl", header).close()
+    torch.distributed.barrier()
+    model = OddModel()
+    model.frozen.weight.data[0, 0] += 1
+    engine, _ = runs.engine_of(model, world_size)
+    errors = []
+    for attempt in (lambda: engine.resume(journal), lambda: engine.load_checkpoint(checkpoints)):
+        with pytest.raises((ds_zoadamu.JournalError, ds_zoadamu.CheckpointError)) as error:
+            attempt()
+        errors.append(str(error.value))
+    assert engine.load_checkpoint(checkpoints, load_module_only=True)[0] is not None  # a new run, from these weights
+    engine.destroy()
+    engine, _ = runs.make_engine(world_size)
+    assert engine.resume(f"{folder}/old.jsonl").step == 0
+    engine.destroy()
+    return digest, errors
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_frozen_parameters_are_part_of_a_run(tmp_path, world_size):
+    from .models import OddModel
+
+    sha = hashlib.sha256(OddModel().frozen.weight.detach().numpy().tobytes()).hexdigest()
+    expected = hashlib.sha256(f"frozen.weight float32 5x13 {sha}\n".encode()).hexdigest()
+    for digest, errors in run_ranks(world_size, frozen_base, str(tmp_path)):
+        assert digest == expected
+        assert all("the frozen parameters have SHA-256" in e and f"here and {expected} there" in e for e in errors)
