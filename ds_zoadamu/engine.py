@@ -33,6 +33,7 @@ from .partition import (
     lift_scalars,
     lower_scalars,
     reject_empty,
+    reject_rescaling,
     reject_same_names,
     reject_too_large,
 )
@@ -298,6 +299,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         if self._zeroth_order_options() is not None:
             reject_empty(model)
             reject_same_names(model)
+            reject_rescaling(model)
             reject_too_large(model, read_config(self.config))
             self._scalars = lift_scalars(model)
         super()._configure_distributed_model(model)

@@ -182,6 +182,17 @@ def reject_same_names(module: torch.nn.Module) -> None:
             )
 
 
+def reject_rescaling(module: torch.nn.Module) -> None:
+    """Raise ConfigError for an RWKV that divides weights of deeper layers in the forward of evaluation: it would divide what is
+    not gathered, and its losses would be wrong."""
+    config = getattr(module, "config", None)
+    if getattr(config, "model_type", None) == "rwkv" and 0 < config.rescale_every < config.num_hidden_layers:
+        raise ConfigError(
+            f"RWKV's rescale_every is {config.rescale_every} and it has {config.num_hidden_layers} layers, whose weights it "
+            "would divide while they are partitioned; set model.config.rescale_every = 0 (in fp16, use bf16)"
+        )
+
+
 class TrainedSet:
     """Which parameters of a module are trained, as it was when the engine was made."""
 

@@ -256,7 +256,7 @@ def _check_split(fused: Fused, folder: Path) -> None:
     for part in fused.parts:
         if part.key not in made or tuple(made[part.key].shape) != part.shape:
             raise ReplayError(
-                f"{part.key!r} in {str(folder)!r} is a part of {next(iter(fused.wholes))!r}, which Transformers would not store "
-                "that way again; save the model with ds_zoadamu.save_pretrained, and start from that folder"
+                f"{part.key!r} in {str(folder)!r} is a part of {next(iter(fused.wholes))!r}, which Transformers would not "
+                "store that way again; save the model with ds_zoadamu.save_pretrained, and start from that folder"
             )
         part.dtype = made[part.key].dtype

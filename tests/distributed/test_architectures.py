@@ -1,4 +1,5 @@
-"""Other architectures than OPT: loaded straight into partitions, trained, saved, and read back by Transformers."""
+"""Architectures whose files Transformers converts: loaded straight into partitions, trained, journaled, saved, rebuilt and read
+back under the names and in the pieces of their own files."""
 
 import shutil
 
@@ -8,50 +9,6 @@ import transformers
 
 from .harness import run_ranks
 from .jobs import config, whole_model
-
-CONFIGS = {
-    "llama": transformers.LlamaConfig(
-        vocab_size=67, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=32, pad_token_id=1, bos_token_id=2, eos_token_id=2,
-    ),
-    "gpt2": transformers.GPT2Config(vocab_size=67, n_embd=24, n_layer=2, n_head=2, n_positions=32, bos_token_id=2,
-                                    eos_token_id=2),
-}  # fmt: skip
-
-
-def _train_and_save(rank, world_size, source, target):
-    import ds_zoadamu
-
-    settings = config(world_size, micro_batch=2, params={"momentum": {"dtype": "int8"}}, bf16={"enabled": True})
-    model = ds_zoadamu.load_causal_lm(str(source), config=settings)
-    engine = ds_zoadamu.initialize(model=model, config=settings)[0]
-    start = whole_model(engine)
-    batch = _batch()
-    for _ in range(3):
-        engine.train_batch(batch)
-    end = whole_model(engine)
-    ds_zoadamu.save_pretrained(engine, target)
-    return engine.eval_batch(batch), [n for n in start if torch.equal(start[n], end[n])], next(iter(start.values())).dtype
-
-
-def _batch():
-    ids = torch.randint(3, 67, (2, 9), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-
-
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_load_train_save_and_read_back(architecture, tmp_path):
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture]).save_pretrained(tmp_path / "base")
-    for loss, unchanged, dtype in run_ranks(2, _train_and_save, tmp_path / "base", tmp_path / "tuned"):
-        assert unchanged == [] and dtype == torch.bfloat16
-        dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", dtype=torch.bfloat16).eval()
-        with torch.no_grad():
-            # Both ranks evaluated the same batch, so the weighted mean of the two is its loss.
-            assert dense(**_batch()).loss.double().item() == loss
-
-
-# --- names in files that are not those in memory -------------------------------------------------------------------------------
 
 FUSED = {
     "mixtral": transformers.MixtralConfig(
@@ -69,12 +26,17 @@ IN_FILES = {
 }
 
 
+def _batch():
+    ids = torch.randint(3, 67, (2, 9), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
 def _journaled(rank, world_size, folder, frozen):
     """Trains with a journal from the ordinary folder, saves, and loads what it has saved."""
     import ds_zoadamu
     from ds_zoadamu.hf import load_weights
 
-    settings = config(world_size, micro_batch=2, bf16={"enabled": True})
+    settings = config(world_size, micro_batch=2, params={"momentum": {"dtype": "int8"}}, bf16={"enabled": True})
     model = ds_zoadamu.load_causal_lm(str(folder / "base"), config=settings)
     for name, param in model.named_parameters():
         param.requires_grad_(not name.endswith(frozen))
@@ -84,7 +46,7 @@ def _journaled(rank, world_size, folder, frozen):
     for _ in range(3):
         engine.train_batch(batch)
     ds_zoadamu.save_pretrained(engine, folder / "saved", max_shard_size="20KB")
-    ours = whole_model(engine), ds_zoadamu.weights_digest(engine)
+    ours = whole_model(engine), ds_zoadamu.weights_digest(engine), engine.eval_batch(batch)
     load_weights(engine, folder / "base")
     start = whole_model(engine)
     load_weights(engine, folder / "saved")
@@ -106,22 +68,28 @@ def test_files_keep_the_names_and_pieces_of_the_architecture(architecture, tmp_p
     torch.manual_seed(0)
     dense = transformers.AutoModelForCausalLM.from_config(FUSED[architecture])
     dense.save_pretrained(tmp_path / "base")
-    trained, digest, start = run_ranks(2, _journaled, tmp_path, "0.mlp.experts.gate_up_proj")[0]
+    trained, digest, loss, start = run_ranks(2, _journaled, tmp_path, "0.mlp.experts.gate_up_proj")[0]
     before = {name: value.bfloat16() for name, value in dense.state_dict().items()}
     assert all(torch.equal(start[name], before[name]) for name in start)
     frozen = [name for name in trained if torch.equal(trained[name], before[name])]
     assert frozen == (["model.layers.0.mlp.experts.gate_up_proj"] if architecture == "mixtral" else [])
 
-    assert run_ranks(2, _replayed, tmp_path) == [digest] * 2
+    world_size = 2 if architecture == "mixtral" else 1
+    assert (run_ranks(2, _replayed, tmp_path) if world_size == 2 else [_replayed(0, 1, tmp_path)]) == [digest] * world_size
     names = _stored_names(tmp_path / "base")
     assert set(IN_FILES[architecture]) <= names
-    for folder in ("saved", "replayed-2"):
+    for folder in ("saved", f"replayed-{world_size}"):
         assert _stored_names(tmp_path / folder) == names
         assert folder_digest(tmp_path / folder, tmp_path / "journal.jsonl") == digest
         _, info = result = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"]
         for name, value in result[0].state_dict().items():
             assert torch.equal(value, trained[name]), (folder, name)
+        with torch.no_grad():
+            # Both ranks evaluated the same batch, so the weighted mean of the two is its loss. Where a layer has a bias,
+            # DeepSpeed's linear rounds to bf16 once more, before it adds it.
+            tolerance = 0.0 if architecture == "mixtral" else 1e-3
+            assert result[0].eval()(**_batch()).loss.double().item() == pytest.approx(loss, rel=tolerance)
 
 
 def _stored_names(folder):
