@@ -25,18 +25,7 @@ from .distributed import init_distributed, launched_world_size
 from .durability import Durability
 from .errors import ConfigError, NonFiniteLossError
 from .losses import LossFn, as_pair, global_means, model_loss
-from .partition import (
-    Fill,
-    PerturbedGathers,
-    TrainedSet,
-    find_partitions,
-    lift_scalars,
-    lower_scalars,
-    reject_empty,
-    reject_rescaling,
-    reject_same_names,
-    reject_too_large,
-)
+from .partition import Fill, PerturbedGathers, TrainedSet, find_partitions, lift_scalars, lower_scalars, reject_unusable
 from .rules import RULES, Evaluation, RuleConfig, make_rule
 from .zero3.optimizer import ZerothOrderOptimizer
 
@@ -297,10 +286,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
     def _configure_distributed_model(self, model: torch.nn.Module) -> None:
         self._scalars = []
         if self._zeroth_order_options() is not None:
-            reject_empty(model)
-            reject_same_names(model)
-            reject_rescaling(model)
-            reject_too_large(model, read_config(self.config))
+            reject_unusable(model, read_config(self.config))
             self._scalars = lift_scalars(model)
         super()._configure_distributed_model(model)
 

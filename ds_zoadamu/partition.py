@@ -171,7 +171,15 @@ def find_partitions(module: torch.nn.Module) -> list[Partition]:
     return partitions
 
 
-def reject_same_names(module: torch.nn.Module) -> None:
+def reject_unusable(module: torch.nn.Module, config: dict) -> None:
+    """Raise ConfigError for a module with parameters that cannot be trained in partitions, before they are partitioned."""
+    _reject_empty(module)
+    _reject_same_names(module)
+    _reject_rescaling(module)
+    _reject_too_large(module, config)
+
+
+def _reject_same_names(module: torch.nn.Module) -> None:
     """Raise ConfigError for two parameters with one canonical name: they would get the same noise and one place in a file."""
     names: dict[str, str] = {}
     for name, _ in module.named_parameters():
@@ -182,7 +190,7 @@ def reject_same_names(module: torch.nn.Module) -> None:
             )
 
 
-def reject_rescaling(module: torch.nn.Module) -> None:
+def _reject_rescaling(module: torch.nn.Module) -> None:
     """Raise ConfigError for an RWKV that divides weights of deeper layers in the forward of evaluation: it would divide what is
     not gathered, and its losses would be wrong."""
     config = getattr(module, "config", None)
@@ -225,7 +233,7 @@ def stored_weight_bytes(module: torch.nn.Module) -> int:
     return sum(p.ds_tensor.ds_numel * p.dtype.itemsize for p in module.parameters())
 
 
-def reject_empty(module: torch.nn.Module) -> None:
+def _reject_empty(module: torch.nn.Module) -> None:
     """Raise ConfigError for a parameter of 0 elements on several ranks: DeepSpeed 0.19.8 fails in the middle of a gather."""
     if dist.get_world_size() == 1:
         return
@@ -237,7 +245,7 @@ def reject_empty(module: torch.nn.Module) -> None:
             )
 
 
-def reject_too_large(module: torch.nn.Module, config: dict) -> None:
+def _reject_too_large(module: torch.nn.Module, config: dict) -> None:
     """Raise ConfigError where a partition would go to NVMe and is larger than the swap buffers. Before partitioning."""
     if wants_nvme(config):
         numels = ((name, getattr(p, "ds_numel", p.numel())) for name, p in module.named_parameters())
