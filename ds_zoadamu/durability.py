@@ -39,7 +39,8 @@ class Durability:
         steps. With 1 not even a power failure loses a step; with more it may lose the last few, which are then taken again. A
         killed process loses none.
 
-        Raises JournalError on all ranks where the file exists, is being written by another run, or cannot be written.
+        Raises JournalError on all ranks where the file exists, is being written by another run, or cannot be written;
+        ReplayError where the run could not be rebuilt from the base: a parameter is not in its files, or in another shape.
         """
         self._require_zeroth_order("open_journal")
         self._hold_journal(resuming.start_journal(self, path, base, fsync_every))

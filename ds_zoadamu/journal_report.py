@@ -60,6 +60,8 @@ def summary(contents: Contents, data: bytes) -> list[str]:
         if base["sha256"]
         else f"           not identified by files: {printed(base.get('note', ''))}",
     ]
+    if header.get("frozen_sha256"):
+        lines.append(f"frozen     SHA-256 {header['frozen_sha256']}")
     if taken:
         best = min(taken, key=_loss)
         lines.append(

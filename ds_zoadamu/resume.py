@@ -68,9 +68,11 @@ def _check_readable(engine: Any, base: str | Path | None, header: dict) -> None:
     try:
         open_base(base_folder(engine.module, base), header).close()
     except ReplayError as e:
+        saved = "ds_zoadamu.save_pretrained(engine, FOLDER)"
+        if hasattr(engine.module, "peft_config"):
+            saved = "model.save_pretrained(FOLDER) before ds_zoadamu.initialize"
         raise ReplayError(
-            f"{e}. The run could not be rebuilt from this base: save the model as it is now with "
-            "ds_zoadamu.save_pretrained(engine, FOLDER), and pass base=FOLDER"
+            f"{e}. The run could not be rebuilt from this base: save what it starts from with {saved}, and pass base=FOLDER"
         ) from e
 
 
