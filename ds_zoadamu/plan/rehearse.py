@@ -115,10 +115,10 @@ def _measure(
     import torch
     from deepspeed.accelerator import get_accelerator
     from transformers import AutoModelForCausalLM
-    from transformers.integrations import HfDeepSpeedConfig
 
     from ..distributed import init_distributed
     from ..engine import initialize
+    from ..hf_zero3 import zero3_known
     from ..partition import stored_weight_bytes
     from ..training.memory import PeakMemory
 
@@ -133,12 +133,11 @@ def _measure(
         _return_freed_blocks()
     nvme.prepare(config)  # Transformers partitions the model before an engine could check
     before = PeakMemory().report()["resident_baseline"]
-    keep = HfDeepSpeedConfig(config)  # Transformers builds into partitions as long as this lives
-    model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
-    if adapter is not None:
-        model = with_adapter(model, adapter, dtype)
+    with zero3_known(config):  # Transformers builds into partitions
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+        if adapter is not None:
+            model = with_adapter(model, adapter, dtype)
     engine = initialize(model=model, config=config)[0]
-    del keep
     generator = torch.Generator().manual_seed(0)
     vocab = model_config.get_text_config().vocab_size
     ids = torch.randint(0, vocab, (plan.micro_batch, plan.length), generator=generator)

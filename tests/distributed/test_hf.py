@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from ds_zoadamu.hf import save_pretrained
 from ds_zoadamu.tasks import SST2, Example, PromptCollator, PromptEncoder, prompt_loss
@@ -190,18 +190,6 @@ def test_unequal_prompts_generate_and_other_models_load(tmp_path, loaded):
     assert run_ranks(2, _generate, source, loaded, timeout=120) == [(True, 12, False)] * 2
 
 
-OTHER_ARCHITECTURES = {
-    "llama": {
-        "hidden_size": 12,
-        "intermediate_size": 18,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-    },
-    "gpt2": {"n_embd": 12, "n_layer": 2, "n_head": 2, "n_positions": 32},
-}
-
-
 def _train_and_score(rank, world_size, source, target):
     """One step and an evaluation on the prompt task."""
     import ds_zoadamu
@@ -219,10 +207,9 @@ def _train_and_score(rank, world_size, source, target):
     return start.loss, loss, evaluate(engine.module, examples, collate, 2)
 
 
-@pytest.mark.parametrize("kind", OTHER_ARCHITECTURES)
-def test_other_architectures_train_and_save(tmp_path, kind):
-    config = AutoConfig.for_model(
-        kind, vocab_size=363, bos_token_id=2, eos_token_id=2, pad_token_id=1, **OTHER_ARCHITECTURES[kind]
+def test_another_architecture_trains_on_prompts_and_is_saved(tmp_path):
+    config = GPT2Config(
+        vocab_size=363, bos_token_id=2, eos_token_id=2, pad_token_id=1, n_embd=12, n_layer=2, n_head=2, n_positions=32
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
