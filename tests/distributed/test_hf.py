@@ -190,6 +190,42 @@ def test_unequal_prompts_generate_and_other_models_load(tmp_path, loaded):
     assert run_ranks(2, _generate, source, loaded, timeout=120) == [(True, 12, False)] * 2
 
 
+def _changed_before_training(rank, world_size, source):
+    """What Transformers and PEFT do to a partitioned model with its weights at hand."""
+    import peft
+
+    import ds_zoadamu
+    from ds_zoadamu.hf_zero3 import zero3_known
+    from ds_zoadamu.partition import whole_shape
+
+    settings = jobs.config(world_size, micro_batch=1)
+    model = ds_zoadamu.load_causal_lm(str(source), config=settings)
+    before = whole_shape(model.lm_head.weight)
+    model.resize_token_embeddings(before[0] + 5)
+    resized = whole_shape(model.lm_head.weight)
+    with zero3_known(model.hf_deepspeed_config):
+        adapters = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["final_layer_norm"], task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, adapters)
+    engine = jobs.engine_for(model, settings)
+    ids = torch.arange(5, 15).reshape(1, 10)
+    engine.train_batch({"input_ids": ids, "labels": ids})
+    saved = [whole_shape(p.param) for p in engine.optimizer.partitions if "modules_to_save" in p.name]
+    engine.eval()
+    prompt = ids[:, : 3 + 4 * rank]
+    mask = torch.ones_like(prompt)
+    tokens = engine.module.generate(
+        input_ids=prompt, attention_mask=mask, max_length=12, min_length=12, do_sample=False
+    )
+    return before, resized, saved, tokens.shape[1]
+
+
+def test_a_partitioned_model_is_resized_and_adapted(tmp_path):
+    pytest.importorskip("peft")
+    for before, resized, saved, length in run_ranks(2, _changed_before_training, save_model(tmp_path / "source")):
+        assert resized == (before[0] + 5, before[1]) and length == 12
+        assert saved and all(shape == (before[1],) for shape in saved)
+
+
 def _train_and_score(rank, world_size, source, target):
     """One step and an evaluation on the prompt task."""
     import ds_zoadamu
