@@ -156,6 +156,7 @@ def load_weights(engine, directory: str | Path) -> None:
                 raise ValueError(
                     f"{directory} has no weights for {first!r} ({len(missing)} missing); was it saved from this model?"
                 )
+            _check_shapes(directory, groups, _file_shapes(files), stored)
     names = json.loads(collective.broadcast_bytes(json.dumps([group.made for group in groups]).encode()))
     _release_gathered(engine)
     for index, made in enumerate(names):
@@ -163,6 +164,18 @@ def load_weights(engine, directory: str | Path) -> None:
             if reads:
                 for name, tensor in groups[index].convert(_read(files, groups[index].given)).items():
                     stored[name].data.copy_(tensor)
+
+
+def _check_shapes(directory: Path, groups: list[Group], shapes: dict, stored: dict[str, torch.nn.Parameter]) -> None:
+    """Raises ValueError where what is read would have another shape than the parameter."""
+    for group in groups:
+        made = group.convert({key: torch.empty(shapes[key], device="meta") for key in group.given})
+        for name, tensor in made.items():
+            there, here = tuple(tensor.shape), whole_shape(stored[name])
+            if there != here:
+                raise ValueError(
+                    f"{directory} has {name!r} of shape {there}, in this model it is {here}; was it saved from this model?"
+                )
 
 
 def _file_shapes(files: dict[str, Path]) -> dict[str, tuple[int, ...]]:

@@ -114,7 +114,10 @@ class FileNames:
                 converter = copy.deepcopy(of_pattern[members[0][1]])
                 for name, pattern in members:
                     converter.add_tensor(layer, name, pattern, tensors[name])
-                made = converter.convert(layer, model=_Shaped(self._shapes), config=self._model.config)
+                try:
+                    made = converter.convert(layer, model=_Shaped(self._shapes), config=self._model.config)
+                except Exception as e:  # anything: operations take what they are given
+                    raise ValueError(f"{layer!r} cannot be converted: {e}") from e
                 return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
             given = tuple(name for name, _ in members)
@@ -143,15 +146,15 @@ def meta_model(folder: Path, class_name: str | None) -> PreTrainedModel | None:
     where Transformers has it, else None. No code is loaded from the folder, and no weights."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError):  # adapters, a model of one's own, or of remote code: nothing is known to be converted
+        if class_name is None:
+            class_name = (getattr(config, "architectures", None) or [""])[0]
+        model_class = getattr(transformers, class_name, None)
+        if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+            return None
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            return model_class(config)
+    except Exception:  # a model of one's own, or of remote code, or nonsense: nothing is known to be converted
         return None
-    if class_name is None:
-        class_name = (getattr(config, "architectures", None) or [""])[0]
-    model_class = getattr(transformers, class_name, None)
-    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-        return None
-    with torch.device("meta"):
-        return model_class(config)
 
 
 def shapes_of(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

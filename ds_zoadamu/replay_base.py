@@ -162,23 +162,23 @@ def _stored(base: Base, model_class: str | None) -> dict[str, Tensor]:
         for key, info in reader.tensors.items()
     }
     reading, writing = _conversions(base.folder, model_class, {key: tensor.shape for key, tensor in in_files.items()})
-    stored, parts = dict(in_files), set()
+    stored: dict[str, Tensor] = {}
     for group in reading:
+        parts = [in_files[key] for key in group.given]
         if group.keeps:
-            if group.made != group.given:
-                del stored[group.given[0]]
-                stored[group.made[0]] = in_files[group.given[0]]
-            continue
-        made = group.convert(_on_meta([in_files[key] for key in group.given]))
-        wholes = {name: Tensor("", "", tuple(tensor.shape), tensor.dtype) for name, tensor in made.items()}
-        split = next((g for g in writing if set(g.given) == set(wholes) and set(g.made) == set(group.given)), None)
-        base.fused.append(Fused([in_files[key] for key in group.given], wholes, group, split))
-        parts.update(group.given)
-        stored |= wholes
-    base.tensors = [tensor for key, tensor in in_files.items() if key not in parts]
-    for key in parts - {name for fused in base.fused for name in fused.wholes}:
-        del stored[key]
-    return stored
+            found = {group.made[0]: parts[0]}
+        else:
+            made = group.convert({t.key: torch.empty(t.shape, dtype=t.dtype, device="meta") for t in parts})
+            found = {name: Tensor("", "", tuple(tensor.shape), tensor.dtype) for name, tensor in made.items()}
+            split = next((g for g in writing if set(g.given) == set(found) and set(g.made) == set(group.given)), None)
+            base.fused.append(Fused(parts, found, group, split))
+        if twice := sorted(found.keys() & stored.keys()):
+            raise ReplayError(f"{str(base.folder)!r} has {twice[0]!r} twice, the second time made of {group.given[0]!r}")
+        stored |= found
+    fused = {part.key for one in base.fused for part in one.parts}
+    base.tensors = [tensor for key, tensor in in_files.items() if key not in fused]
+    converted = {key for group in reading for key in group.given}
+    return stored | {key: tensor for key, tensor in in_files.items() if key not in converted and key not in stored}
 
 
 def _conversions(folder: Path, model_class: str | None, shapes: dict[str, tuple]) -> tuple[list["Group"], list["Group"]]:
@@ -192,10 +192,6 @@ def _conversions(folder: Path, model_class: str | None, shapes: dict[str, tuple]
     names = FileNames(model, shapes_of(model))
     reading = names.from_files(shapes)
     return reading, [] if all(group.keeps for group in reading) else names.to_files()
-
-
-def _on_meta(tensors: list[Tensor]) -> dict[str, torch.Tensor]:
-    return {tensor.key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in tensors}
 
 
 def _names_in_files(name: str, stored: dict[str, Tensor]) -> Iterator[str]:
@@ -230,10 +226,12 @@ def _find_parameters(stored: dict[str, Tensor], header: dict, folder: Path, as_s
         tensor.trained = parameter
         if not as_stored:
             tensor.dtype = dtype_from_name(parameter["dtype"])
+    names = {entry[0] for entry in header["untrained"]}
     untrained = {name: tensor for name, tensor in stored.items() if not tensor.trained}
+    others = {name: tensor for name, tensor in untrained.items() if name not in names}
     for name, dtype, *sha256 in header["untrained"]:
-        if (found := _first(name, untrained)) is not None:
-            tensor = untrained[found]
+        tensor = untrained.get(name) or others.get(_first(name, others))
+        if tensor is not None:
             tensor.frozen = (name, sha256[0]) if sha256 else tensor.frozen
             if not as_stored:
                 try:

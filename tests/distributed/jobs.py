@@ -46,3 +46,14 @@ def my_share(batches: list, step: int, accumulation: int, rank: int, world_size:
     """
     first = step * accumulation * world_size
     return iter([batches[first + a * world_size + rank] for a in range(accumulation)])
+
+
+def stored_names(folder) -> set[str]:
+    """The names of all tensors in a folder's safetensors files."""
+    from safetensors import safe_open
+
+    names = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names |= set(file.keys())
+    return names

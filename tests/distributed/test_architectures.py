@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from .harness import run_ranks
-from .jobs import config, whole_model
+from .jobs import config, stored_names, whole_model
 
 FUSED = {
     "mixtral": transformers.MixtralConfig(
@@ -76,10 +76,10 @@ def test_files_keep_the_names_and_pieces_of_the_architecture(architecture, tmp_p
 
     world_size = 2 if architecture == "mixtral" else 1
     assert (run_ranks(2, _replayed, tmp_path) if world_size == 2 else [_replayed(0, 1, tmp_path)]) == [digest] * world_size
-    names = _stored_names(tmp_path / "base")
+    names = stored_names(tmp_path / "base")
     assert set(IN_FILES[architecture]) <= names
     for folder in ("saved", f"replayed-{world_size}"):
-        assert _stored_names(tmp_path / folder) == names
+        assert stored_names(tmp_path / folder) == names
         assert folder_digest(tmp_path / folder, tmp_path / "journal.jsonl") == digest
         _, info = result = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -90,16 +90,6 @@ def test_files_keep_the_names_and_pieces_of_the_architecture(architecture, tmp_p
             # DeepSpeed's linear rounds to bf16 once more, before it adds it.
             tolerance = 0.0 if architecture == "mixtral" else 1e-3
             assert result[0].eval()(**_batch()).loss.double().item() == pytest.approx(loss, rel=tolerance)
-
-
-def _stored_names(folder):
-    from safetensors import safe_open
-
-    names = set()
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            names |= set(file.keys())
-    return names
 
 
 def _unreadable_bases(rank, world_size, folder):

@@ -12,8 +12,11 @@ import pytest
 import torch
 import transformers
 
+from ds_zoadamu.digest import tensor_sha256
+from ds_zoadamu.replay_base import open_base
+
 from .harness import run_ranks
-from .jobs import config, engine_for, whole_model
+from .jobs import config, engine_for, stored_names, whole_model
 from .tiny_architectures import NAMES, VOCAB, tiny
 
 ZO_EPS, SEED = 1e-2, 5
@@ -68,6 +71,7 @@ def _architecture(name, folder):
     import ds_zoadamu
 
     model, batch = tiny(name), _batch()
+    model.save_pretrained(folder / name / "own")
     expected = _losses_by_hand(copy.deepcopy(model), batch)
     engine = engine_for(model, _settings())
     try:
@@ -75,14 +79,25 @@ def _architecture(name, folder):
         # fp32: the same operations, but a product of another memory layout may sum in another order
         assert [engine.last_step.loss_plus, engine.last_step.loss_minus] == pytest.approx(expected, rel=1e-6)
         trained = whole_model(engine)
-        ds_zoadamu.save_pretrained(engine, folder / name)
+        ds_zoadamu.save_pretrained(engine, folder / name / "saved")
     finally:
         engine.destroy()
-    loaded, info = type(model).from_pretrained(folder / name, output_loading_info=True)
+    assert stored_names(folder / name / "saved") == stored_names(folder / name / "own")
+    digests = {key: tensor_sha256(value) for key, value in trained.items()}
+    assert _as_a_base(folder / name / "saved", trained, type(model).__name__) == digests
+    loaded, info = type(model).from_pretrained(folder / name / "saved", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
     assert set(dict(loaded.named_parameters())) == set(trained)
     for key, value in loaded.named_parameters():
         assert torch.equal(value, trained[key]), key
+
+
+def _as_a_base(folder, parameters, model_class) -> dict[str, str]:
+    """SHA-256 of the parameters as a replay reads them from a folder."""
+    entries = [{"name": n, "shape": list(p.shape), "dtype": "float32", "group": 0} for n, p in parameters.items()]
+    base = open_base(folder, {"parameters": entries, "tied": {}, "untrained": [], "model_class": model_class})
+    digests = base.digests([*base.tensors, *base.fused])
+    return {tensor.trained["name"]: sha256 for tensor, sha256 in digests if tensor.trained}
 
 
 def _architectures(rank, world_size, folder):
