@@ -7,6 +7,7 @@ that no more than a fused parameter and its pieces are held. The only module tha
 """
 
 import copy
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
+
+from .companions import without_code
 
 try:
     from transformers import conversion_mapping
@@ -143,9 +146,11 @@ class FileNames:
 
 def meta_model(folder: Path, class_name: str | None) -> PreTrainedModel | None:
     """The model of a folder's ``config.json`` without memory: of the class ``class_name`` (None: of the configuration's own)
-    where Transformers has it, else None. No code is loaded from the folder, and no weights."""
+    where Transformers has it, else None. No code is loaded, neither the folder's nor what it names, and no weights."""
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        path = folder / "config.json"
+        values = json.loads(without_code(path.name, path.read_bytes(), path)[0])
+        config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
         if class_name is None:
             class_name = (getattr(config, "architectures", None) or [""])[0]
         model_class = getattr(transformers, class_name, None)

@@ -6,6 +6,7 @@ Ranks, where there are several, share the elements; nothing has to be exchanged 
 
 import json
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
@@ -202,15 +203,15 @@ def _verify_weights(base: Base, header: dict) -> None:
                 )
             if tensor.frozen and sha256 != tensor.frozen[1]:
                 raise ReplayError(
-                    f"{tensor.frozen[0]!r} in {str(base.folder)!r} is not what the run kept frozen; give the base model of the "
-                    "run"
+                    f"{shown(tensor.frozen[0])} in {str(base.folder)!r} is not what the run kept frozen; give the base model "
+                    "of the run"
                 )
     frozen = sum(len(entry) > 2 for entry in header["untrained"])
     missing = frozen - sum(tensor.frozen is not None for tensor in base.in_memory)
     if missing and collective.rank() == 0:
         tqdm.write(
             f"{missing} of {frozen} frozen parameters of the run are not in {str(base.folder)!r} and cannot be verified; the "
-            f"run's have SHA-256 {header['frozen_sha256']} (ds_zoadamu.frozen_digest of an engine)"
+            f"run's have SHA-256 {header.get('frozen_sha256')} (ds_zoadamu.frozen_digest of an engine)"
         )
 
 
@@ -325,7 +326,7 @@ class _Stepper:
     updates: list[list[Update]]
     header: dict
     device: torch.device
-    progress: Callable[[int], Any]
+    progress: Callable[[int], object]
 
     def __post_init__(self):
         self._keys = self.rule.keys(p["name"] for p in self.header["parameters"])

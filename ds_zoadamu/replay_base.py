@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -136,7 +136,8 @@ def open_base(folder: Path, header: dict, *, as_stored: bool = False) -> Base:
         for path in base.files:
             if header["base"]["files"] is None and leads_out(path, folder):
                 raise ReplayError(
-                    f"{str(path)!r} is a link out of its folder, and the journal has no SHA-256 of it; put the file in its place"
+                    f"{str(path)!r} is a link out of its folder, and the journal has no SHA-256 of it; put the file in its "
+                    "place"
                 )
             if path.suffix == ".safetensors":
                 base.readers[path.name] = FlatReader(path, ReplayError)

@@ -72,6 +72,7 @@ class Identity(_Schema):
     micro_batches_a_step: Positive
     data: dict[str, Any] | None
     parameters: list[_Parameter]
+    frozen_sha256: Sha256 | None = None
 
     @model_validator(mode="after")
     def _check_parameters(self) -> "Identity":
@@ -110,6 +111,7 @@ class Header(Identity):
     parameters: list[_TrainedParameter]
     tied: dict[Text, list[Text]]
     untrained: list[Annotated[list[Text], Field(min_length=2, max_length=3)]]
+    model_class: Annotated[str, Field(max_length=255)] | None = None
     base: _Base
     rule_from: Annotated[str, Field(min_length=1, max_length=255)] | None = None
 

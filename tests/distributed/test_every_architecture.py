@@ -95,7 +95,8 @@ def _architecture(name, folder):
 def _as_a_base(folder, parameters, model_class) -> dict[str, str]:
     """SHA-256 of the parameters as a replay reads them from a folder."""
     entries = [{"name": n, "shape": list(p.shape), "dtype": "float32", "group": 0} for n, p in parameters.items()]
-    base = open_base(folder, {"parameters": entries, "tied": {}, "untrained": [], "model_class": model_class})
+    header = {"parameters": entries, "tied": {}, "untrained": [], "model_class": model_class, "base": {"files": {}}}
+    base = open_base(folder, header)
     digests = base.digests([*base.tensors, *base.fused])
     return {tensor.trained["name"]: sha256 for tensor, sha256 in digests if tensor.trained}
 

@@ -1,5 +1,7 @@
 """Tensors by their names in memory and in files: what cannot be undone is named, and Transformers 4 converts nothing."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -46,7 +48,7 @@ def test_a_base_of_such_files_is_refused_when_it_is_opened(monkeypatch, tmp_path
     shapes = shapes_of(model)
     header = {
         "parameters": [{"name": n, "shape": list(s), "dtype": "float32", "group": 0, "sha256": ""} for n, s in shapes.items()],
-        "tied": {}, "untrained": [], "model_class": "MixtralForCausalLM",
+        "tied": {}, "untrained": [], "model_class": "MixtralForCausalLM", "base": {"files": {}},
     }  # fmt: skip
     open_base(tmp_path, header).close()
 
@@ -81,7 +83,9 @@ def test_models_that_transformers_does_not_know_are_left_as_they_are(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "nothing_like_it", "auto_map": {"AutoConfig": "evil.Config"}}')
     (tmp_path / "evil.py").write_text("raise SystemExit('this code was run')")
     assert meta_model(tmp_path, None) is None
+    kernels = {"attn_implementation": "evil/kernels", "_attn_implementation": "evil/kernels"}
     transformers.LlamaConfig(**TINY, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((tmp_path / "config.json").read_text()) | kernels))
     assert isinstance(meta_model(tmp_path, None), transformers.LlamaForCausalLM)
     assert all(parameter.is_meta for parameter in meta_model(tmp_path, None).parameters())
     for name in ("", "LlamaConfig", "no_such_class"):
