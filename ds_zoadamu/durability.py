@@ -91,8 +91,8 @@ class Durability:
         all ranks. ``save_dir`` then belongs to this run, and until ``destroy`` to this engine: no other may save there.
 
         Args: as for DeepSpeed's engine, and ``save_total_limit``: the most checkpoints of this run to keep in ``save_dir``, the
-        oldest steps go. ``tag`` defaults to "global_step<N>"; ``client_state`` holds what JSON can. Frozen parameters are never
-        stored.
+        oldest steps go. ``tag`` defaults to "global_step<N>"; ``client_state`` holds numbers, strings, bytes, small tensors,
+        and lists, tuples, sets and dicts of them, and is loaded as it was saved. Frozen parameters are never stored.
 
         Raises CheckpointError on all ranks, for instance for a full disk or another run's folder; every earlier checkpoint is
         as it was. Returns True.
@@ -158,16 +158,13 @@ class Durability:
         if found is None:
             return None, None
         weights_only = load_module_only or not load_optimizer_states
+        client_state, data_state = checkpoint.client_state_of(found), checkpoint.data_state_of(found)
         checkpoint.load(self, found, weights_only=weights_only, with_lr_scheduler=load_lr_scheduler_states)
         if not weights_only:
             self._owner.go_on(found.manifest)
-        if (
-            not weights_only
-            and (state := checkpoint.data_state_of(found.manifest)) is not None
-            and self.data_source is not None
-        ):
-            self.data_source.load_state_dict(state)
-        return str(found.path), found.manifest["client_state"]
+        if not weights_only and data_state is not None and self.data_source is not None:
+            self.data_source.load_state_dict(data_state)
+        return str(found.path), client_state
 
     # --- called by train_batch ------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from .data import MicroBatchSampler
 from .distributed import init_distributed, launched_world_size
 from .durability import Durability
 from .errors import ConfigError, NonFiniteLossError
+from .learning_rate import check_scheduler
 from .losses import LossFn, as_pair, causal_lm_loss, global_means
 from .partition import Fill, PerturbedGathers, find_partitions, lift_scalars, lower_scalars, reject_empty, reject_too_large
 from .rules import RULES, Evaluation, RuleConfig, make_rule
@@ -304,6 +305,11 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             f"{client_optimizer.memory_bytes()['momentum']:,} bytes on this rank, kernels {kernels.backend_name(self.device)}",
             ranks=[0],
         )
+
+    def _configure_lr_scheduler(self) -> None:
+        super()._configure_lr_scheduler()
+        if self._is_zeroth_order:
+            check_scheduler(self.lr_scheduler)
 
     def deepspeed_io(
         self, dataset, batch_size=None, route=ROUTE_TRAIN, pin_memory=True, data_sampler=None, collate_fn=None, **kwargs

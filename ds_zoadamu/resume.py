@@ -101,7 +101,8 @@ def resume(
     checkpoint.log_on_rank_0(
         logging.INFO, f"resumed after step {step}: {where}, then {len(records)} steps out of journal {str(path)!r}"
     )
-    return Resumed(step, len(records), found and found.path, found.manifest["client_state"] if found else {}), journal
+    client_state = {} if found is None else checkpoint.client_state_of(found)
+    return Resumed(step, len(records), found and found.path, client_state), journal
 
 
 def _open(path: str | Path, fsync_every: int) -> tuple[Journal | None, Contents]:
@@ -239,7 +240,7 @@ def _restore_data(engine: Any, contents: Contents, records: list[Record], found:
     if data is None:
         return
     with collective.on_all_ranks(JournalError):
-        saved = None if found is None else checkpoint.data_state_of(found.manifest)
+        saved = None if found is None else checkpoint.data_state_of(found)
         if saved is not None:
             data.load_state_dict(saved)
         drawn = (len(records) if saved is not None else len(contents.records)) * engine.gradient_accumulation_steps()
