@@ -21,6 +21,7 @@ from .auto_config import fill_auto_for_library, hidden_size_of
 from .config import check_config, check_deepspeed_settings, read_config, zeroth_order_type
 from .data import MicroBatchSampler
 from .distributed import init_distributed, launched_world_size
+from .draws import CommonDraws, undrawn
 from .durability import Durability
 from .errors import ConfigError, NonFiniteLossError
 from .learning_rate import check_scheduler
@@ -70,8 +71,8 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         """One zeroth-order step; returns the mean of loss_plus and loss_minus, the same on all ranks.
 
         Args: ``batch``: an iterator, from which gradient_accumulation_steps micro-batches are drawn, or one micro-batch where
-        that is 1. The model runs in eval mode (no dropout) and without gradients; the same micro-batches serve all
-        perturbations, and the same perturbation both signs.
+        that is 1. The model runs in eval mode (no dropout) and without gradients; the same micro-batches, and the same random
+        numbers drawn by the loss, serve all perturbations, and the same perturbation both signs.
 
         Raises: StopIteration when the iterator is empty; ValueError for weights that sum to 0; NonFiniteLossError after
         ``max_skipped_steps`` steps in a row whose loss was not finite.
@@ -80,11 +81,11 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         micro_batches = self._draw(batch)
         self.tput_timer.start()
         evaluations = self.optimizer.rule.evaluations(self.optimizer.next_step)
-        passes = []
+        passes, draws = [], CommonDraws()
         with self._evaluating():
             for evaluation in evaluations:
                 with self._gathers.perturbed(self._fill(evaluation)):
-                    passes.append([self._loss(micro_batch) for micro_batch in micro_batches])
+                    passes.append([self._loss(micro_batch) for micro_batch in draws.before_each(micro_batches)])
         record, projected_grads = self._record(evaluations, global_means(passes, self.device))
         self._before_update(record, batch)
         self.optimizer.observe(None if record.skipped else projected_grads)
@@ -100,7 +101,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         """The loss at the unperturbed parameters, reduced as in ``train_batch``; changes nothing. The same on all ranks."""
         self._require_zeroth_order("eval_batch")
         micro_batches = self._draw(batch)
-        with self._evaluating():
+        with self._evaluating(), undrawn():
             return global_means([[self._loss(micro_batch) for micro_batch in micro_batches]], self.device)[0]
 
     def backward(self, *args, **kwargs):
