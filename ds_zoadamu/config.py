@@ -11,6 +11,7 @@ from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
 from . import nvme
 from .errors import ConfigError
+from .learning_rate import check_scheduler_section
 from .rules import RULES, RuleConfig
 from .rules.options import reject_unknown
 from .untrusted import parse_json
@@ -77,6 +78,7 @@ def _enabled(section: Any) -> bool:
 
 def check_deepspeed_settings(config: dict) -> None:
     """Refuse every DeepSpeed setting under which a zeroth-order step would be wrong, or that it would ignore."""
+    check_scheduler_section(config)
     zero = config.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise ConfigError(f'zero_optimization is {zero!r}; it must be an object with "stage": 3')

@@ -14,7 +14,7 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.constants import ROUTE_TRAIN
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import log_dist
+from deepspeed.utils import log_dist, logger
 
 from . import collective, kernels, nvme
 from .auto_config import fill_auto_for_library, hidden_size_of
@@ -24,7 +24,7 @@ from .distributed import init_distributed, launched_world_size
 from .draws import CommonDraws, undrawn
 from .durability import Durability
 from .errors import ConfigError, NonFiniteLossError
-from .learning_rate import check_scheduler
+from .learning_rate import beyond_plan, check_lrs, check_scheduler
 from .losses import LossFn, as_pair, causal_lm_loss, global_means
 from .partition import Fill, PerturbedGathers, find_partitions, lift_scalars, lower_scalars, reject_empty, reject_too_large
 from .rules import RULES, Evaluation, RuleConfig, make_rule
@@ -64,6 +64,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         super().__init__(*args, **kwargs)
         self.loss_fn = loss_fn or causal_lm_loss
         self._skipped_in_a_row = 0
+        self._told_beyond: set[str] = set()
 
     # --- one step
 
@@ -78,6 +79,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         ``max_skipped_steps`` steps in a row whose loss was not finite.
         """
         self._require_zeroth_order("train_batch")
+        self._check_lrs()
         micro_batches = self._draw(batch)
         self.tput_timer.start()
         evaluations = self.optimizer.rule.evaluations(self.optimizer.next_step)
@@ -206,6 +208,12 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         # DeepSpeed counts one micro-step for each call of step(), and steps on the last one of an accumulation.
         self.micro_steps += self.gradient_accumulation_steps() - 1
         super().step()
+
+    def _check_lrs(self) -> None:
+        check_lrs(self.optimizer, self.lr_scheduler)
+        warning = beyond_plan(self.optimizer, self.lr_scheduler, self._told_beyond)
+        if warning is not None and self.global_rank == 0:
+            logger.warning(warning)
 
     # --- reports
 

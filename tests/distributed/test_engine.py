@@ -347,7 +347,7 @@ def _refused(rank, world_size, change):
     "change,words",
     [
         ({"optimizer.params.zo_epsilon": 1}, ["zo_epsilon", "did you mean 'zo_eps'"]),
-        ({"optimizer.params.zo_eps": 0}, ["zo_eps", "> 0"]),
+        ({"optimizer.params.zo_eps": 0}, ["zo_eps", ">= 1e-08"]),
         ({"zero_optimization.stage": 2}, ["zero_optimization.stage is 2", "3"]),
         ({"zero_optimization.offload_optimizer": {"device": "cpu"}}, ["offload_optimizer", "offload_param"]),
         ({"zero_optimization.zero_hpz_partition_size": 2}, ["hpz", "1"]),

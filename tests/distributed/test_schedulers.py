@@ -201,3 +201,58 @@ def _typed_states(rank, world_size, folder):
 
 def test_client_state_and_data_iterators_keep_their_types(tmp_path):
     assert run_ranks(1, _typed_states, str(tmp_path)) == [(True, True, 3, ["global_step3", "latest"])]
+
+
+def _lrs_that_cannot_work(rank, world_size):
+    import ds_zoadamu
+
+    engine = _engine(world_size)
+    weights = [p.weight.clone() for p in engine.optimizer.partitions]
+    messages = []
+    for lr, weight_decay, scheduler in (
+        (2e-3, 0.0, lambda o: torch_schedulers.LambdaLR(o, lambda epoch: float("inf"))),
+        (2e-3, 0.0, lambda o: torch_schedulers.LambdaLR(o, lambda epoch: -1.0)),
+        (2e-3, 0.0, lambda o: torch_schedulers.StepLR(o, 1, gamma=1e5)),
+        (2.0, 0.75, None),
+    ):
+        group = engine.optimizer.param_groups[0]
+        group.pop("initial_lr", None)
+        group.update(lr=lr, weight_decay=weight_decay)
+        engine.lr_scheduler = scheduler and scheduler(engine.optimizer)
+        steps = engine.global_steps
+        try:
+            _lrs(engine, 2)
+        except ds_zoadamu.ConfigError as error:
+            messages.append(str(error))
+        assert engine.global_steps - steps == (1 if len(messages) == 3 else 0)  # StepLR begins with the lr it is given
+    return messages, any(not torch.isfinite(p.weight).all() for p in engine.optimizer.partitions), len(weights)
+
+
+def test_an_lr_that_cannot_work_ends_the_run_before_its_step():
+    for messages, broken, _ in run_ranks(2, _lrs_that_cannot_work):
+        infinite, negative, large, shrinking = messages
+        assert "step 1, parameter group 0, whose lr LambdaLR sets: lr is inf; it must be finite and >= 0 and <= 10" in infinite
+        assert "lr is -0.002" in negative and "StepLR sets: lr is 200.0; it must be" in large and not broken
+        assert "lr x weight_decay is 2 x 0.75 = 1.5; it must be <= 1" in shrinking
+
+
+def _beyond(rank, world_size):
+    from deepspeed.utils import logger
+
+    said = []
+    logger.warning = said.append  # each rank's own process
+    engine = _engine(world_size)
+    engine.optimizer.config.__dict__["total_steps"] = 3
+    _fresh(engine, DEEPSPEED["WarmupDecayLR"])
+    lrs = _lrs(engine, 18)
+    return [message for message in said if "beyond" in message], lrs[-2:]
+
+
+def test_a_run_beyond_its_planned_steps_says_so_once_on_rank_0():
+    (said, lrs), (elsewhere, _) = run_ranks(2, _beyond)
+    assert lrs == [0.0, 0.0] and elsewhere == []
+    assert [message.split(", for which")[0] for message in said] == [
+        "step 4 is beyond total_steps 3",
+        "step 16 is beyond total_steps 3 and scheduler.params.total_num_steps 15",
+    ]
+    assert "a decaying lr those are 0. Give a longer run the larger number from its beginning" in said[1]
