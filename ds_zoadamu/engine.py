@@ -18,7 +18,7 @@ from deepspeed.utils import log_dist, logger
 
 from . import collective, kernels, nvme
 from .auto_config import fill_auto_for_library, hidden_size_of
-from .config import check_config, check_deepspeed_settings, read_config, zeroth_order_type
+from .config import check_config, check_deepspeed_settings, read_config
 from .data import MicroBatchSampler
 from .distributed import init_distributed, launched_world_size
 from .draws import CommonDraws, undrawn
@@ -398,7 +398,7 @@ def initialize(
     before the model is touched. Any other optimizer is set up as DeepSpeed would, so that one script serves both.
 
     "auto" values of the JSON are filled as launch/finetune.py fills them without arguments: micro-batch 8, lr 1e-6, and as
-    total_steps the steps of one epoch of ``training_data``.
+    number of steps what the JSON says in another place, else the steps of one epoch of ``training_data``.
     """
     if not isinstance(model, torch.nn.Module) or isinstance(model, PipelineModule):
         raise ConfigError(f"model is a {type(model).__name__}; pass a torch.nn.Module that is not a PipelineModule")
@@ -407,13 +407,12 @@ def initialize(
     if (config is None) == (from_args is None):
         raise ValueError(f"pass the DeepSpeed configuration once: config={config!r}, args.deepspeed_config={from_args!r}")
     config = read_config(config if config is not None else from_args)
-    if zeroth_order_type(config) is not None or isinstance(optimizer, ZerothOrderOptimizer):
-        config = fill_auto_for_library(
-            config,
-            world_size=launched_world_size(),
-            hidden_size=hidden_size_of(getattr(model, "config", None)),
-            num_examples=len(training_data) if hasattr(training_data, "__len__") else None,
-        )
+    config = fill_auto_for_library(
+        config,
+        world_size=launched_world_size(),
+        hidden_size=hidden_size_of(getattr(model, "config", None)),
+        num_examples=len(training_data) if hasattr(training_data, "__len__") else None,
+    )
     if optimizer is None:
         check_config(config)
     elif not isinstance(optimizer, torch.optim.Optimizer):  # DeepSpeed's other form: a function of the parameters

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from ds_zoadamu import ConfigError, check_config
-from ds_zoadamu.rules import ZOAdaMUConfig
+from ds_zoadamu.replay import _recorded_options
+from ds_zoadamu.rules import ZOAdaMUConfig, make_rule
 
 OK = {"lr": 1e-6, "total_steps": 600}
 
@@ -126,6 +127,13 @@ def test_without_momentum_replay_needs_one_step():
     config = parse(constant_beta1=1.0, momentum={"dtype": "replay", "max_window": 1})
     assert config.schedule.beta1(1) == config.schedule.beta1(599) == 1.0
     assert config.schedule.replay_window(300, 1e-3) == 1
+
+
+def test_a_journal_of_an_lr_that_a_new_run_may_not_have_can_be_replayed():
+    recorded = {"lr": 100.0, "weight_decay": 20.0, "seed": 3}
+    assert make_rule("MeZO", _recorded_options(recorded)).config.seed == 3
+    with pytest.raises(ConfigError, match="lr is inf"):
+        make_rule("MeZO", _recorded_options(recorded | {"lr": float("inf")}))
 
 
 def test_check_config_from_a_file(tmp_path):
