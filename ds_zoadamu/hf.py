@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from ds_zoadamu import folders, nvme
+from ds_zoadamu import collective, folders, nvme
 from ds_zoadamu.auto_config import fill_auto_for_library, has_auto, hidden_size_of
 from ds_zoadamu.base_model import check_whole
 from ds_zoadamu.config import read_config
@@ -259,8 +259,7 @@ def _on_all_ranks(what: str):
         yield
     except Exception as error:
         failure = error
-    failures = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, None if failure is None else f"{type(failure).__name__}: {failure}")
+    failures = collective.gather_json(None if failure is None else f"{type(failure).__name__}: {failure}")
     if failure is not None:
         raise failure
     for rank, message in enumerate(failures):
