@@ -43,7 +43,7 @@ def check_lrs(optimizer: Any, scheduler: Any) -> None:
 def planned_steps(optimizer: Any, scheduler: Any) -> dict[str, int]:
     """How many steps options and scheduler are made for, by the name of the setting that says so."""
     planned = {
-        "total_steps": getattr(optimizer.config, "total_steps", None),
+        "total_steps": getattr(optimizer.rule.config, "total_steps", None),
         "scheduler.params.total_num_steps": getattr(scheduler, "total_num_steps", None),
     }
     return {name: steps for name, steps in planned.items() if isinstance(steps, int)}

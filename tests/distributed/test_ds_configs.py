@@ -32,7 +32,7 @@ def _every_file(rank, world_size):
             loss, steps = loss.item(), None
         else:
             loss = engine.train_batch(next(iter(loader)))
-            steps = getattr(optimizer.config, "total_steps", None), getattr(scheduler, "total_num_steps", None)
+            steps = getattr(optimizer.rule.config, "total_steps", None), getattr(scheduler, "total_num_steps", None)
         results[path.stem] = loss, steps, engine.train_micro_batch_size_per_gpu()
         engine.destroy()
     return results

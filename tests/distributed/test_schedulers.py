@@ -242,7 +242,7 @@ def _beyond(rank, world_size):
     said = []
     logger.warning = said.append  # each rank's own process
     engine = _engine(world_size)
-    engine.optimizer.config.__dict__["total_steps"] = 3
+    engine.optimizer.rule.config.__dict__["total_steps"] = 3
     _fresh(engine, DEEPSPEED["WarmupDecayLR"])
     lrs = _lrs(engine, 18)
     return [message for message in said if "beyond" in message], lrs[-2:]
