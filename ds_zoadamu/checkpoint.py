@@ -23,7 +23,7 @@ from ._crash_points import reach
 from .checkpoint_owner import CheckpointOwner
 from .digest import weights_digest
 from .errors import CheckpointError
-from .identity import BATCH, differences, own_sampler, phrase, run_identity
+from .identity import BATCH, differences, own_data, phrase, run_identity
 from .partition import Partition
 from .safetensors_io import FlatReader, FlatWriter, raw_bytes, sync_directory
 from .typed_json import decode, encode, with_integer_keys
@@ -93,7 +93,7 @@ def save(
 
 def _manifest(engine: Any, client_state: dict, journal_checksum: str | None) -> dict:
     scheduler = engine.lr_scheduler
-    sampler = own_sampler(engine)
+    data = own_data(engine)
     return {
         "note": _NOTE,
         "step": engine.optimizer.step_count,
@@ -104,7 +104,7 @@ def _manifest(engine: Any, client_state: dict, journal_checksum: str | None) -> 
         "rule_scalars": list(engine.optimizer.scalars),
         "lrs": [float(group["lr"]) for group in engine.optimizer.param_groups],
         "lr_scheduler": None if scheduler is None else _scheduler_entry(scheduler),
-        "data_position": None if sampler is None else sampler.position,
+        "data_position": None if data is None else data.position,
         "client_state": _encoded(client_state, "client_state"),
         "journal_checksum": journal_checksum,
     }
@@ -309,9 +309,9 @@ def _restore_state(engine: Any, manifest: dict, scheduler_state: Any, with_lr_sc
             group["lr"] = lr
         if scheduler_state is not None:
             engine.lr_scheduler.load_state_dict(scheduler_state)
-    sampler = own_sampler(engine)
-    if sampler is not None and manifest["data_position"] is not None:
-        sampler.restore(_position_here(engine, manifest))
+    data = own_data(engine)
+    if data is not None and manifest["data_position"] is not None:
+        data.restore(_position_here(engine, manifest))
 
 
 def _position_here(engine: Any, manifest: dict) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """What makes a run survive: journal, checkpoints and resume, as methods of the engine."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from . import checkpoint, collective
 from . import resume as resuming
 from .checkpoint_owner import CheckpointOwner
 from .errors import JournalError
-from .identity import own_sampler
+from .identity import own_data
 from .journal import Journal, Record
 from .resume import Resumed
 
@@ -168,8 +169,13 @@ class Durability:
 
     # --- called by train_batch ------------------------------------------------------------------------------------------------
 
-    def _before_update(self, record: Any, batch: Any) -> None:
-        """The step's losses are known and no partition has changed: write the record, or end on all ranks."""
+    def _before_update(self, record: Any, batch: Any, micro_batches: Sequence[Any]) -> None:
+        """The step's losses are known and no partition has changed: write the record, or end on all ranks.
+
+        ``batch``: as given to ``train_batch``; ``micro_batches``: what was drawn of it.
+        """
+        if (data := own_data(self)) is not None:
+            data.take(micro_batches)
         if hasattr(batch, "state_dict") and hasattr(batch, "load_state_dict"):
             self.data_source = batch
         if not self._journaling:
@@ -190,7 +196,7 @@ class Durability:
                 f"step {record.step}: weight_decay of a parameter group was changed; the journal's header fixes it for the run"
             )
         lrs = tuple(float(group["lr"]) for group in groups)
-        sampler = own_sampler(self)
+        data = own_data(self)
         return Record(
             step=record.step,
             loss_plus=record.loss_plus,
@@ -198,7 +204,7 @@ class Durability:
             projected_grad=record.projected_grad,
             lr=lrs[0] if len(set(lrs)) == 1 else lrs,
             skipped=record.skipped,
-            data_position=None if sampler is None else sampler.position,
+            data_position=None if data is None else data.position,
         )
 
     def _hold_journal(self, journal: Journal | None) -> None:

@@ -18,8 +18,8 @@ from deepspeed.utils import log_dist, logger
 
 from . import collective, kernels, nvme
 from .auto_config import fill_auto_for_library, hidden_size_of
-from .config import check_config, check_deepspeed_settings, read_config
-from .data import MicroBatchSampler
+from .config import check_config, check_deepspeed_settings, read_config, zeroth_order_type
+from .data import MicroBatchLoader, MicroBatchSampler, MicroBatchStream, check_training_data, is_stream
 from .distributed import init_distributed, launched_world_size
 from .draws import CommonDraws, undrawn
 from .durability import Durability
@@ -80,7 +80,8 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         """
         self._require_zeroth_order("train_batch")
         self._check_lrs()
-        micro_batches = self._draw(batch)
+        drawn = self._draw(batch)
+        micro_batches = [self._to_device(micro_batch) for micro_batch in drawn]
         self.tput_timer.start()
         evaluations = self.optimizer.rule.evaluations(self.optimizer.next_step)
         passes, draws = [], CommonDraws()
@@ -89,7 +90,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
                 with self._gathers.perturbed(self._fill(evaluation)):
                     passes.append([self._loss(micro_batch) for micro_batch in draws.before_each(micro_batches)])
         record, projected_grads = self._record(evaluations, global_means(passes, self.device))
-        self._before_update(record, batch)
+        self._before_update(record, batch, drawn)
         self.optimizer.observe(None if record.skipped else projected_grads)
         with self._gathers.writing():
             self._step_and_count()
@@ -141,11 +142,11 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
                     f"gradient_accumulation_steps is {count}, so a step takes {count} micro-batches; pass an iterator: "
                     "engine.train_batch(iter(dataloader))"
                 )
-            return [self._to_device(batch)]
-        drawn = [self._to_device(next(batch))]
+            return [batch]
+        drawn = [next(batch)]
         for _ in range(count - 1):
             try:
-                drawn.append(self._to_device(next(batch)))
+                drawn.append(next(batch))
             except StopIteration:
                 raise ValueError(
                     f"the iterator ended after {len(drawn)} of the {count} micro-batches of a step "
@@ -323,24 +324,23 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
     def deepspeed_io(
         self, dataset, batch_size=None, route=ROUTE_TRAIN, pin_memory=True, data_sampler=None, collate_fn=None, **kwargs
     ):
-        """DeepSpeed's data loader, except that training data is dealt out by micro-batches in one global order
-        (MicroBatchSampler).
+        """DeepSpeed's data loader, except that training data is dealt out by micro-batches in one global order (MicroBatchLoader,
+        MicroBatchStream). ``num_local_io_workers``: processes that read ahead (default: none), not for a stream.
         """
         options = self._zeroth_order_options()
-        if options is None or route != ROUTE_TRAIN or data_sampler is not None or not self.is_map_style_dataset(dataset):
+        if options is None or route != ROUTE_TRAIN or data_sampler is not None:
             return super().deepspeed_io(dataset, batch_size, route, pin_memory, data_sampler, collate_fn, **kwargs)
-        sampler = MicroBatchSampler(
-            len(dataset),
-            batch_size or self.train_micro_batch_size_per_gpu(),
-            self.gradient_accumulation_steps(),
-            dist.get_rank(),
-            dist.get_world_size(),
-            options.seed,
-        )
-        return torch.utils.data.DataLoader(
+        check_training_data(dataset)
+        collate_fn = collate_fn or self.collate_fn
+        batch_size = batch_size or self.train_micro_batch_size_per_gpu()
+        deal = self.gradient_accumulation_steps(), dist.get_rank(), dist.get_world_size()
+        if is_stream(dataset):
+            return MicroBatchStream(dataset, collate_fn or torch.utils.data.default_collate, batch_size, *deal)
+        return MicroBatchLoader(
             dataset,
-            batch_sampler=sampler,
-            collate_fn=collate_fn or self.collate_fn,
+            MicroBatchSampler(len(dataset), batch_size, *deal, options.seed),
+            collate_fn=collate_fn,
+            num_workers=kwargs.get("num_local_io_workers") or 0,
             pin_memory=pin_memory and not get_accelerator().is_synchronized_device(),
         )
 
@@ -394,7 +394,8 @@ def initialize(
     """``deepspeed.initialize`` with a zeroth-order optimizer, from the JSON (``"type": "ZOAdaMU"``, ``"MeZO"``) or an object.
 
     Args: those of deepspeed.initialize, and ``loss_fn(module, batch) -> (mean loss, weight)`` in place of the model's own
-    ``.loss``. Returns (engine, optimizer, dataloader, lr_scheduler). Raises ConfigError for a setting that cannot work,
+    ``.loss``; ``training_data`` is a data set (a list will do) or an iterable that is the same on all ranks, such as an
+    IterableDataset. Returns (engine, optimizer, dataloader, lr_scheduler). Raises ConfigError for a setting that cannot work,
     before the model is touched. Any other optimizer is set up as DeepSpeed would, so that one script serves both.
 
     "auto" values of the JSON are filled as launch/finetune.py fills them without arguments: micro-batch 8, lr 1e-6, and as
@@ -407,6 +408,8 @@ def initialize(
     if (config is None) == (from_args is None):
         raise ValueError(f"pass the DeepSpeed configuration once: config={config!r}, args.deepspeed_config={from_args!r}")
     config = read_config(config if config is not None else from_args)
+    if training_data is not None and (zeroth_order_type(config) or isinstance(optimizer, ZerothOrderOptimizer)):
+        check_training_data(training_data)
     config = fill_auto_for_library(
         config,
         world_size=launched_world_size(),

@@ -13,7 +13,7 @@ from . import checkpoint_store as store
 from .base_model import base_identity
 from .digest import partition_digests
 from .errors import CheckpointError, JournalError, ReplayError
-from .identity import differences, own_sampler, phrase, run_identity, surroundings
+from .identity import differences, own_data, phrase, run_identity, surroundings
 from .journal import Contents, Journal, Record, parse_journal, read_bytes
 from .stepping import apply_updates, recorded_updates
 
@@ -234,9 +234,9 @@ def _count(engine: Any, record: Record, lrs: tuple[float, ...]) -> None:
 
 def _restore_data(engine: Any, contents: Contents, records: list[Record], found: store.Found | None, data: Any) -> None:
     """Put the data where the last recorded step left it."""
-    sampler = own_sampler(engine)
-    if sampler is not None and records and records[-1].data_position is not None:
-        sampler.restore(records[-1].data_position)
+    own = own_data(engine)
+    if own is not None and records and records[-1].data_position is not None:
+        own.restore(records[-1].data_position)
     if data is None:
         return
     with collective.on_all_ranks(JournalError):
