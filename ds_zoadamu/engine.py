@@ -24,10 +24,13 @@ from .distributed import init_distributed, launched_world_size
 from .draws import CommonDraws, undrawn
 from .durability import Durability
 from .errors import ConfigError, NonFiniteLossError
+from .evaluation import Evaluator
+from .identity import own_data
 from .learning_rate import beyond_plan, check_lrs, check_scheduler
 from .losses import LossFn, as_pair, causal_lm_loss, global_means
 from .partition import Fill, PerturbedGathers, find_partitions, lift_scalars, lower_scalars, reject_empty, reject_too_large
 from .rules import RULES, Evaluation, RuleConfig, make_rule
+from .throughput import StepTimer
 from .zero3.optimizer import ZerothOrderOptimizer
 
 
@@ -65,6 +68,9 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         self.loss_fn = loss_fn or causal_lm_loss
         self._skipped_in_a_row = 0
         self._told_beyond: set[str] = set()
+        self._evaluator = Evaluator(self._evaluate)
+        if self._is_zeroth_order:
+            self.tput_timer = StepTimer(self._config.timers_config, self.train_batch_size(), steps_per_output=self.steps_per_print())
 
     # --- one step
 
@@ -82,7 +88,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         self._check_lrs()
         drawn = self._draw(batch)
         micro_batches = [self._to_device(micro_batch) for micro_batch in drawn]
-        self.tput_timer.start()
+        self.tput_timer.begin_step()
         evaluations = self.optimizer.rule.evaluations(self.optimizer.next_step)
         passes, draws = [], CommonDraws()
         with self._evaluating():
@@ -101,11 +107,20 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
 
     @torch.no_grad()
     def eval_batch(self, batch: Any) -> float:
-        """The loss at the unperturbed parameters, reduced as in ``train_batch``; changes nothing. The same on all ranks."""
+        """The loss at the unperturbed parameters, reduced as in ``train_batch``; changes nothing. The same on all ranks.
+
+        Args: ``batch``: one micro-batch; an iterator, from which up to gradient_accumulation_steps micro-batches are drawn,
+        fewer at its end, so that calls until StopIteration leave none out; or a data loader, of which all are taken. Ranks may
+        have different numbers of them.
+        """
         self._require_zeroth_order("eval_batch")
-        micro_batches = self._draw(batch)
         with self._evaluating(), undrawn():
-            return global_means([[self._loss(micro_batch) for micro_batch in micro_batches]], self.device)[0]
+            return self._evaluator.mean(batch, self.gradient_accumulation_steps(), self.device)
+
+    def _evaluate(self, micro_batch: Any) -> torch.Tensor:
+        if (data := own_data(self)) is not None:
+            data.pass_by([micro_batch])
+        return self._loss(self._to_device(micro_batch))
 
     def backward(self, *args, **kwargs):
         """There is no backward pass: raises RuntimeError naming ``train_batch``."""
