@@ -69,7 +69,7 @@ def fill_auto_for_library(config: dict, *, world_size: int, hidden_size: int | N
 
 
 def _steps_of_library(config: dict, num_examples: int | None, options: dict) -> int | None:
-    """The number of steps for "auto": what the JSON has for the run, else those of one epoch; None where nothing asks for it."""
+    """The number of steps for "auto": what the JSON has for the run, else those of one epoch; None where nothing needs it."""
     asking = [path for path in STEPS_OF_A_RUN if value_at(config, path) == "auto"]
     given = [value_at(config, path) for path in STEPS_OF_A_RUN if isinstance(value_at(config, path), int)]
     if not asking or given:

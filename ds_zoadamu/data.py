@@ -268,7 +268,9 @@ def is_stream(data: Any) -> bool:
 
 
 def check_training_data(data: Any) -> None:
-    """Raises ConfigError, with a remedy, for what cannot be training data."""
+    """Raises ConfigError, with a remedy, for what cannot be training data. None stands for none."""
+    if data is None:
+        return
     kind, reason = type(data).__name__, None
     if isinstance(data, (str, bytes)) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         reason = "pass a data set: an object with __len__ and __getitem__, or an iterable of examples"

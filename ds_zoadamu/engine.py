@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,11 +23,21 @@ from .distributed import init_distributed, launched_world_size
 from .draws import CommonDraws, undrawn
 from .durability import Durability
 from .errors import ConfigError, NonFiniteLossError
-from .evaluation import Evaluator
+from .evaluation import Evaluator, evaluating
 from .identity import own_data
 from .learning_rate import beyond_plan, check_lrs, check_scheduler
 from .losses import LossFn, as_pair, causal_lm_loss, global_means
-from .partition import Fill, PerturbedGathers, find_partitions, lift_scalars, lower_scalars, reject_empty, reject_too_large
+from .partition import (
+    Fill,
+    PerturbedGathers,
+    find_partitions,
+    lift_scalars,
+    lower_scalars,
+    reject_empty,
+    reject_other_dtypes,
+    reject_stored_dtypes,
+    reject_too_large,
+)
 from .rules import RULES, Evaluation, RuleConfig, make_rule
 from .throughput import StepTimer
 from .zero3.optimizer import ZerothOrderOptimizer
@@ -70,7 +79,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         self._told_beyond: set[str] = set()
         self._evaluator = Evaluator(self._evaluate)
         if self._is_zeroth_order:
-            self.tput_timer = StepTimer(self._config.timers_config, self.train_batch_size(), steps_per_output=self.steps_per_print())
+            self.tput_timer = StepTimer(self._config.timers_config, self.train_batch_size(), 2, self.steps_per_print())
 
     # --- one step
 
@@ -91,7 +100,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         self.tput_timer.begin_step()
         evaluations = self.optimizer.rule.evaluations(self.optimizer.next_step)
         passes, draws = [], CommonDraws()
-        with self._evaluating():
+        with evaluating(self.module):
             for evaluation in evaluations:
                 with self._gathers.perturbed(self._fill(evaluation)):
                     passes.append([self._loss(micro_batch) for micro_batch in draws.before_each(micro_batches)])
@@ -105,7 +114,6 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         self._stop_if_diverged(record)
         return record.loss
 
-    @torch.no_grad()
     def eval_batch(self, batch: Any) -> float:
         """The loss at the unperturbed parameters, reduced as in ``train_batch``; changes nothing. The same on all ranks.
 
@@ -114,7 +122,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         have different numbers of them.
         """
         self._require_zeroth_order("eval_batch")
-        with self._evaluating(), undrawn():
+        with evaluating(self.module), undrawn():
             return self._evaluator.mean(batch, self.gradient_accumulation_steps(), self.device)
 
     def _evaluate(self, micro_batch: Any) -> torch.Tensor:
@@ -180,17 +188,6 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         if isinstance(batch, (list, tuple)):
             return type(batch)(self._to_device(value) for value in batch)
         return batch
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        modes = [(module, module.training) for module in self.module.modules()]
-        self.module.eval()
-        try:
-            with torch.no_grad(), _without_cache(self.module):
-                yield
-        finally:
-            for module, training in modes:  # one by one: a user may keep some of them in eval mode
-                module.training = training
 
     def _loss(self, micro_batch: Any) -> torch.Tensor:
         return as_pair(self.loss_fn(self.module, micro_batch), self.device)
@@ -308,6 +305,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         if self._zeroth_order_options() is not None:
             reject_empty(model)
             reject_too_large(model, read_config(self.config))
+            reject_other_dtypes(model, read_config(self.config))
             self._scalars = lift_scalars(model)
         super()._configure_distributed_model(model)
 
@@ -320,6 +318,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         self._check_for_duplicates(client_optimizer)
         # Without an optimizer DeepSpeed partitions as for ZeRO-Inference: weights only.
         self._offload = self._configure_zero_optimizer(optimizer=None)
+        reject_stored_dtypes(self.module)
         lower_scalars(self._scalars)
         with collective.on_all_ranks(ConfigError):
             client_optimizer.bind(find_partitions(self.module))
@@ -339,8 +338,9 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
     def deepspeed_io(
         self, dataset, batch_size=None, route=ROUTE_TRAIN, pin_memory=True, data_sampler=None, collate_fn=None, **kwargs
     ):
-        """DeepSpeed's data loader, except that training data is dealt out by micro-batches in one global order (MicroBatchLoader,
-        MicroBatchStream). ``num_local_io_workers``: processes that read ahead (default: none), not for a stream.
+        """DeepSpeed's data loader, except that training data is dealt out by micro-batches in one global order
+        (MicroBatchLoader, MicroBatchStream). ``num_local_io_workers``: processes that read ahead (default: none), not for a
+        stream.
         """
         options = self._zeroth_order_options()
         if options is None or route != ROUTE_TRAIN or data_sampler is not None:
@@ -371,23 +371,6 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             gathers.close()
         if offload := self.__dict__.pop("_offload", None):
             offload.destroy()
-
-
-@contextmanager
-def _without_cache(module: torch.nn.Module) -> Iterator[None]:
-    """Inside, a Transformers model keeps no keys and values of its layers: nothing is generated, and for OPT-175B they are
-    4.7 MB a token.
-    """
-    config = getattr(module, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    if getattr(text, "use_cache", None) is not True:
-        yield
-        return
-    text.use_cache = False
-    try:
-        yield
-    finally:
-        text.use_cache = True
 
 
 def initialize(
@@ -423,7 +406,7 @@ def initialize(
     if (config is None) == (from_args is None):
         raise ValueError(f"pass the DeepSpeed configuration once: config={config!r}, args.deepspeed_config={from_args!r}")
     config = read_config(config if config is not None else from_args)
-    if training_data is not None and (zeroth_order_type(config) or isinstance(optimizer, ZerothOrderOptimizer)):
+    if zeroth_order_type(config) is not None or isinstance(optimizer, ZerothOrderOptimizer):
         check_training_data(training_data)
     config = fill_auto_for_library(
         config,

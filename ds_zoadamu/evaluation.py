@@ -1,6 +1,7 @@
-"""The loss over given data, without a step: which micro-batches there are on which rank, and their mean."""
+"""The loss of a model as it is measured, and its mean over given data without a step: which micro-batches on which rank."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -51,3 +52,33 @@ def _source(batch: Any) -> tuple[Iterator[Any], bool]:
     if hasattr(batch, "__iter__") and hasattr(batch, "dataset"):
         return iter(batch), True
     return iter([batch]), False
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Inside, the module is in eval mode and makes no gradients; behind it every part of it has its own mode again."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad(), _without_cache(module):
+            yield
+    finally:
+        for part, training in modes:  # one by one: a user may keep some of them in eval mode
+            part.training = training
+
+
+@contextmanager
+def _without_cache(module: torch.nn.Module) -> Iterator[None]:
+    """Inside, a Transformers model keeps no keys and values of its layers: nothing is generated, and for OPT-175B they are
+    4.7 MB a token.
+    """
+    config = getattr(module, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    if getattr(text, "use_cache", None) is not True:
+        yield
+        return
+    text.use_cache = False
+    try:
+        yield
+    finally:
+        text.use_cache = True

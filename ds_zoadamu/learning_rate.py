@@ -57,6 +57,6 @@ def beyond_plan(optimizer: Any, scheduler: Any, told: set[str]) -> str | None:
     told.update(planned)
     return (
         f"step {optimizer.next_step} is beyond {' and '.join(f'{name} {steps}' for name, steps in planned.items())}, for which "
-        "the schedule is made: the run goes on with its last values, for a decaying lr those are 0. Give a longer run the larger "
-        "number from its beginning"
+        "the schedule is made: the run goes on with its last values, for a decaying lr those are 0. Give a longer run the "
+        "larger number from its beginning"
     )

@@ -55,8 +55,8 @@ def _encode(value: Any, where: str) -> Any:
     if isinstance(value, torch.Tensor):
         return _encode_tensor(value, where)
     raise TypeError(
-        f"{where} is a {type(value).__name__}; kept are numbers, strings, bytes, None, lists, tuples, sets, dicts and tensors of "
-        f"up to {MAX_TENSOR_BYTES} bytes"
+        f"{where} is a {type(value).__name__}; kept are numbers, strings, bytes, None, lists, tuples, sets, dicts and tensors "
+        f"of up to {MAX_TENSOR_BYTES} bytes"
     )
 
 

@@ -23,7 +23,7 @@ def option(check: Check, **default: Any) -> Any:
 
 
 def number(low: float, high: float = math.inf, *, above: bool = False, why: str = "") -> Check:
-    """A finite number in [low, high], or in (low, high] with ``above``; stored as a float. ``why``: the reason of the bounds."""
+    """A finite number in [low, high], or in (low, high] with ``above``; stored as a float. ``why``: the bounds' reason."""
 
     def check(where: str, key: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -102,8 +102,8 @@ def check_shrinking(where: str, lr: float, weight_decay: float) -> None:
     """Raises ConfigError where a step's decay would take more of a weight away than there is."""
     if lr * weight_decay > 1.0:
         raise ConfigError(
-            f"{where}: lr x weight_decay is {lr:g} x {weight_decay:g} = {lr * weight_decay:g}; it must be <= 1, as a step takes "
-            "that share of each weight away: lower weight_decay"
+            f"{where}: lr x weight_decay is {lr:g} x {weight_decay:g} = {lr * weight_decay:g}; it must be <= 1, as a step "
+            "takes that share of each weight away: lower weight_decay"
         )
 
 

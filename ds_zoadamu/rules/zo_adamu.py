@@ -89,9 +89,9 @@ class ZOAdaMUConfig(RuleConfig):
             raise ConfigError(
                 f"{where}.momentum: replay needs the noise of {f'the last {window}' if window < math.inf else 'all earlier'} "
                 f"steps, max_window is {self.momentum.max_window}: beta1 falls to {beta1:.4g}, so a step keeps {1 - beta1:.4g} "
-                f"of its history and {fading} below window_tolerance {self.momentum.window_tolerance:g}. Raise max_window (every "
-                "gather then costs as many times the noise) or window_tolerance, choose floor, t1, t2, t3 that end at a higher "
-                'beta1, or use "dtype": "int8"'
+                f"of its history and {fading} below window_tolerance {self.momentum.window_tolerance:g}. Raise max_window "
+                "(every gather then costs as many times the noise) or window_tolerance, choose floor, t1, t2, t3 that end at a "
+                'higher beta1, or use "dtype": "int8"'
             )
 
 

@@ -137,7 +137,7 @@ def test_the_next_lrs_behind_a_checkpoint_are_those_of_the_uninterrupted_run(tmp
         assert same, name
         assert len(set(lrs[SAVED:])) > 1, f"{name} does not change behind the checkpoint: nothing is shown"
     assert len(results) == len(TORCH) + len(DEEPSPEED) + 2
-    # By hand, for the one whose milestones were lost: a tenth at 4 and 9, two tenths at 12; a step has the lr of the steps before.
+    # By hand, for the one whose milestones were lost: a tenth at 4 and 9, two tenths at 12; a step has the lr set before it.
     lrs = results["MultiStepLR"][0]
     tenths = [sum(count for at, count in ((4, 1), (9, 1), (12, 2)) if step >= at) for step in range(SAVED + BEHIND)]
     assert lrs == pytest.approx([2e-3 * 0.1**n for n in tenths], rel=1e-12)  # a product of floats, in another order

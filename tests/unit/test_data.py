@@ -47,7 +47,7 @@ def test_too_little_data_is_named():
         MicroBatchSampler(11, 3, 2, 0, 2, 7)
 
 
-# --- the position of a step -----------------------------------------------------------------------------------------------------
+# --- the position of a step --------------------------------------------------------------------------------------------------
 
 
 class Numbers(torch.utils.data.IterableDataset):
@@ -142,7 +142,9 @@ def test_reading_ahead_over_the_end_of_an_epoch(kind):
 
 
 @KINDS
-@pytest.mark.parametrize("changed", [lambda b: b, lambda b: {"numbers": b["numbers"] + 0}, lambda b: b["list"]], ids="same copy list".split())
+@pytest.mark.parametrize(
+    "changed", [lambda b: b, lambda b: {"numbers": b["numbers"] + 0}, lambda b: b["list"]], ids=["same", "copy", "list"]
+)
 def test_batches_that_are_looked_at_evaluated_or_left_out(kind, changed):
     """Known by their tensors; copies by their order."""
     [loader] = loaders(kind, 1, 1)
@@ -202,7 +204,7 @@ def test_a_stream_at_its_end_and_one_that_is_too_short():
         list(loaders("stream", 2, 10)[0])
 
 
-# --- kinds of data --------------------------------------------------------------------------------------------------------------
+# --- kinds of data -----------------------------------------------------------------------------------------------------------
 
 
 def _numbers():
