@@ -196,7 +196,7 @@ def _typed_states(rank, world_size, folder):
     engine.data_source = other
     _, loaded = engine.load_checkpoint(folder)
     rngs = client_state.pop("rng"), loaded.pop("rng")
-    return loaded == client_state, torch.equal(*rngs), other.drawn, sorted(p.name for p in Path(folder).iterdir())
+    return loaded == client_state, torch.equal(*rngs), other.drawn, sorted(p.name for p in Path(folder).glob("[!.]*"))
 
 
 def test_client_state_and_data_iterators_keep_their_types(tmp_path):
