@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -342,15 +342,13 @@ def scheduler_state_of(found: store.Found) -> Any:
     if saved is None:
         return None
     # Version 1 turned integer keys into strings, such as the milestones of MultiStepLR, which were then never met.
-    return with_integer_keys(saved["state"]) if found.manifest["version"] == 1 else _decoded(found, saved["state"])
+    return _decoded(found, saved["state"], of_version_1=with_integer_keys)
 
 
-def _decoded(found: store.Found, value: Any) -> Any:
-    if found.manifest["version"] == 1:
-        return value
+def _decoded(found: store.Found, value: Any, of_version_1: Callable[[Any], Any] = lambda plain: plain) -> Any:
     try:
-        return decode(value)
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        return (of_version_1 if found.manifest["version"] == 1 else decode)(value)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise CheckpointError(f"checkpoint {str(found.path)!r}: its manifest holds a state that cannot be decoded: {e}") from e
 
 

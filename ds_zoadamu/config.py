@@ -152,5 +152,9 @@ def _check_sections(config: dict) -> None:
     for path, reason in _REFUSED_SECTIONS.items():
         section, _, key = path.partition(".")
         value = config.get(section)
-        if _enabled(value) if key == "enabled" else (value or {}).get(key) if key else value:
+        if key == "enabled":
+            is_set = _enabled(value)
+        else:
+            is_set = value.get(key) if key and isinstance(value, dict) else value and not key
+        if is_set:
             raise ConfigError(f"{path} is set; {reason}: remove it")

@@ -49,7 +49,7 @@ def _source(batch: Any) -> tuple[Iterator[Any], bool]:
     """The micro-batches of ``batch``, and whether all of them are meant."""
     if hasattr(batch, "__next__"):
         return batch, False
-    if hasattr(batch, "__iter__") and hasattr(batch, "dataset"):
+    if hasattr(batch, "__iter__") and hasattr(batch, "dataset") and not hasattr(batch, "items"):
         return iter(batch), True
     return iter([batch]), False
 

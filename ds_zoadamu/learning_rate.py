@@ -25,8 +25,9 @@ def check_scheduler(scheduler: Any) -> None:
 
 def check_scheduler_section(config: dict) -> None:
     """Raises ConfigError for an lr in the parameters of a JSON's scheduler that no step may have."""
-    params = (config.get("scheduler") or {}).get("params") or {}
-    for key, value in params.items():
+    section = config.get("scheduler")
+    params = section.get("params") if isinstance(section, dict) else None
+    for key, value in params.items() if isinstance(params, dict) else ():
         if key.endswith("_lr"):
             for lr in value if isinstance(value, list) else (value,):
                 learning_rate("scheduler.params", key, lr)

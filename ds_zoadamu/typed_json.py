@@ -7,6 +7,7 @@ What is plain JSON stays as it is; anything else is {"$type": name, "value": ...
 
 import base64
 import math
+import re
 from collections import Counter, OrderedDict
 from typing import Any
 
@@ -82,7 +83,7 @@ def _encode_tensor(value: torch.Tensor, where: str) -> dict:
 
 
 def decode(value: Any) -> Any:
-    """What was given to ``encode``. Raises ValueError, TypeError, KeyError or AttributeError for what is not of ``encode``."""
+    """What was given to ``encode``. Raises what a wrong type, value or name raises for what is not of ``encode``."""
     if isinstance(value, list):
         return [decode(item) for item in value]
     if not isinstance(value, dict):
@@ -111,7 +112,7 @@ def with_integer_keys(value: Any) -> Any:
         return [with_integer_keys(item) for item in value]
     if not isinstance(value, dict):
         return value
-    if value and all(key.lstrip("-").isdecimal() for key in value):
+    if value and all(re.fullmatch(r"-?[0-9]+", key) for key in value):
         counts = {int(key): with_integer_keys(item) for key, item in value.items()}
         return Counter(counts) if all(type(count) is int for count in counts.values()) else counts
     return {key: with_integer_keys(item) for key, item in value.items()}

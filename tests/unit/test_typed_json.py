@@ -9,6 +9,9 @@ import numpy
 import pytest
 import torch
 
+from ds_zoadamu.checkpoint import client_state_of
+from ds_zoadamu.checkpoint_store import Found
+from ds_zoadamu.errors import CheckpointError
 from ds_zoadamu.typed_json import MAX_TENSOR_BYTES, decode, encode, with_integer_keys
 
 Pair = namedtuple("Pair", "a b")
@@ -33,7 +36,7 @@ def through_json(value):
 @pytest.mark.parametrize("value", [PLAIN, *VALUES], ids=str)
 def test_what_is_loaded_is_what_was_saved(value):
     back = through_json(value)
-    assert back == value and type(back) is type(value) and repr(back) == repr(value)
+    assert back == value and type(back) is type(value) and encode(back, "it") == encode(value, "it")
 
 
 def test_plain_json_stays_as_it_is():
@@ -83,3 +86,25 @@ def test_integer_keys_that_json_has_turned_into_strings():
     state = {"milestones": Counter({6: 1, 9: 1}), "phases": [{"end": 1.0}], "nested": {-1: ["a"]}, "empty": {}}
     back = with_integer_keys(json.loads(json.dumps(state)))
     assert back == state and type(back["milestones"]) is Counter
+
+
+@pytest.mark.parametrize("state", [{"--3": 1}, {"3": 1, "x": 2}, {"٣": 1}, {"": 1}], ids=str)
+def test_other_keys_stay(state):
+    assert with_integer_keys(state) == state
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"$type": "tuple"}, {"$type": "tuple", "value": 3}, {"$type": "set", "value": [[]]}, {"$type": "float", "value": "x"},
+        {"$type": "dict", "value": [[1]]}, {"$type": "bytes", "value": "?"}, {"$type": ["dict"], "value": []},
+        {"$type": "tensor", "value": {"dtype": "load", "shape": [], "data": ""}},
+        {"$type": "tensor", "value": {"dtype": "int8", "shape": [2**70], "data": "AA=="}},
+        {"$type": "tensor", "value": {"dtype": "int32", "shape": [1], "data": "AA=="}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_not_of_encode_is_an_error_of_a_checkpoint(value, tmp_path):
+    found = Found("tag", tmp_path, {"version": 2, "client_state": value})
+    with pytest.raises(CheckpointError, match="its manifest holds a state that cannot be decoded"):
+        client_state_of(found)
