@@ -11,6 +11,7 @@ from .errors import ConfigError
 DEFAULT_MICRO_BATCH_SIZE = 8
 DEFAULT_LEARNING_RATE = 5e-5
 DEFAULT_ZEROTH_ORDER_LEARNING_RATE = 1e-6
+STEPS_OF_A_RUN = ("optimizer.params.total_steps", "scheduler.params.total_num_steps")
 # In these DeepSpeed itself knows what "auto" means.
 _OWN_AUTO_SECTIONS = ("data_types", "autotuning")
 
@@ -47,10 +48,10 @@ def fill_auto(config: dict, args: Namespace, *, world_size: int, hidden_size: in
 
 
 def fill_auto_for_library(config: dict, *, world_size: int, hidden_size: int | None, num_examples: int | None) -> dict:
-    """``fill_auto`` where no command line is: its defaults, and as many steps as one epoch of the training data has.
+    """``fill_auto`` where no command line is: its defaults, and as many steps as the JSON says or one epoch of the data has.
 
     Args:
-        num_examples: of the training data; None: unknown, then total_steps must be given.
+        num_examples: of the training data; None: unknown, then the number of steps must be given.
         hidden_size: None: DeepSpeed's own defaults stand where the JSON has "auto" for ZeRO's bucket sizes.
 
     Raises:
@@ -63,16 +64,25 @@ def fill_auto_for_library(config: dict, *, world_size: int, hidden_size: int | N
         zero = config.get("zero_optimization", {})
         config["zero_optimization"] = {key: value for key, value in zero.items() if value != "auto"}
     options = {"world_size": world_size, "hidden_size": hidden_size}
-    batch = fill_auto(config, Namespace(max_steps=1, seed=0), **options).get("train_batch_size")
-    steps = config.get("optimizer", {}).get("params", {}).get("total_steps")
-    if steps == "auto":
-        if num_examples is None or not isinstance(batch, int):
-            raise ConfigError(
-                'optimizer.params.total_steps is "auto"; it is filled with the steps of an epoch where training_data has a '
-                "length. Give the number of steps, or pass training_data"
-            )
-        steps = max(1, num_examples // batch)
+    steps = _steps_of_library(config, num_examples, options)
     return fill_auto(config, Namespace(max_steps=steps, seed=0), **options)
+
+
+def _steps_of_library(config: dict, num_examples: int | None, options: dict) -> int | None:
+    """The number of steps for "auto": what the JSON has for the run, else those of one epoch; None where nothing needs it."""
+    asking = [path for path in STEPS_OF_A_RUN if value_at(config, path) == "auto"]
+    given = [value_at(config, path) for path in STEPS_OF_A_RUN if isinstance(value_at(config, path), int)]
+    if not asking or given:
+        return max(given, default=None)
+    if num_examples is None:
+        raise ConfigError(
+            f'{asking[0]} is "auto"; it is filled with the steps of an epoch where training_data has a length. Give the number '
+            "of steps, or pass training_data"
+        )
+    filled = fill_auto(config, Namespace(max_steps=1, seed=0), **options)
+    micro, accumulation = (filled.get(key, 1) for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"))
+    batch = filled.get("train_batch_size", micro * accumulation * options["world_size"])
+    return max(1, num_examples // batch)
 
 
 def _fill_batches(filler: "_Filler", given: dict, world_size: int) -> None:
@@ -127,18 +137,22 @@ def _fill_scheduler(filler: "_Filler", given: dict) -> None:
     )
 
 
+def value_at(config: dict, path: str) -> Any:
+    """The value at a dotted path of a configuration; None where it or a section above it is absent."""
+    value: Any = config
+    for key in path.split("."):
+        if not isinstance(value, dict) or key not in value:
+            return None
+        value = value[key]
+    return value
+
+
 class _Filler:
     def __init__(self, config: dict):
         self.config = config
 
     def get(self, path: str) -> Any:
-        """The value at a dotted path; None where it or a section above it is absent."""
-        value: Any = self.config
-        for key in path.split("."):
-            if not isinstance(value, dict) or key not in value:
-                return None
-            value = value[key]
-        return value
+        return value_at(self.config, path)
 
     def fill(self, path: str, given: Any, default: Any, argument: str = "") -> Any:
         """Fills "auto" with what was given or the default; returns the value that stands at last (None if absent)."""

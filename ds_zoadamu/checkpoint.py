@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from ._crash_points import reach
 from .checkpoint_owner import CheckpointOwner
 from .digest import frozen_digests, weights_digest
 from .errors import CheckpointError
-from .identity import BATCH, differences, own_sampler, phrase, run_identity
+from .identity import BATCH, differences, own_data, phrase, run_identity
 from .partition import Partition
 from .safetensors_io import FlatReader, FlatWriter, raw_bytes, sync_directory
+from .typed_json import decode, encode, with_integer_keys
 from .untrusted import check_alike, shown
 
 __all__ = ["load", "save", "weights_digest"]
@@ -93,8 +94,8 @@ def save(
 
 def _manifest(engine: Any, client_state: dict, journal_checksum: str | None) -> dict:
     scheduler = engine.lr_scheduler
-    sampler = own_sampler(engine)
-    manifest = {
+    data = own_data(engine)
+    return {
         "note": _NOTE,
         "step": engine.optimizer.step_count,
         "identity": run_identity(engine),
@@ -103,39 +104,34 @@ def _manifest(engine: Any, client_state: dict, journal_checksum: str | None) -> 
         "skipped_in_a_row": engine._skipped_in_a_row,
         "rule_scalars": list(engine.optimizer.scalars),
         "lrs": [float(group["lr"]) for group in engine.optimizer.param_groups],
-        "lr_scheduler": None if scheduler is None else {"type": type(scheduler).__name__, "state": scheduler.state_dict()},
-        "data_position": None if sampler is None else sampler.position,
-        "client_state": client_state,
+        "lr_scheduler": None if scheduler is None else _scheduler_entry(scheduler),
+        "data_position": None if data is None else data.position,
+        "client_state": _encoded(client_state, "client_state"),
         "journal_checksum": journal_checksum,
     }
-    for key, value in client_state.items():
-        _check_json(f"client_state[{key!r}]", {key: value})
-    _check_json("the state_dict of the lr scheduler", manifest["lr_scheduler"])
-    return manifest
 
 
-def _check_json(what: str, value: Any) -> None:
+def _scheduler_entry(scheduler: Any) -> dict:
+    name = type(scheduler).__name__
+    return {"type": name, "state": _encoded(scheduler.state_dict(), f"the state_dict of {name}")}
+
+
+def _encoded(value: Any, what: str) -> Any:
     try:
-        json.dumps(value)
-    except (TypeError, ValueError) as e:
-        raise CheckpointError(
-            f"{what} cannot be saved: {e}; a checkpoint holds what JSON can: numbers, strings, lists and dicts"
-        ) from e
+        return encode(value, what)
+    except TypeError as e:
+        raise CheckpointError(f"a checkpoint cannot hold all of {what}: {e}") from e
 
 
 def _data_state(engine: Any) -> Any:
     source = engine.data_source
     if source is None:
         return None
-    state = source.state_dict()
     try:
-        json.dumps(state)
-    except (TypeError, ValueError):
-        logger.warning(
-            "the data iterator's state_dict is not JSON and is not saved; a resume will draw its batches again from the start"
-        )
+        return encode(source.state_dict(), "the data iterator's state_dict")
+    except TypeError as e:
+        logger.warning(f"{e}. It is not saved; a resume will draw its batches again from the start")
         return None
-    return state
 
 
 def _write_file(engine: Any, folder: Path) -> dict:
@@ -211,6 +207,7 @@ def load(
     try:
         with collective.on_all_ranks(CheckpointError):
             check_matches(engine, found, weights_only, with_lr_scheduler)
+            scheduler_state = scheduler_state_of(found)
             for entry in manifest["files"][collective.rank() :: collective.world_size()]:  # the ranks share the work
                 store.check_file(found.path, entry)
         with collective.on_all_ranks(CheckpointError):
@@ -225,7 +222,7 @@ def load(
         for reader in readers.values():
             reader.close()
     if not weights_only:
-        _restore_state(engine, manifest, with_lr_scheduler)
+        _restore_state(engine, manifest, scheduler_state, with_lr_scheduler)
 
 
 def check_matches(engine: Any, found: store.Found, weights_only: bool = False, with_lr_scheduler: bool = True) -> None:
@@ -301,7 +298,7 @@ def _pieces(
         )
 
 
-def _restore_state(engine: Any, manifest: dict, with_lr_scheduler: bool) -> None:
+def _restore_state(engine: Any, manifest: dict, scheduler_state: Any, with_lr_scheduler: bool) -> None:
     engine.optimizer.step_count = manifest["step"]
     engine.optimizer.scalars = tuple(manifest.get("rule_scalars", ()))  # without: of a rule that carries none
     for name in _COUNTERS:
@@ -312,11 +309,11 @@ def _restore_state(engine: Any, manifest: dict, with_lr_scheduler: bool) -> None
     if with_lr_scheduler:
         for group, lr in zip(engine.optimizer.param_groups, manifest["lrs"], strict=True):
             group["lr"] = lr
-        if manifest["lr_scheduler"] is not None:
-            engine.lr_scheduler.load_state_dict(manifest["lr_scheduler"]["state"])
-    sampler = own_sampler(engine)
-    if sampler is not None and manifest["data_position"] is not None:
-        sampler.restore(_position_here(engine, manifest))
+        if scheduler_state is not None:
+            engine.lr_scheduler.load_state_dict(scheduler_state)
+    data = own_data(engine)
+    if data is not None and manifest["data_position"] is not None:
+        data.restore(_position_here(engine, manifest))
 
 
 def _position_here(engine: Any, manifest: dict) -> tuple[int, int]:
@@ -336,23 +333,44 @@ def _position_here(engine: Any, manifest: dict) -> tuple[int, int]:
     return epoch, steps * a_step
 
 
-def data_state_of(manifest: dict) -> Any:
+def client_state_of(found: store.Found) -> Any:
+    """What the user saved with a checkpoint. Raises CheckpointError where it cannot be decoded."""
+    return _decoded(found, found.manifest["client_state"])
+
+
+def scheduler_state_of(found: store.Found) -> Any:
+    """The state of a checkpoint's lr scheduler, or None without one. Raises CheckpointError where it cannot be decoded."""
+    saved = found.manifest["lr_scheduler"]
+    if saved is None:
+        return None
+    # Version 1 turned integer keys into strings, such as the milestones of MultiStepLR, which were then never met.
+    return _decoded(found, saved["state"], of_version_1=with_integer_keys)
+
+
+def _decoded(found: store.Found, value: Any, of_version_1: Callable[[Any], Any] = lambda plain: plain) -> Any:
+    try:
+        return (of_version_1 if found.manifest["version"] == 1 else decode)(value)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise CheckpointError(f"checkpoint {str(found.path)!r}: its manifest holds a state that cannot be decoded: {e}") from e
+
+
+def data_state_of(found: store.Found) -> Any:
     """What this rank's data iterator saved, or None. On another number of ranks only where all ranks saved the same.
 
     Raises CheckpointError otherwise.
     """
-    states = manifest["data_state"]
+    states = found.manifest["data_state"]
     if states is None:
         return None
     if len(states) == collective.world_size():
-        return states[collective.rank()]
+        return _decoded(found, states[collective.rank()])
     if any(state != states[0] for state in states):
         raise CheckpointError(
             f"the data iterators of the {len(states)} ranks that saved the checkpoint were in different states, which cannot "
             f"be dealt out to {collective.world_size()} ranks; resume on {len(states)}, or let state_dict() return a position "
             "that does not depend on the rank"
         )
-    return states[0]
+    return _decoded(found, states[0])
 
 
 def log_on_rank_0(level: int, message: str) -> None:

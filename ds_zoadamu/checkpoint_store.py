@@ -30,7 +30,9 @@ from .schemas import Manifest
 from .untrusted import check_file_name, check_shape, parse_json, read_file, shown
 
 FORMAT = "ds_zoadamu-checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 1 held client_state and the states of scheduler and data as plain JSON, which loses types; 2 as ``typed_json``."""
 MANIFEST, LATEST, LOCK = "manifest.json", "latest", ".lock"
 _MAX_BYTES = 1 << 28
 _WRITING, _REPLACED, _REMOVING = ".writing-", ".replaced-", ".removing-"
@@ -97,7 +99,7 @@ def parse_manifest(data: bytes, folder: Path) -> dict:
         manifest = parse_json(body + b"}", nonfinite=True)
         if not isinstance(manifest, dict):
             raise ValueError(f"it holds a {type(manifest).__name__}")
-        if (manifest.get("format"), manifest.get("version")) == (FORMAT, FORMAT_VERSION):
+        if manifest.get("format") == FORMAT and manifest.get("version") in READABLE_VERSIONS:
             check_shape(Manifest, manifest)
             return manifest
     except ValueError as e:
@@ -106,7 +108,7 @@ def parse_manifest(data: bytes, folder: Path) -> dict:
         ) from e
     raise CheckpointError(
         f"checkpoint {str(folder)!r} has format {shown(manifest.get('format'))} version {shown(manifest.get('version'))}; this "
-        f"release reads {FORMAT!r} version {FORMAT_VERSION}"
+        f"release reads {FORMAT!r} versions {' and '.join(map(str, READABLE_VERSIONS))}"
     )
 
 

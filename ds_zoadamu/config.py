@@ -11,6 +11,7 @@ from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
 from . import nvme
 from .errors import ConfigError
+from .learning_rate import check_scheduler_section
 from .rules import RULES, RuleConfig
 from .rules.options import reject_unknown
 from .untrusted import parse_json
@@ -77,6 +78,7 @@ def _enabled(section: Any) -> bool:
 
 def check_deepspeed_settings(config: dict) -> None:
     """Refuse every DeepSpeed setting under which a zeroth-order step would be wrong, or that it would ignore."""
+    check_scheduler_section(config)
     zero = config.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise ConfigError(f'zero_optimization is {zero!r}; it must be an object with "stage": 3')
@@ -123,6 +125,7 @@ def check_deepspeed_settings(config: dict) -> None:
                 f"{key}.enabled is true; it is not supported with a zeroth-order optimizer: remove it"
                 + (' and choose the precision with "bf16" or "fp16"' if key in ("torch_autocast", "amp") else "")
             )
+    _check_sections(config)
     autotp = (config.get("tensor_parallel") or {}).get("autotp_size", 0)
     if autotp > 1:
         raise ConfigError(f"tensor_parallel.autotp_size is {autotp}; parameters are split by ZeRO-3 only: remove it")
@@ -133,3 +136,25 @@ def check_deepspeed_settings(config: dict) -> None:
     for key in ("data_efficiency", "curriculum_learning"):
         if _enabled(config.get(key)):
             raise ConfigError(f"{key}.enabled is true; the order of micro-batches must not depend on the ranks: remove it")
+
+
+_REFUSED_SECTIONS = {
+    "flops_profiler.enabled": "it takes one forward and one backward pass for a step; to see where a step's time goes use "
+    "launch/finetune.py --profile_steps",
+    "autotuning.enabled": "it ends the run after a few steps and tunes stages and batches of steps with backward passes",
+    "weight_quantization": "quantized weights would drown the perturbation",
+    "checkpoint.writer": "checkpoints are written by the engine's own writer, whole or not at all",
+    "datastates_ckpt": "checkpoints are written by the engine's own writer, whole or not at all",
+}
+
+
+def _check_sections(config: dict) -> None:
+    for path, reason in _REFUSED_SECTIONS.items():
+        section, _, key = path.partition(".")
+        value = config.get(section)
+        if key == "enabled":
+            is_set = _enabled(value)
+        else:
+            is_set = value.get(key) if key and isinstance(value, dict) else value and not key
+        if is_set:
+            raise ConfigError(f"{path} is set; {reason}: remove it")

@@ -1,5 +1,6 @@
 """What makes a run survive: journal, checkpoints and resume, as methods of the engine."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from . import checkpoint, collective
 from . import resume as resuming
 from .checkpoint_owner import CheckpointOwner
 from .errors import JournalError
-from .identity import own_sampler
+from .identity import own_data
 from .journal import Journal, Record
 from .resume import Resumed
 
@@ -94,8 +95,8 @@ class Durability:
         all ranks. ``save_dir`` then belongs to this run, and until ``destroy`` to this engine: no other may save there.
 
         Args: as for DeepSpeed's engine, and ``save_total_limit``: the most checkpoints of this run to keep in ``save_dir``, the
-        oldest steps go. ``tag`` defaults to "global_step<N>"; ``client_state`` holds what JSON can. Frozen parameters are never
-        stored.
+        oldest steps go. ``tag`` defaults to "global_step<N>"; ``client_state`` holds numbers, strings, bytes, small tensors,
+        and lists, tuples, sets and dicts of them, and is loaded as it was saved. Frozen parameters are never stored.
 
         Raises CheckpointError on all ranks, for instance for a full disk or another run's folder; every earlier checkpoint is
         as it was. Returns True.
@@ -161,21 +162,23 @@ class Durability:
         if found is None:
             return None, None
         weights_only = load_module_only or not load_optimizer_states
+        client_state, data_state = checkpoint.client_state_of(found), checkpoint.data_state_of(found)
         checkpoint.load(self, found, weights_only=weights_only, with_lr_scheduler=load_lr_scheduler_states)
         if not weights_only:
             self._owner.go_on(found.manifest)
-        if (
-            not weights_only
-            and (state := checkpoint.data_state_of(found.manifest)) is not None
-            and self.data_source is not None
-        ):
-            self.data_source.load_state_dict(state)
-        return str(found.path), found.manifest["client_state"]
+        if not weights_only and data_state is not None and self.data_source is not None:
+            self.data_source.load_state_dict(data_state)
+        return str(found.path), client_state
 
     # --- called by train_batch ------------------------------------------------------------------------------------------------
 
-    def _before_update(self, record: Any, batch: Any) -> None:
-        """The step's losses are known and no partition has changed: write the record, or end on all ranks."""
+    def _before_update(self, record: Any, batch: Any, micro_batches: Sequence[Any]) -> None:
+        """The step's losses are known and no partition has changed: write the record, or end on all ranks.
+
+        ``batch``: as given to ``train_batch``; ``micro_batches``: what was drawn of it.
+        """
+        if (data := own_data(self)) is not None:
+            data.take(micro_batches)
         if hasattr(batch, "state_dict") and hasattr(batch, "load_state_dict"):
             self.data_source = batch
         if not self._journaling:
@@ -196,7 +199,7 @@ class Durability:
                 f"step {record.step}: weight_decay of a parameter group was changed; the journal's header fixes it for the run"
             )
         lrs = tuple(float(group["lr"]) for group in groups)
-        sampler = own_sampler(self)
+        data = own_data(self)
         return Record(
             step=record.step,
             loss_plus=record.loss_plus,
@@ -204,7 +207,7 @@ class Durability:
             projected_grad=record.projected_grad,
             lr=lrs[0] if len(set(lrs)) == 1 else lrs,
             skipped=record.skipped,
-            data_position=None if sampler is None else sampler.position,
+            data_position=None if data is None else data.position,
         )
 
     def _hold_journal(self, journal: Journal | None) -> None:

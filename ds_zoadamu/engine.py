@@ -2,8 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,18 +14,32 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.constants import ROUTE_TRAIN
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import log_dist
+from deepspeed.utils import log_dist, logger
 
 from . import collective, kernels, nvme
 from .auto_config import fill_auto_for_library, hidden_size_of
 from .config import check_config, check_deepspeed_settings, read_config, zeroth_order_type
-from .data import MicroBatchSampler
+from .data import MicroBatchLoader, MicroBatchSampler, MicroBatchStream, check_training_data, is_stream
 from .distributed import init_distributed, launched_world_size
+from .draws import CommonDraws, undrawn
 from .durability import Durability
 from .errors import ConfigError, NonFiniteLossError
+from .evaluation import Evaluator, evaluating
+from .identity import own_data
+from .learning_rate import beyond_plan, check_lrs, check_scheduler
 from .losses import LossFn, as_pair, global_means, model_loss
-from .partition import Fill, PerturbedGathers, TrainedSet, find_partitions, lift_scalars, lower_scalars, reject_unusable
+from .partition import (
+    Fill,
+    PerturbedGathers,
+    TrainedSet,
+    find_partitions,
+    lift_scalars,
+    lower_scalars,
+    reject_stored_dtypes,
+    reject_unusable,
+)
 from .rules import RULES, Evaluation, RuleConfig, make_rule
+from .throughput import StepTimer
 from .zero3.optimizer import ZerothOrderOptimizer
 
 
@@ -67,6 +80,10 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             from . import hf_zero3  # not above: importing Transformers takes seconds, and not every model is one of its
 
             hf_zero3.attach(self.module, self.config)
+        self._told_beyond: set[str] = set()
+        self._evaluator = Evaluator(self._evaluate)
+        if self._is_zeroth_order:
+            self.tput_timer = StepTimer(self._config.timers_config, self.train_batch_size(), 2, self.steps_per_print())
 
     # --- one step
 
@@ -74,24 +91,26 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         """One zeroth-order step; returns the mean of loss_plus and loss_minus, the same on all ranks.
 
         Args: ``batch``: an iterator, from which gradient_accumulation_steps micro-batches are drawn, or one micro-batch where
-        that is 1. The model runs in eval mode (no dropout) and without gradients; the same micro-batches serve all
-        perturbations, and the same perturbation both signs.
+        that is 1. The model runs in eval mode (no dropout) and without gradients; the same micro-batches, and the same random
+        numbers drawn by the loss, serve all perturbations, and the same perturbation both signs.
 
         Raises: StopIteration when the iterator is empty; ValueError for weights that sum to 0; ConfigError where requires_grad
         of a parameter was changed; NonFiniteLossError after ``max_skipped_steps`` steps in a row whose loss was not finite.
         """
         self._require_zeroth_order("train_batch")
         self._trained_set.reject_changes()
-        micro_batches = self._draw(batch)
-        self.tput_timer.start()
+        self._check_lrs()
+        drawn = self._draw(batch)
+        micro_batches = [self._to_device(micro_batch) for micro_batch in drawn]
+        self.tput_timer.begin_step()
         evaluations = self.optimizer.rule.evaluations(self.optimizer.next_step)
-        passes = []
-        with self._evaluating():
+        passes, draws = [], CommonDraws()
+        with evaluating(self.module):
             for evaluation in evaluations:
                 with self._gathers.perturbed(self._fill(evaluation)):
-                    passes.append([self._loss(micro_batch) for micro_batch in micro_batches])
+                    passes.append([self._loss(micro_batch) for micro_batch in draws.before_each(micro_batches)])
         record, projected_grads = self._record(evaluations, global_means(passes, self.device))
-        self._before_update(record, batch)
+        self._before_update(record, batch, drawn)
         self.optimizer.observe(None if record.skipped else projected_grads)
         with self._gathers.writing():
             self._step_and_count()
@@ -100,13 +119,21 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         self._stop_if_diverged(record)
         return record.loss
 
-    @torch.no_grad()
     def eval_batch(self, batch: Any) -> float:
-        """The loss at the unperturbed parameters, reduced as in ``train_batch``; changes nothing. The same on all ranks."""
+        """The loss at the unperturbed parameters, reduced as in ``train_batch``; changes nothing. The same on all ranks.
+
+        Args: ``batch``: one micro-batch; an iterator, from which up to gradient_accumulation_steps micro-batches are drawn,
+        fewer at its end, so that calls until StopIteration leave none out; or a data loader, of which all are taken. Ranks may
+        have different numbers of them.
+        """
         self._require_zeroth_order("eval_batch")
-        micro_batches = self._draw(batch)
-        with self._evaluating():
-            return global_means([[self._loss(micro_batch) for micro_batch in micro_batches]], self.device)[0]
+        with evaluating(self.module), undrawn():
+            return self._evaluator.mean(batch, self.gradient_accumulation_steps(), self.device)
+
+    def _evaluate(self, micro_batch: Any) -> torch.Tensor:
+        if (data := own_data(self)) is not None:
+            data.pass_by([micro_batch])
+        return self._loss(self._to_device(micro_batch))
 
     def backward(self, *args, **kwargs):
         """There is no backward pass: raises RuntimeError naming ``train_batch``."""
@@ -143,11 +170,11 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
                     f"gradient_accumulation_steps is {count}, so a step takes {count} micro-batches; pass an iterator: "
                     "engine.train_batch(iter(dataloader))"
                 )
-            return [self._to_device(batch)]
-        drawn = [self._to_device(next(batch))]
+            return [batch]
+        drawn = [next(batch)]
         for _ in range(count - 1):
             try:
-                drawn.append(self._to_device(next(batch)))
+                drawn.append(next(batch))
             except StopIteration:
                 raise ValueError(
                     f"the iterator ended after {len(drawn)} of the {count} micro-batches of a step "
@@ -166,17 +193,6 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         if isinstance(batch, (list, tuple)):
             return type(batch)(self._to_device(value) for value in batch)
         return batch
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        modes = [(module, module.training) for module in self.module.modules()]
-        self.module.eval()
-        try:
-            with torch.no_grad(), _without_cache(self.module):
-                yield
-        finally:
-            for module, training in modes:  # one by one: a user may keep some of them in eval mode
-                module.training = training
 
     def _loss(self, micro_batch: Any) -> torch.Tensor:
         return as_pair(self.loss_fn(self.module, micro_batch), self.device)
@@ -210,6 +226,12 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         # DeepSpeed counts one micro-step for each call of step(), and steps on the last one of an accumulation.
         self.micro_steps += self.gradient_accumulation_steps() - 1
         super().step()
+
+    def _check_lrs(self) -> None:
+        check_lrs(self.optimizer, self.lr_scheduler)
+        warning = beyond_plan(self.optimizer, self.lr_scheduler, self._told_beyond)
+        if warning is not None and self.global_rank == 0:
+            logger.warning(warning)
 
     # --- reports
 
@@ -299,6 +321,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         self._check_for_duplicates(client_optimizer)
         # Without an optimizer DeepSpeed partitions as for ZeRO-Inference: weights only.
         self._offload = self._configure_zero_optimizer(optimizer=None)
+        reject_stored_dtypes(self.module)
         lower_scalars(self._scalars)
         with collective.on_all_ranks(ConfigError):
             client_optimizer.bind(find_partitions(self.module))
@@ -311,27 +334,32 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             ranks=[0],
         )
 
+    def _configure_lr_scheduler(self) -> None:
+        super()._configure_lr_scheduler()
+        if self._is_zeroth_order:
+            check_scheduler(self.lr_scheduler)
+
     def deepspeed_io(
         self, dataset, batch_size=None, route=ROUTE_TRAIN, pin_memory=True, data_sampler=None, collate_fn=None, **kwargs
     ):
         """DeepSpeed's data loader, except that training data is dealt out by micro-batches in one global order
-        (MicroBatchSampler).
+        (MicroBatchLoader, MicroBatchStream). ``num_local_io_workers``: processes that read ahead (default: none), not for a
+        stream.
         """
         options = self._zeroth_order_options()
-        if options is None or route != ROUTE_TRAIN or data_sampler is not None or not self.is_map_style_dataset(dataset):
+        if options is None or route != ROUTE_TRAIN or data_sampler is not None:
             return super().deepspeed_io(dataset, batch_size, route, pin_memory, data_sampler, collate_fn, **kwargs)
-        sampler = MicroBatchSampler(
-            len(dataset),
-            batch_size or self.train_micro_batch_size_per_gpu(),
-            self.gradient_accumulation_steps(),
-            dist.get_rank(),
-            dist.get_world_size(),
-            options.seed,
-        )
-        return torch.utils.data.DataLoader(
+        check_training_data(dataset)
+        collate_fn = collate_fn or self.collate_fn
+        batch_size = batch_size or self.train_micro_batch_size_per_gpu()
+        deal = self.gradient_accumulation_steps(), dist.get_rank(), dist.get_world_size()
+        if is_stream(dataset):
+            return MicroBatchStream(dataset, collate_fn or torch.utils.data.default_collate, batch_size, *deal)
+        return MicroBatchLoader(
             dataset,
-            batch_sampler=sampler,
-            collate_fn=collate_fn or self.collate_fn,
+            MicroBatchSampler(len(dataset), batch_size, *deal, options.seed),
+            collate_fn=collate_fn,
+            num_workers=kwargs.get("num_local_io_workers") or 0,
             pin_memory=pin_memory and not get_accelerator().is_synchronized_device(),
         )
 
@@ -354,23 +382,6 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             offload.destroy()
 
 
-@contextmanager
-def _without_cache(module: torch.nn.Module) -> Iterator[None]:
-    """Inside, a Transformers model keeps no keys and values of its layers: nothing is generated, and for OPT-175B they are
-    4.7 MB a token.
-    """
-    config = getattr(module, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    if getattr(text, "use_cache", None) is not True:
-        yield
-        return
-    text.use_cache = False
-    try:
-        yield
-    finally:
-        text.use_cache = True
-
-
 def initialize(
     args=None,
     model: torch.nn.Module | None = None,
@@ -390,11 +401,12 @@ def initialize(
     """``deepspeed.initialize`` with a zeroth-order optimizer, from the JSON (``"type": "ZOAdaMU"``, ``"MeZO"``) or an object.
 
     Args: those of deepspeed.initialize, and ``loss_fn(module, batch) -> (mean loss, weight)`` in place of the model's own
-    ``.loss``. Returns (engine, optimizer, dataloader, lr_scheduler). Raises ConfigError for a setting that cannot work,
+    ``.loss``; ``training_data`` is a data set (a list will do) or an iterable that is the same on all ranks, such as an
+    IterableDataset. Returns (engine, optimizer, dataloader, lr_scheduler). Raises ConfigError for a setting that cannot work,
     before the model is touched. Any other optimizer is set up as DeepSpeed would, so that one script serves both.
 
     "auto" values of the JSON are filled as launch/finetune.py fills them without arguments: micro-batch 8, lr 1e-6, and as
-    total_steps the steps of one epoch of ``training_data``.
+    number of steps what the JSON says in another place, else the steps of one epoch of ``training_data``.
     """
     if not isinstance(model, torch.nn.Module) or isinstance(model, PipelineModule):
         raise ConfigError(f"model is a {type(model).__name__}; pass a torch.nn.Module that is not a PipelineModule")
@@ -404,12 +416,13 @@ def initialize(
         raise ValueError(f"pass the DeepSpeed configuration once: config={config!r}, args.deepspeed_config={from_args!r}")
     config = read_config(config if config is not None else from_args)
     if zeroth_order_type(config) is not None or isinstance(optimizer, ZerothOrderOptimizer):
-        config = fill_auto_for_library(
-            config,
-            world_size=launched_world_size(),
-            hidden_size=hidden_size_of(getattr(model, "config", None)),
-            num_examples=len(training_data) if hasattr(training_data, "__len__") else None,
-        )
+        check_training_data(training_data)
+    config = fill_auto_for_library(
+        config,
+        world_size=launched_world_size(),
+        hidden_size=hidden_size_of(getattr(model, "config", None)),
+        num_examples=len(training_data) if hasattr(training_data, "__len__") else None,
+    )
     if optimizer is None:
         check_config(config)
     elif not isinstance(optimizer, torch.optim.Optimizer):  # DeepSpeed's other form: a function of the parameters

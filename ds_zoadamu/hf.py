@@ -310,8 +310,7 @@ def _on_all_ranks(what: str):
         yield
     except Exception as error:
         failure = error
-    failures = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, None if failure is None else f"{type(failure).__name__}: {failure}")
+    failures = collective.gather_json(None if failure is None else f"{type(failure).__name__}: {failure}")
     if failure is not None:
         raise failure
     for rank, message in enumerate(failures):

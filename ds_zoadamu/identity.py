@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any
 
 from . import collective
-from .data import MicroBatchSampler
+from .data import TrainingData
 from .digest import frozen_digest, frozen_digests
 from .kernels import NOISE_VERSION
 from .partition import canonical_name
@@ -19,10 +19,10 @@ from .untrusted import printed, shown
 FREE_OPTIONS = ("total_steps", "max_skipped_steps", "momentum.max_window")
 
 
-def own_sampler(engine: Any) -> MicroBatchSampler | None:
-    """The sampler of the engine's own training data loader, or None where the user deals out the data."""
-    sampler = getattr(engine.training_dataloader, "batch_sampler", None)
-    return sampler if isinstance(sampler, MicroBatchSampler) else None
+def own_data(engine: Any) -> TrainingData | None:
+    """The engine's own training data loader, or None where the user deals out the data."""
+    loader = engine.training_dataloader
+    return loader if isinstance(loader, TrainingData) else None
 
 
 def run_identity(engine: Any) -> dict:
@@ -36,7 +36,7 @@ def run_identity(engine: Any) -> dict:
         {"name": p.name, "shape": list(p.shape), "dtype": dtype_name(p.dtype), "group": group_of[id(p.param)]}
         for p in optimizer.partitions
     ]
-    sampler = own_sampler(engine)
+    data = own_data(engine)
     return {
         "noise_version": NOISE_VERSION,
         "optimizer": optimizer.rule.name,
@@ -44,7 +44,7 @@ def run_identity(engine: Any) -> dict:
         "groups": [{"weight_decay": float(group["weight_decay"])} for group in optimizer.param_groups],
         "micro_batch_size": engine.train_micro_batch_size_per_gpu(),
         "micro_batches_a_step": engine.gradient_accumulation_steps() * collective.world_size(),
-        "data": None if sampler is None else {"num_examples": sampler.num_examples, "seed": sampler.seed},
+        "data": None if data is None else data.identity(),
         "parameters": parameters,
         "frozen_sha256": frozen_digest(engine),
     }

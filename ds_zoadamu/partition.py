@@ -21,7 +21,7 @@ from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from .errors import ConfigError
-from .nvme import check_partition_sizes, mapped_zeros, wants_nvme
+from .nvme import check_partition_sizes, mapped_zeros, smallest_file_bytes, wants_nvme
 
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
@@ -177,6 +177,7 @@ def reject_unusable(module: torch.nn.Module, config: dict) -> None:
     _reject_same_names(module)
     _reject_rescaling(module)
     _reject_too_large(module, config)
+    _reject_other_dtypes(module, config)
 
 
 def _reject_same_names(module: torch.nn.Module) -> None:
@@ -252,6 +253,34 @@ def _reject_too_large(module: torch.nn.Module, config: dict) -> None:
         check_partition_sizes(config, numels, dist.get_world_size())
 
 
+def _reject_other_dtypes(module: torch.nn.Module, config: dict) -> None:
+    """Raise ConfigError where a partition would go to NVMe in another dtype than its parameter has. Before partitioning.
+
+    DeepSpeed 0.19.8 stores all of them in the dtype of the model's first parameter; those that stay in memory keep their own.
+    """
+    if not wants_nvme(config) or any((config.get(key) or {}).get("enabled") is True for key in ("bf16", "fp16")):
+        return  # DeepSpeed casts the parameters to that one
+    stored = next(module.parameters()).dtype
+    for name, param in module.named_parameters():
+        numel = -(-getattr(param, "ds_numel", param.numel()) // dist.get_world_size())
+        if param.dtype != stored and numel * stored.itemsize >= smallest_file_bytes(config):
+            _reject_dtype(name, param.dtype, stored)
+
+
+def reject_stored_dtypes(module: torch.nn.Module) -> None:
+    """The same of partitions that are there: those of a model that was built straight into them, for instance."""
+    for name, param in module.named_parameters():
+        if _on_nvme(param) and param.nvme_swapper.dtype != param.dtype:
+            _reject_dtype(name, param.dtype, param.nvme_swapper.dtype)
+
+
+def _reject_dtype(name: str, dtype: torch.dtype, stored: torch.dtype) -> None:
+    raise ConfigError(
+        f"parameter {name!r} is of {dtype}, and offload_param to NVMe would store it as {stored}, as all of the model; give "
+        'the model one dtype (model.to(...), or "bf16" or "fp16" in the JSON), or offload_param to "cpu"'
+    )
+
+
 def lift_scalars(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Give 0-d parameters that are not partitioned yet one dimension; DeepSpeed 0.19.8 cannot broadcast them. Undo with
     ``lower_scalars``.
@@ -298,8 +327,8 @@ class PerturbedGathers:
 
     @contextmanager
     def perturbed(self, fill: Fill | None) -> Iterator[None]:
-        """Inside, gathers of the trained parameters see what ``fill`` writes; the stored values where it is None. All gathered copies are freed on entry and on
-        exit.
+        """Inside, gathers of the trained parameters see what ``fill`` writes; the stored values where it is None. All gathered
+        copies are freed on entry and on exit.
         """
         if self._fill is not None:
             raise RuntimeError("perturbed() cannot be nested")

@@ -5,6 +5,7 @@ Ranks, where there are several, share the elements; nothing has to be exchanged 
 """
 
 import json
+import math
 import os
 import re
 import shlex
@@ -158,13 +159,23 @@ def _rule_and_updates(contents: Contents, journal: str | Path) -> tuple[Rule, li
         if source is not None and source.isprintable():
             remedy = f"; import {shown(source)} first, if you trust it: ds_zoadamu --import {shlex.quote(source)} replay ..."
         raise ReplayError(f"{where} is of the rule {shown(name)}; known here: {', '.join(RULES)}{remedy}")
+    options = _recorded_options(header["options"])
     try:
-        RULES[name].config_class.parse(header["options"], "options of its header")  # also refuses names that are no options
-        rule = make_rule(name, header["options"])
+        RULES[name].config_class.parse(options, "options of its header")  # also refuses names that are no options
+        rule = make_rule(name, options)
         updates, _ = recorded_updates(rule, contents.records, [group["weight_decay"] for group in header["groups"]])
     except (ConfigError, ArithmeticError) as e:
         raise ReplayError(f"{where} is of no run that {name} can make: {e}") from e
     return rule, updates
+
+
+def _recorded_options(options: dict) -> dict:
+    """Options of a header without lr and decay, so that a bound which only a new run has does not refuse an old one.
+
+    Each record has the lr of its step, and the header's groups their decay.
+    """
+    used = {key: options.get(key) for key in ("lr", "weight_decay")}
+    return options | {key: 0.0 for key, value in used.items() if isinstance(value, float) and 0.0 <= value < math.inf}
 
 
 def _verify_base(base: Base, header: dict) -> None:

@@ -13,7 +13,7 @@ from . import checkpoint_store as store
 from .base_model import base_folder, base_identity
 from .digest import frozen_digests, partition_digests
 from .errors import CheckpointError, JournalError, ReplayError
-from .identity import differences, own_sampler, phrase, run_identity, surroundings
+from .identity import differences, own_data, phrase, run_identity, surroundings
 from .journal import Contents, Journal, Record, parse_journal, read_bytes
 from .replay_base import open_base
 from .stepping import apply_updates, recorded_updates
@@ -121,7 +121,8 @@ def resume(
     checkpoint.log_on_rank_0(
         logging.INFO, f"resumed after step {step}: {where}, then {len(records)} steps out of journal {str(path)!r}"
     )
-    return Resumed(step, len(records), found and found.path, found.manifest["client_state"] if found else {}), journal
+    client_state = {} if found is None else checkpoint.client_state_of(found)
+    return Resumed(step, len(records), found and found.path, client_state), journal
 
 
 def _open(path: str | Path, fsync_every: int) -> tuple[Journal | None, Contents]:
@@ -253,13 +254,13 @@ def _count(engine: Any, record: Record, lrs: tuple[float, ...]) -> None:
 
 def _restore_data(engine: Any, contents: Contents, records: list[Record], found: store.Found | None, data: Any) -> None:
     """Put the data where the last recorded step left it."""
-    sampler = own_sampler(engine)
-    if sampler is not None and records and records[-1].data_position is not None:
-        sampler.restore(records[-1].data_position)
+    own = own_data(engine)
+    if own is not None and records and records[-1].data_position is not None:
+        own.restore(records[-1].data_position)
     if data is None:
         return
     with collective.on_all_ranks(JournalError):
-        saved = None if found is None else checkpoint.data_state_of(found.manifest)
+        saved = None if found is None else checkpoint.data_state_of(found)
         if saved is not None:
             data.load_state_dict(saved)
         drawn = (len(records) if saved is not None else len(contents.records)) * engine.gradient_accumulation_steps()

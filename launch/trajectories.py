@@ -31,8 +31,8 @@ import numpy
 import torch
 
 from ds_zoadamu.errors import ConfigError
-from ds_zoadamu.rules.noise import parameter_key
 from ds_zoadamu.rules import Elements, Evaluation, MeZO, Rule, Update, ZOAdaMU
+from ds_zoadamu.rules.noise import parameter_key
 from ds_zoadamu.training.output import processor_name
 
 RESOLUTION = 1e-6  # distances below this are not told apart when an lr is chosen

@@ -22,14 +22,15 @@ def option(check: Check, **default: Any) -> Any:
     return field(metadata={"check": check}, **default)
 
 
-def number(low: float, high: float = math.inf, *, above: bool = False) -> Check:
-    """A finite number in [low, high], or in (low, high] with ``above``; stored as a float."""
+def number(low: float, high: float = math.inf, *, above: bool = False, why: str = "") -> Check:
+    """A finite number in [low, high], or in (low, high] with ``above``; stored as a float. ``why``: the bounds' reason."""
 
     def check(where: str, key: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConfigError(f"{where}: {key} is {shown(value)}, a {type(value).__name__}; it must be a number")
         if not low <= value <= min(high, sys.float_info.max) or (above and value == low):
             bound = f"{'>' if above else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
+            bound += f" ({why})" if why else ""
             raise ConfigError(f"{where}: {key} is {shown(value)}; it must be finite and {bound}")
         return float(value)
 
@@ -91,6 +92,21 @@ def parse_fields(cls: type, where: str, given: dict) -> dict[str, Any]:
     return values
 
 
+learning_rate = number(
+    0.0, 10.0, why="a weight moves by lr x projected_grad a step, usual are 1e-7 to 1e-3; scale up a loss that needs more"
+)
+decay = number(0.0, 10.0, why="a step takes the share lr x weight_decay of each weight away, usual are 0 to 0.1")
+
+
+def check_shrinking(where: str, lr: float, weight_decay: float) -> None:
+    """Raises ConfigError where a step's decay would take more of a weight away than there is."""
+    if lr * weight_decay > 1.0:
+        raise ConfigError(
+            f"{where}: lr x weight_decay is {lr:g} x {weight_decay:g} = {lr * weight_decay:g}; it must be <= 1, as a step "
+            "takes that share of each weight away: lower weight_decay"
+        )
+
+
 _ROUNDINGS = tuple(r.name.lower() for r in Rounding)
 
 
@@ -98,9 +114,9 @@ _ROUNDINGS = tuple(r.name.lower() for r in Rounding)
 class RuleConfig:
     """The options that every zeroth-order rule has; a rule's own dataclass inherits them and adds more."""
 
-    lr: float = option(number(0.0))
-    zo_eps: float = option(number(0.0, 1.0, above=True), default=1e-3)
-    weight_decay: float = option(number(0.0), default=0.0)
+    lr: float = option(learning_rate)
+    zo_eps: float = option(number(1e-8, 1.0, why="with less, no fp32 weight of 0.1 or more changes"), default=1e-3)
+    weight_decay: float = option(decay, default=0.0)
     seed: int = option(integer(0, 2**64 - 1), default=0)
     num_perturbations: int = option(integer(1, 1024), default=1)
     update_rounding: str = option(choice(*_ROUNDINGS), default="stochastic")
@@ -123,3 +139,4 @@ class RuleConfig:
 
     def check(self, where: str) -> None:
         """Raise ConfigError for options that do not go together."""
+        check_shrinking(where, self.lr, self.weight_decay)

@@ -76,11 +76,14 @@ class Schedule:
             weight *= 1.0 - self.beta1(step - window)
         return window
 
-    def plateau_window(self, tolerance: float) -> int:
-        """The largest ``replay_window`` of any step: beta1 never rises, so it is the one of the plateau after t2."""
+    def plateau_window(self, tolerance: float) -> float:
+        """The largest ``replay_window`` of any step: beta1 never rises, so it is the one of the plateau after t2. Infinite
+        where beta1 falls to 0, as nothing fades then."""
         history = 1.0 - self.beta1(self.t2)
         if history <= 0.0:
             return 1
+        if history >= 1.0:
+            return math.inf
         return max(1, math.floor(math.log(tolerance) / math.log(history)) + 1)
 
 

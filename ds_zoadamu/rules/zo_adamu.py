@@ -1,5 +1,6 @@
 """ZO-AdaMU: the perturbation is drawn around the momentum, and its own second moment normalises the update."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -54,7 +55,9 @@ class ZOAdaMUConfig(RuleConfig):
     phi_beta1: float = option(number(0.0, 100.0), default=1.0)
     phi_beta2: float = option(number(0.0, 100.0), default=1.5)
     floor: float = option(number(0.0, 1.0), default=0.01)
-    constant_beta1: float | None = option(optional(number(0.0, 1.0, above=True)), default=None)
+    constant_beta1: float | None = option(
+        optional(number(1e-6, 1.0, why="the first perturbations are zo_eps x beta1")), default=None
+    )
     momentum: MomentumConfig = option(MomentumConfig.parse, default_factory=MomentumConfig)
 
     @property
@@ -76,17 +79,19 @@ class ZOAdaMUConfig(RuleConfig):
         return values | {"t1": t1, "t2": t2, "t3": t3}
 
     def check(self, where: str) -> None:
+        super().check(where)
         if self.momentum.dtype != "replay":
             return
         window = self.schedule.plateau_window(self.momentum.window_tolerance)
         if window > self.momentum.max_window:
             beta1 = self.schedule.beta1(self.t2)
+            fading = f"it takes {window} steps to fade" if window < math.inf else "it never fades"
             raise ConfigError(
-                f"{where}.momentum: replay needs the noise of the last {window} steps, max_window is "
-                f"{self.momentum.max_window}: beta1 falls to {beta1:.4g}, so a step keeps {1 - beta1:.4g} of its history and "
-                f"it takes {window} steps to fade below window_tolerance "
-                f"{self.momentum.window_tolerance:g}. Raise max_window (every gather then costs {window} times the noise) or "
-                f'window_tolerance, choose t1, t2, t3 that end at a higher beta1, or use "dtype": "int8"'
+                f"{where}.momentum: replay needs the noise of {f'the last {window}' if window < math.inf else 'all earlier'} "
+                f"steps, max_window is {self.momentum.max_window}: beta1 falls to {beta1:.4g}, so a step keeps {1 - beta1:.4g} "
+                f"of its history and {fading} below window_tolerance {self.momentum.window_tolerance:g}. Raise max_window "
+                "(every gather then costs as many times the noise) or window_tolerance, choose floor, t1, t2, t3 that end at a "
+                'higher beta1, or use "dtype": "int8"'
             )
 
 

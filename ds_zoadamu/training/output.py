@@ -8,8 +8,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from deepspeed import comm as dist
 
+from ds_zoadamu import collective
 from ds_zoadamu.folders import put_back, remove, replace
 from ds_zoadamu.locks import is_locked
 from ds_zoadamu.safetensors_io import write_durably
@@ -125,9 +125,7 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
 
 def of_all_ranks(numbers: dict) -> list[dict]:
     """The numbers of each rank, in the order of ranks. All ranks call it."""
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, numbers)
-    return gathered
+    return collective.gather_json(numbers)
 
 
 def environment() -> dict:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from ds_zoadamu.auto_config import fill_auto, hidden_size_of
+from ds_zoadamu.auto_config import STEPS_OF_A_RUN, fill_auto, hidden_size_of, value_at
 from ds_zoadamu.config import check_config, read_config
 from ds_zoadamu.rules import import_modules
 from ds_zoadamu.tasks import (
@@ -108,6 +108,7 @@ def make_plan(args: Namespace, ranks: int | None = None) -> Plan:
     model_input = read_model_input(args)
     config = fill_auto(config, args, world_size=ranks or world_size(), hidden_size=model_input.hidden_size)
     check_config(config)
+    check_steps(config, args.max_steps)
     return encode_splits(args, config, model_input)
 
 
@@ -141,6 +142,21 @@ def check_stage(config: dict, where: str) -> None:
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage != 3:
         raise InputError(f"{where}: zero_optimization.stage is {stage!r}; set it to 3, which partitions the weights")
+
+
+def check_steps(config: dict, max_steps: int) -> None:
+    """Refuses a run that is longer than the schedule of its configuration, at whose end the lr may be 0.
+
+    Raises:
+        InputError: names --max_steps and the setting.
+    """
+    for path in STEPS_OF_A_RUN:
+        planned = value_at(config, path)
+        if isinstance(planned, int) and max_steps > planned:
+            raise InputError(
+                f'--max_steps {max_steps} is more than the {planned} steps of {path} in the DeepSpeed JSON; set that to "auto" '
+                "or to the length of the run"
+            )
 
 
 def world_size() -> int:

@@ -14,6 +14,7 @@ from ..partition import Partition
 from ..rules import Elements, Evaluation, Rule, Update
 from ..rules import MeZO as MeZORule
 from ..rules import ZOAdaMU as ZOAdaMURule
+from ..rules.options import check_shrinking, decay, learning_rate
 
 _GROUP_KEYS = {"params", "lr", "weight_decay"}
 
@@ -53,10 +54,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def add_param_group(self, group: dict[str, Any]) -> None:
         if unknown := set(group) - _GROUP_KEYS:
             raise ConfigError(unknown_keys_message("parameter group", unknown, _GROUP_KEYS))
-        for key in ("lr", "weight_decay"):
-            value = group.get(key, self.defaults[key])
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ConfigError(f"parameter group: {key} is {value!r}; it must be a finite number >= 0")
+        lr = learning_rate("parameter group", "lr", group.get("lr", self.defaults["lr"]))
+        weight_decay = decay("parameter group", "weight_decay", group.get("weight_decay", self.defaults["weight_decay"]))
+        check_shrinking("parameter group", lr, weight_decay)
         super().add_param_group(group)
 
     def bind(self, partitions: Sequence[Partition]) -> None:

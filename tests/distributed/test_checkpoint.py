@@ -201,7 +201,7 @@ def test_refusals_on_two_ranks(tmp_path):
         "other seed": "seed is 7 here and 5 there",
         "scheduler": "was saved with the lr scheduler None, this run has WarmupLR",
         "weights of other dtype": "dtype of 'temperature' is 'bfloat16' here",
-        "client_state": "client_state['model'] cannot be saved: Object of type Linear is not JSON",
+        "client_state": "client_state['model'] is a Linear; kept are numbers, strings",
         "tag": "tag is 'a/b'; it must be the name of a folder",
         "limit": "save_total_limit is 0; it must be an integer >= 1",
         "different tags": "the ranks disagree about the tag",

@@ -273,7 +273,9 @@ def _skips(rank, world_size, bad_steps, limit):
         momenta = as_bytes({p.name: engine.optimizer.stored_state(p)["momentum"] for p in engine.optimizer.partitions})
         error = _raised(engine.train_batch, my_share(odd_batches(16), step, 1, rank, world_size))
         weights_kept = as_bytes({p.name: p.weight for p in engine.optimizer.partitions}) == before
-        momenta_moved = as_bytes({p.name: engine.optimizer.stored_state(p)["momentum"] for p in engine.optimizer.partitions}) != momenta
+        momenta_moved = (
+            as_bytes({p.name: engine.optimizer.stored_state(p)["momentum"] for p in engine.optimizer.partitions}) != momenta
+        )
         history.append(
             (engine.last_step.skipped, weights_kept, momenta_moved, engine.last_step.lr, engine.optimizer.step_count)
         )
@@ -347,7 +349,7 @@ def _refused(rank, world_size, change):
     "change,words",
     [
         ({"optimizer.params.zo_epsilon": 1}, ["zo_epsilon", "did you mean 'zo_eps'"]),
-        ({"optimizer.params.zo_eps": 0}, ["zo_eps", "> 0"]),
+        ({"optimizer.params.zo_eps": 0}, ["zo_eps", ">= 1e-08"]),
         ({"zero_optimization.stage": 2}, ["zero_optimization.stage is 2", "3"]),
         ({"zero_optimization.offload_optimizer": {"device": "cpu"}}, ["offload_optimizer", "offload_param"]),
         ({"zero_optimization.zero_hpz_partition_size": 2}, ["hpz", "1"]),

@@ -213,9 +213,7 @@ def _changed_before_training(rank, world_size, source):
     engine.eval()
     prompt = ids[:, : 3 + 4 * rank]
     mask = torch.ones_like(prompt)
-    tokens = engine.module.generate(
-        input_ids=prompt, attention_mask=mask, max_length=12, min_length=12, do_sample=False
-    )
+    tokens = engine.module.generate(input_ids=prompt, attention_mask=mask, max_length=12, min_length=12, do_sample=False)
     return before, resized, saved, tokens.shape[1]
 
 

@@ -317,3 +317,39 @@ def test_a_drive_in_use_by_another_process_is_refused(drive):
     nvme._claim(drive)
     (message,) = _messages([zero_section("nvme", drive)])
     assert "another running process uses" in message
+
+
+# --- models of several dtypes ------------------------------------------------------------------------------------------------
+
+
+def _mixed(first: torch.dtype, **dtypes: torch.dtype) -> WideModel:
+    model = WideModel(first)
+    for name, dtype in dtypes.items():
+        getattr(model, name).to(dtype)
+    return model
+
+
+def _mixed_dtypes(rank, world_size, drive):
+    """The messages with which models of several dtypes are refused, and what a small parameter of its own dtype holds."""
+    messages = {}
+    for name, model in {
+        "large": _mixed(torch.float32, frozen=torch.bfloat16),
+        "first": _mixed(torch.float32, up=torch.bfloat16, down=torch.bfloat16, frozen=torch.bfloat16, out=torch.bfloat16),
+        "small": _mixed(torch.float32, out=torch.bfloat16),
+    }.items():
+        settings = config(world_size, zero=zero_section("nvme", drive))
+        try:
+            engine = engine_for(model, settings)
+            messages[name] = engine.module.out.weight.dtype, swapped_out(engine)
+            engine.destroy()
+        except ds_zoadamu.ConfigError as error:
+            assert not any(hasattr(p, "ds_id") for p in model.parameters())
+            messages[name] = str(error)
+    return messages
+
+
+def test_a_model_of_several_dtypes_is_refused_where_one_would_be_stored_in_another(drive):
+    [messages] = run_ranks(1, _mixed_dtypes, str(drive))
+    assert "'frozen.weight' is of torch.bfloat16, and offload_param to NVMe would store it as torch.fl" in messages["large"]
+    assert "'up.weight' is of torch.bfloat16" in messages["first"] and "one dtype" in messages["first"]
+    assert messages["small"] == (torch.bfloat16, ON_NVME)  # it stays in memory, where each has its own

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from ds_zoadamu.auto_config import fill_auto
+from ds_zoadamu.auto_config import fill_auto, fill_auto_for_library
 from ds_zoadamu.config import check_config
 from ds_zoadamu.errors import ConfigError
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.arguments import check_arguments, finetune_parser
+from ds_zoadamu.training.plan import check_steps
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
@@ -106,6 +107,37 @@ def test_scheduler():
 def test_contradictions_are_named(config, given, message):
     with pytest.raises(ConfigError, match=message):
         filled(config, *given.split())
+
+
+@pytest.mark.parametrize(
+    "given, scheduled, batch, steps",
+    [
+        ("auto", "auto", {"train_micro_batch_size_per_gpu": "auto"}, (2, 2)),
+        ("auto", None, {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3}, (3, None)),
+        (None, "auto", {"train_batch_size": 10}, (None, 4)),
+        (7, "auto", {"train_micro_batch_size_per_gpu": "auto"}, (7, 7)),
+        ("auto", 9, {"train_micro_batch_size_per_gpu": "auto"}, (9, 9)),
+    ],
+)
+def test_number_of_steps_in_the_library(given, scheduled, batch, steps):
+    config = {**zeroth_order(lr=1e-6), **batch}
+    if given is not None:
+        config["optimizer"]["params"]["total_steps"] = given
+    if scheduled is not None:
+        config["scheduler"] = {"type": "WarmupDecayLR", "params": {"total_num_steps": scheduled}}
+    filled = fill_auto_for_library(config, world_size=2, hidden_size=None, num_examples=40)
+    params, scheduler = filled["optimizer"]["params"], filled.get("scheduler", {"params": {}})["params"]
+    assert (params.get("total_steps"), scheduler.get("total_num_steps")) == steps
+
+
+def test_a_run_longer_than_its_schedule_is_refused():
+    config = zeroth_order(lr=1e-6, total_steps=40)
+    check_steps(config, 40)
+    with pytest.raises(InputError, match="--max_steps 41 is more than the 40 steps of optimizer.params.total_steps .*auto"):
+        check_steps(config, 41)
+    config = {**zeroth_order(lr=1e-6), "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 20}}}
+    with pytest.raises(InputError, match="--max_steps 21 is more than the 20 steps of scheduler.params.total_num_steps"):
+        check_steps(config, 21)
 
 
 def test_the_users_configuration_is_not_changed():

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from ds_zoadamu import ConfigError, check_config
-from ds_zoadamu.rules import ZOAdaMUConfig
+from ds_zoadamu.replay import _recorded_options
+from ds_zoadamu.rules import ZOAdaMUConfig, make_rule
 
 OK = {"lr": 1e-6, "total_steps": 600}
 
@@ -43,7 +44,12 @@ def test_values_survive():
         ({"lr": -1.0}, ["lr is -1.0", ">= 0"]),
         ({"lr": float("nan")}, ["lr is nan", "finite"]),
         ({"lr": "auto"}, ['lr is "auto"', "finetune.py"]),
-        ({"zo_eps": 0.0}, ["zo_eps is 0.0", "> 0"]),
+        ({"lr": float("inf")}, ["lr is inf", "finite", "<= 10"]),
+        ({"lr": 100}, ["lr is 100", ">= 0 and <= 10", "lr x projected_grad", "scale up a loss"]),
+        ({"weight_decay": 11}, ["weight_decay is 11", "<= 10", "lr x weight_decay"]),
+        ({"lr": 2.0, "weight_decay": 0.75}, ["lr x weight_decay is 2 x 0.75 = 1.5", "<= 1", "lower weight_decay"]),
+        ({"zo_eps": 0.0}, ["zo_eps is 0.0", ">= 1e-08", "no fp32 weight"]),
+        ({"zo_eps": 1e-9}, ["zo_eps is 1e-09", ">= 1e-08"]),
         ({"zo_eps": 1.5}, ["zo_eps is 1.5", "<= 1"]),
         ({"eps": 1e-3}, ["unknown 'eps'", "zo_eps"]),
         ({"total_step": 3}, ["'total_step'", "did you mean 'total_steps'"]),
@@ -62,12 +68,17 @@ def test_values_survive():
             {"momentum": {"dtype": "replay", "max_window": 43}},
             ["last 44 steps", "max_window is 43", "0.1464", "Raise max_window"],
         ),
+        (
+            {"floor": 0, "phi_beta1": 1.5, "momentum": {"dtype": "replay"}},
+            ["noise of all earlier steps", "max_window is 64", "beta1 falls to 0", "never fades", "choose floor"],
+        ),
         ({"momentum": {"dtype": "replay", "window_tolerance": 0}}, ["window_tolerance is 0", "> 0"]),
         ({"update_rounding": "up"}, ["update_rounding is 'up'", "'nearest'"]),
         ({"max_skipped_steps": 0}, ["max_skipped_steps is 0"]),
         ({"num_perturbations": 0}, ["num_perturbations is 0", ">= 1"]),
         ({"num_perturbations": 1.0}, ["num_perturbations is 1.0", "integer"]),
-        ({"constant_beta1": 0}, ["constant_beta1 is 0", "> 0 and <= 1"]),
+        ({"constant_beta1": 0}, ["constant_beta1 is 0", ">= 1e-06 and <= 1", "zo_eps x beta1"]),
+        ({"constant_beta1": 1e-200}, ["constant_beta1 is 1e-200", ">= 1e-06"]),
     ],
     ids=str,
 )
@@ -97,6 +108,11 @@ def deepspeed_config(**changes):
         ({"optimizer": {"type": "ZOAdaMU", "params": OK, "parms": 1}}, ["'parms'", "'params'"]),
         ({"optimizer": {"type": "MeZO", "params": OK}}, ["unknown 'total_steps'", "known: lr"]),
         ({"optimizer": {"type": "MeZO", "params": {}}}, ["lr is missing"]),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 100}}}, ["params: warmup_max_lr is 100", "<= 10"]),
+        (
+            {"scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 0, "cycle_max_lr": [1e-3, float("inf")]}}},
+            ["scheduler.params: cycle_max_lr is inf", "finite"],
+        ),
         ({"optimizer": {"type": "Mezzo", "params": OK}}, ["'Mezzo'", "not known", "ZOAdaMU, MeZO", "adamw"]),
     ],
     ids=str,
@@ -111,6 +127,13 @@ def test_without_momentum_replay_needs_one_step():
     config = parse(constant_beta1=1.0, momentum={"dtype": "replay", "max_window": 1})
     assert config.schedule.beta1(1) == config.schedule.beta1(599) == 1.0
     assert config.schedule.replay_window(300, 1e-3) == 1
+
+
+def test_a_journal_of_an_lr_that_a_new_run_may_not_have_can_be_replayed():
+    recorded = {"lr": 100.0, "weight_decay": 20.0, "seed": 3}
+    assert make_rule("MeZO", _recorded_options(recorded)).config.seed == 3
+    with pytest.raises(ConfigError, match="lr is inf"):
+        make_rule("MeZO", _recorded_options(recorded | {"lr": float("inf")}))
 
 
 def test_check_config_from_a_file(tmp_path):

@@ -61,6 +61,7 @@ def test_momentum_std_range_of_the_defaults():
 
 def test_replay_window():
     assert DEFAULT.plateau_window(1e-3) == 44
+    assert Schedule(t1=0, t2=600, t3=600, floor=0.0).plateau_window(1e-3) == math.inf  # beta1 is 0: nothing fades
     assert DEFAULT.replay_window(12000, 1e-3) == 44
     assert DEFAULT.replay_window(1, 1e-3) == 0
     assert DEFAULT.replay_window(1500, 1e-3) == 1  # warm-up: the last step alone decides m, its history weighs 0
