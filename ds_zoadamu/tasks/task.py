@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ds_zoadamu.errors import unknown_keys_message
-from ds_zoadamu.tasks.errors import InputError
+from ds_zoadamu.tasks.errors import InputError, check_text
 from ds_zoadamu.untrusted import is_text, parse_json, printed, read_file, shown
 
 _MAX_BYTES = 1 << 24
@@ -65,6 +65,8 @@ class Task:
         if len(words) < 2:
             raise InputError(f"task {self.name!r}: label_words needs at least two labels, got {shown(dict(self.label_words))}")
         for word in words:
+            if isinstance(word, str):
+                check_text(f"task {self.name!r}: the label word {word!r}", word)
             if not is_text(word) or not word.strip():
                 raise InputError(
                     f"task {self.name!r}: label_words has the empty word {shown(word)}; each label needs a word of its own"
