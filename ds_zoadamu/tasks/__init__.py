@@ -3,7 +3,7 @@
 from ds_zoadamu.tasks.errors import InputError
 from ds_zoadamu.tasks.examples import Example, Splits, load_examples, load_splits, majority_accuracy
 from ds_zoadamu.tasks.metrics import Evaluation, candidate_scores, evaluate, prompt_loss
-from ds_zoadamu.tasks.prompts import EncodedExample, PromptCollator, PromptEncoder, model_max_length
+from ds_zoadamu.tasks.prompts import EncodedExample, PromptCollator, PromptEncoder, model_max_length, padding_id
 from ds_zoadamu.tasks.task import SST2, TASKS, Task, label_words_from, load_task
 
 __all__ = [
@@ -25,5 +25,6 @@ __all__ = [
     "load_task",
     "majority_accuracy",
     "model_max_length",
+    "padding_id",
     "prompt_loss",
 ]

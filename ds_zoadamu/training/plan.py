@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deepspeed.utils import logger
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ds_zoadamu.auto_config import fill_auto, hidden_size_of
@@ -21,6 +22,7 @@ from ds_zoadamu.tasks import (
     load_splits,
     majority_accuracy,
     model_max_length,
+    padding_id,
 )
 from ds_zoadamu.training.arguments import check_arguments, task_from
 
@@ -74,12 +76,15 @@ def read_model_input(args: Namespace) -> ModelInput:
     # Models with several parts keep the language model's sizes in a section of their own.
     config = _load(AutoConfig, args.model_name_or_path).get_text_config()
     tokenizer = _load(AutoTokenizer, args.model_name_or_path)
+    vocab_size = getattr(config, "vocab_size", None)
+    encoder = PromptEncoder(tokenizer, task, model_max_length(config, tokenizer, args.max_length), vocab_size)
+    for line in encoder.warnings if rank() == 0 else ():
+        logger.warning(f"task {task.name!r}: {line}")
     return ModelInput(
         task=task,
         tokenizer=tokenizer,
-        encoder=PromptEncoder(tokenizer, task, model_max_length(config, tokenizer, args.max_length)),
-        # Padding is masked, so any id will do where a tokenizer has none for it.
-        collate=PromptCollator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0),
+        encoder=encoder,
+        collate=PromptCollator(padding_id(tokenizer, vocab_size)),
         hidden_size=hidden_size_of(config),
     )
 
