@@ -42,7 +42,7 @@ def test_values_survive():
         ({"lr": True}, ["lr is True", "number"]),
         ({"lr": -1.0}, ["lr is -1.0", ">= 0"]),
         ({"lr": float("nan")}, ["lr is nan", "finite"]),
-        ({"lr": "auto"}, ['lr is "auto"', "finetune.py"]),
+        ({"lr": "auto"}, ['lr is "auto"', "in a DeepSpeed JSON only"]),
         ({"zo_eps": 0.0}, ["zo_eps is 0.0", "> 0"]),
         ({"zo_eps": 1.5}, ["zo_eps is 1.5", "<= 1"]),
         ({"eps": 1e-3}, ["unknown 'eps'", "zo_eps"]),
