@@ -6,6 +6,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -72,9 +73,9 @@ class _Run:
         self.optimizer = optimizer(self.model, _or(args.learning_rate, 1e-6), _or(args.zo_eps, 1e-3), args.seed)
         self.output.begin()
 
-    @staticmethod
-    def load(path: str, dtype: torch.dtype) -> torch.nn.Module:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(get_accelerator().current_device_name()).eval()
+    def load(self, path: str | Path, dtype: torch.dtype) -> torch.nn.Module:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=self.args.trust_remote_code)
+        return model.to(get_accelerator().current_device_name()).eval()
 
     def step(self) -> tuple[dict, float]:
         start = time.perf_counter()

@@ -40,7 +40,7 @@ def measure(args: Namespace) -> dict:
     config = fill_auto(config, args, world_size=world_size(), hidden_size=model_input.hidden_size)
     examples = load_examples(model_input.task, args.split, args.data_dir)
     encoded = model_input.encode(examples)
-    model = load_causal_lm(args.model_name_or_path, config)
+    model = load_causal_lm(args.model_name_or_path, config, trust_remote_code=args.trust_remote_code)
     engine, *_ = deepspeed.initialize(model=model, config=config)
     result = evaluate(engine.module, encoded, model_input.collate, args.per_device_eval_batch_size)
     figures = {

@@ -74,8 +74,8 @@ def read_model_input(args: Namespace) -> ModelInput:
     """
     task = task_from(args)
     # Models with several parts keep the language model's sizes in a section of their own.
-    config = _load(AutoConfig, args.model_name_or_path).get_text_config()
-    tokenizer = _load(AutoTokenizer, args.model_name_or_path)
+    config = _load(AutoConfig, args).get_text_config()
+    tokenizer = _load(AutoTokenizer, args)
     vocab_size = getattr(config, "vocab_size", None)
     encoder = PromptEncoder(tokenizer, task, model_max_length(config, tokenizer, args.max_length), vocab_size)
     for line in encoder.warnings if rank() == 0 else ():
@@ -168,8 +168,15 @@ def ensure_launched() -> None:
     os.environ.update(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
-def _load(kind, path: str):
+def _load(kind, args: Namespace):
+    path, what = args.model_name_or_path, kind.__name__[4:].lower()
     try:
-        return kind.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--model_name_or_path {path}: no {kind.__name__[4:].lower()} there: {error}") from error
+        # Without a value Transformers would ask on the terminal, on every rank.
+        return kind.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"--model_name_or_path {path}: its {what} is Python code in that folder; read it, and if you trust it give "
+                "--trust_remote_code"
+            ) from error
+        raise InputError(f"--model_name_or_path {path}: no {what} there: {error}") from error

@@ -44,7 +44,7 @@ def finetune(args: Namespace) -> dict:
     output = OutputDirectory(args.output_dir, writes=rank() == 0, overwrite=args.overwrite_output_dir, resume=args.resume)
     plan = make_plan(args)
     memory = PeakMemory()
-    stepper = make_stepper(args.model_name_or_path, plan.config, plan.train, plan.model_input.collate, args.seed)
+    stepper = make_stepper(plan)
     progress = begin_or_resume(args, output, stepper)
     before = {
         split: progress.evaluations.get((split, 0)) or _evaluate(plan, stepper, output, split, step=0)

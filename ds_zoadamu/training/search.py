@@ -66,9 +66,7 @@ def find_lr(args: Namespace) -> list[Trial]:
 def _try(plan: Plan, lr: float, zo_eps: float) -> Trial:
     start = time.perf_counter()
     args = plan.args
-    stepper = make_stepper(
-        args.model_name_or_path, _with(plan.config, lr, zo_eps), plan.train, plan.model_input.collate, args.seed
-    )
+    stepper = make_stepper(plan, _with(plan.config, lr, zo_eps))
     try:
         for _ in range(args.max_steps):
             stepper.step()
