@@ -1,4 +1,4 @@
-"""Models that bring Python code of their own: run where --trust_remote_code says so, elsewhere refused by name; nobody is asked."""
+"""Models that bring Python code of their own: run where --trust_remote_code says so, elsewhere refused by name."""
 
 import builtins
 import json
