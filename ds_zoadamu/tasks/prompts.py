@@ -1,6 +1,8 @@
 """Prompts as token ids, and micro-batches of them."""
 
+import hashlib
 import itertools
+import json
 import math
 import string
 from collections.abc import Iterator, Sequence
@@ -26,6 +28,14 @@ class EncodedExample:
     context: tuple[int, ...]
     candidates: tuple[tuple[int, ...], ...]
     label: int
+
+
+def encoded_sha256(examples: Sequence[EncodedExample]) -> str:
+    """SHA-256 over the tokens and labels of examples, in their order: one line of JSON each."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.context, example.candidates, example.label], separators=(",", ":")).encode() + b"\n")
+    return digest.hexdigest()
 
 
 class PromptEncoder:

@@ -19,6 +19,7 @@ from ds_zoadamu.tasks import (
     PromptCollator,
     PromptEncoder,
     Task,
+    encoded_sha256,
     load_splits,
     majority_accuracy,
     model_max_length,
@@ -64,6 +65,11 @@ class Plan:
     test: Sequence[EncodedExample]
     dev_majority: float
     test_majority: float
+
+    def task_identity(self) -> dict[str, str]:
+        """What a run is trained and judged on, for the header of its journal: the metric, and SHA-256 of each encoded set."""
+        sets = {"train": self.train, "dev": self.dev, "test": self.test}
+        return {"metric": "accuracy", **{f"{name}_sha256": encoded_sha256(examples) for name, examples in sets.items()}}
 
 
 def read_model_input(args: Namespace) -> ModelInput:

@@ -2,13 +2,13 @@
 
 import json
 import math
-from argparse import Namespace
 from dataclasses import dataclass, field
 
 from ds_zoadamu import collective
 from ds_zoadamu.journal import read_journal
 from ds_zoadamu.tasks import Evaluation, InputError
 from ds_zoadamu.training.output import CHECKPOINTS, JOURNAL, OutputDirectory
+from ds_zoadamu.training.plan import Plan
 from ds_zoadamu.training.steps import Stepper
 
 
@@ -40,26 +40,30 @@ def better(now: Evaluation, best: Evaluation | None) -> bool:
     return now.finite and (best is None or (now.accuracy, -now.loss) > (best.accuracy, -best.loss))
 
 
-def begin(args: Namespace, output: OutputDirectory, stepper: Stepper) -> None:
+def begin(plan: Plan, output: OutputDirectory, stepper: Stepper) -> None:
     """Makes the output directory of a new run and opens its journal. All ranks call it. Raises JournalError."""
     output.begin()
     if stepper.journaled:
-        stepper.engine.open_journal(output.path / JOURNAL, fsync_every=args.journal_fsync_every)
+        path, fsync_every = output.path / JOURNAL, plan.args.journal_fsync_every
+        stepper.engine.open_journal(path, fsync_every=fsync_every, task=plan.task_identity())
 
 
-def resume(args: Namespace, output: OutputDirectory, stepper: Stepper) -> Progress | None:
+def resume(plan: Plan, output: OutputDirectory, stepper: Stepper) -> Progress | None:
     """Goes on with the run of the output directory with --resume; None: a new run is to begin. All ranks call it.
 
     Raises:
         InputError: --resume with an optimizer that needs backward passes.
         JournalError, CheckpointError: what is wrong with the run's files.
     """
+    args = plan.args
     if args.resume and not stepper.journaled:
         raise InputError("--resume needs a zeroth-order optimizer: only its steps are in a journal")
     journal = output.path / JOURNAL
     if not (args.resume and collective.broadcast_bytes(b"1" if journal.exists() else b"")):
         return None
-    resumed = stepper.engine.resume(journal, output.path / CHECKPOINTS, fsync_every=args.journal_fsync_every)
+    resumed = stepper.engine.resume(
+        journal, output.path / CHECKPOINTS, fsync_every=args.journal_fsync_every, task=plan.task_identity()
+    )
     lines = []
     with collective.on_all_ranks(InputError):
         if collective.rank() == 0:

@@ -48,16 +48,18 @@ def finetune(args: Namespace) -> dict:
     plan = make_plan(args)
     memory = PeakMemory()
     stepper = make_stepper(plan)
-    resumed = resume(args, output, stepper)
+    resumed = resume(plan, output, stepper)
     progress = resumed or Progress()
     before = {split: progress.evaluations.get((split, 0)) or _measure(plan, stepper, split) for split in ("dev", "test")}
     _check_finite(before, stepper)
     if resumed is None:
-        begin(args, output, stepper)
+        begin(plan, output, stepper)
     for split, result in before.items():
         if (split, 0) not in progress.evaluations:
             _log(output, split, 0, result)
     seconds, best_step, best = _train(plan, stepper, output, progress)
+    if stepper.journaled:
+        stepper.engine.close_journal()  # durable, also with --journal_fsync_every above 1
     peak = memory.report()  # before the best model is loaded
     last = progress.evaluations.get(("test", args.max_steps)) or _evaluate(plan, stepper, output, "test", args.max_steps)
     after = last
