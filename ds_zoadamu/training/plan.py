@@ -185,4 +185,5 @@ def _load(kind, args: Namespace):
                 f"--model_name_or_path {path}: its {what} is Python code in that folder; read it, and if you trust it give "
                 "--trust_remote_code"
             ) from error
-        raise InputError(f"--model_name_or_path {path}: no {what} there: {error}") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"--model_name_or_path {path}: no {what} there: {reason}") from error
