@@ -79,7 +79,7 @@ def check_warmup(config: dict) -> None:
     section = config.get("scheduler")
     params = section.get("params") if isinstance(section, dict) else None
     steps = params.get("warmup_num_steps") if isinstance(params, dict) else None
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+    if steps not in (None, "auto") and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise ConfigError(
             f'scheduler.params.warmup_num_steps is {steps!r}; it must be an integer >= 1, or "auto" without --warmup_steps '
             "for no warm-up"

@@ -52,7 +52,7 @@ def prompt_loss(module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, i
 class Evaluation:
     """Accuracy and mean loss over `num_examples` examples.
 
-    The scores of `num_nonfinite` of them hold NaN or infinity; these count as wrong, and the loss is not finite.
+    The scores or the loss of `num_nonfinite` of them are NaN or infinite; these count as wrong, and the loss is not finite.
     """
 
     accuracy: float
@@ -96,7 +96,7 @@ def evaluate(module, examples: Sequence[EncodedExample], collate: Callable, micr
             if turn < len(starts):
                 labels = batch["labels"]
                 losses = torch.nn.functional.cross_entropy(scores, labels, reduction="none").double()
-                finite = scores.isfinite().all(dim=-1)  # among NaN argmax finds the first class
+                finite = scores.isfinite().all(dim=-1) & losses.isfinite()  # among NaN argmax finds the first class
                 correct = (finite & (scores.argmax(dim=-1) == labels)).sum()
                 sums[index] = torch.tensor([correct, losses.sum(), len(labels), (~finite).sum()], dtype=torch.float64)
     module.train(was_training)

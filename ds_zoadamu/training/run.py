@@ -109,7 +109,7 @@ def _train(plan: Plan, stepper: Stepper, output: OutputDirectory, progress: Prog
     if best is None:
         raise NonFiniteLossError(
             f"no evaluated step of {total} has finite scores on the development set, while the model before training has: it "
-            f"diverged. Lower --learning_rate, see --find_lr; what was measured is in {output.path / METRICS}"
+            f"diverged. Lower the lr, see --find_lr; what was measured is in {output.path / METRICS}"
         )
     return seconds, best_step, best
 

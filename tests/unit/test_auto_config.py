@@ -146,6 +146,7 @@ def test_a_warm_up_that_was_asked_for_is_deepspeeds():
 
 @pytest.mark.parametrize("steps", [0, -1, 2.5, True])
 def test_a_warm_up_that_deepspeed_refuses_is_named(steps):
+    check_config(with_scheduler("WarmupLR") | zeroth_order(lr=1e-6, total_steps=50))  # "auto" may still be filled
     for check in (filled, check_config):
         with pytest.raises(ConfigError, match=f'warmup_num_steps is {steps}; .*>= 1, or "auto" without --warmup_steps'):
             check(
