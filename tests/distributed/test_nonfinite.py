@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.utils import logger
 
 from ds_zoadamu.journal import read_journal
 from ds_zoadamu.tasks import SST2, Evaluation, Example, PromptCollator, PromptEncoder, Task, evaluate
@@ -44,12 +45,13 @@ def _classes(renamed):
 
 
 def _evaluations(rank, world_size):
-    model, found = _broken_model(), []
+    model, found, warnings = _broken_model(), [], []
+    logger.addFilter(lambda record: warnings.append(record.getMessage()) or True)
     for renamed in (False, True):
         task, items = _classes(renamed)
         encoder = PromptEncoder(make_tokenizer(), task, 64)
         found.append(evaluate(model, [encoder.encode(item) for item in items], PromptCollator(1), 4))
-    return found
+    return found, sum("scores of some examples are not finite" in line for line in warnings)
 
 
 def test_scores_that_are_not_finite_are_wrong_answers_and_counted():
@@ -63,7 +65,8 @@ def test_scores_that_are_not_finite_are_wrong_answers_and_counted():
         hits += finite and (great > terrible) == (item.label == 1)
     assert 0 < broken < len(items) and hits > 0
     for world_size in (1, 2):
-        for found in run_ranks(world_size, _evaluations):
+        for rank, (found, warned) in enumerate(run_ranks(world_size, _evaluations)):
+            assert warned == (rank == 0)  # of two evaluations, once
             for result in found:  # the names of the classes do not matter
                 assert (result.accuracy, result.num_nonfinite, result.num_examples) == (hits / 37, broken, 37)
                 assert math.isnan(result.loss) and not result.finite

@@ -109,6 +109,8 @@ def test_a_run_goes_on_with_its_own_task_only(folder):
         assert "rank 1 has another task than rank 0: task.data is '1' here and '0' there" in said["ranks"]
         assert "strings, integers or None" in said["kind"]
     assert not (folder / "ranks.jsonl").exists()
+    records = read_journal(folder / "out" / "journal.jsonl").records
+    assert [record.lr for record in records] == [1e-4, 1e-4]  # no step of the JSON's WarmupDecayLR is lost to its warm-up
     header = read_journal(folder / "out" / "journal.jsonl").header
     assert set(header["task"]) == {"metric", "train_sha256", "dev_sha256", "test_sha256"}
     assert "task" not in read_journal(folder / "old" / "journal.jsonl").header
