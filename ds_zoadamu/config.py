@@ -44,7 +44,7 @@ def zeroth_order_type(config: dict) -> str | None:
     """
     section = config.get("optimizer", {})
     if not isinstance(section, dict):
-        raise ConfigError(f'optimizer is {json.dumps(section)}; it must be an object with "type" and "params"')
+        raise ConfigError(f'optimizer is {section!r}; it must be an object with "type" and "params"')
     name = section.get("type")
     if name is None or name in RULES:
         return name

@@ -46,6 +46,8 @@ class Task:
             value = getattr(self, field.name)
             if field.name == "label_words" or (value is None and field.name.startswith("hub_")):
                 continue
+            if isinstance(value, str):
+                check_text(f"task {shown(self.name)}: {field.name}", value)
             longest = _MAX_BYTES if field.name == "template" else 255
             if not is_text(value) or not 0 < len(value) <= longest:
                 raise InputError(
@@ -72,7 +74,7 @@ class Task:
             raise InputError(f"task {self.name!r}: label_words needs at least two labels, got {shown(dict(self.label_words))}")
         for word in words:
             if isinstance(word, str):
-                check_text(f"task {self.name!r}: the label word {word!r}", word)
+                check_text(f"task {self.name!r}: the label word {shown(word)}", word)
             if not is_text(word) or not word.strip():
                 raise InputError(
                     f"task {self.name!r}: label_words has the empty word {shown(word)}; each label needs a word of its own"

@@ -123,3 +123,8 @@ def test_check_config_from_a_file(tmp_path):
         check_config(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         check_config(tmp_path / "missing.json")
+
+
+def test_an_optimizer_that_is_no_object_is_named():
+    with pytest.raises(ConfigError, match="optimizer is 'auto'; it must be an object"):
+        check_config({**deepspeed_config(), "optimizer": "auto"})
