@@ -74,7 +74,7 @@ class Task:
             raise InputError(f"task {self.name!r}: label_words needs at least two labels, got {shown(dict(self.label_words))}")
         for word in words:
             if isinstance(word, str):
-                check_text(f"task {self.name!r}: the label word {shown(word)}", word)
+                check_text(f"task {self.name!r}: label_words has {shown(word)}, which", word)
             if not is_text(word) or not word.strip():
                 raise InputError(
                     f"task {self.name!r}: label_words has the empty word {shown(word)}; each label needs a word of its own"
