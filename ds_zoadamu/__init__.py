@@ -23,6 +23,7 @@ _EXPORTS = {
     "ConfigError": "errors",
     "JournalError": "errors",
     "NonFiniteLossError": "errors",
+    "NonFiniteWeightsError": "errors",
     "ReplayError": "errors",
     "load_causal_lm": "hf",
     "save_pretrained": "hf",

@@ -1,12 +1,15 @@
 """The DeepSpeed JSON with its "auto" values filled, as Hugging Face's Trainer fills them."""
 
 import copy
+import json
 from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
-from .config import zeroth_order_type
+from .config import check_warmup, zeroth_order_type
 from .errors import ConfigError
+from .rules import RULES
+from .rules.options import reject_unknown
 
 DEFAULT_MICRO_BATCH_SIZE = 8
 DEFAULT_LEARNING_RATE = 5e-5
@@ -14,6 +17,16 @@ DEFAULT_ZEROTH_ORDER_LEARNING_RATE = 1e-6
 STEPS_OF_A_RUN = ("optimizer.params.total_steps", "scheduler.params.total_num_steps")
 # In these DeepSpeed itself knows what "auto" means.
 _OWN_AUTO_SECTIONS = ("data_types", "autotuning")
+_OBJECTS = {
+    "optimizer": '{"type": "ZOAdaMU", "params": {...}}',
+    "optimizer.params": '{"lr": "auto"}',
+    "scheduler": '{"type": "WarmupLR", "params": {...}}',
+    "scheduler.params": '{"warmup_num_steps": "auto"}',
+    "zero_optimization": '{"stage": 3}',
+    "bf16": '{"enabled": true}',
+    "fp16": '{"enabled": true}',
+}
+_WARMUPS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 
 
 def fill_auto(config: dict, args: Namespace, *, world_size: int, hidden_size: int | None) -> dict:
@@ -31,10 +44,11 @@ def fill_auto(config: dict, args: Namespace, *, world_size: int, hidden_size: in
     Raises:
         ConfigError: an argument contradicts the JSON, or an "auto" that nothing fills.
     """
+    _check_objects(config)
     filler, given = _Filler(copy.deepcopy(config)), vars(args)
-    zeroth_order = zeroth_order_type(config) is not None
+    rule = zeroth_order_type(config)
     _fill_batches(filler, given, world_size)
-    _fill_optimizer(filler, given, zeroth_order)
+    _fill_optimizer(filler, given, rule is not None)
     _fill_scheduler(filler, given)
     for section, wanted in (("bf16", given.get("bf16")), ("fp16", given.get("fp16"))):
         filler.fill(f"{section}.enabled", wanted or None, False, f"--{section}")
@@ -42,8 +56,12 @@ def fill_auto(config: dict, args: Namespace, *, world_size: int, hidden_size: in
         filler.fill("zero_optimization.reduce_bucket_size", None, hidden_size * hidden_size)
         filler.fill("zero_optimization.stage3_prefetch_bucket_size", None, int(0.9 * hidden_size * hidden_size))
         filler.fill("zero_optimization.stage3_param_persistence_threshold", None, 10 * hidden_size)
+    if rule is not None:  # for what nobody reads no value would do
+        reject_unknown("optimizer.params", filler.get("optimizer.params") or {}, RULES[rule].config_class.names())
     for path in _auto_paths(filler.config):
-        raise ConfigError(f'the DeepSpeed JSON has {path} = "auto", which nothing here fills; give a value')
+        raise ConfigError(
+            f'the DeepSpeed JSON has {path} = "auto", which nothing here fills; leave it out for its default, or give a value'
+        )
     return filler.config
 
 
@@ -59,6 +77,7 @@ def fill_auto_for_library(config: dict, *, world_size: int, hidden_size: int | N
     """
     if not has_auto(config):
         return config
+    _check_objects(config)
     config = copy.deepcopy(config)
     if hidden_size is None:
         zero = config.get("zero_optimization", {})
@@ -128,13 +147,27 @@ def _fill_scheduler(filler: "_Filler", given: dict) -> None:
     filler.fill("scheduler.params.warmup_min_lr", None, 0.0)
     filler.fill("scheduler.params.warmup_max_lr", None, filler.get("optimizer.params.lr"))
     filler.fill("scheduler.params.total_num_steps", None, given.get("max_steps"))
+    steps, left_open = given.get("warmup_steps"), filler.get("scheduler.params.warmup_num_steps") in (None, "auto")
     # DeepSpeed refuses a warm-up of 0 steps; 1 is what the Trainer takes for "none".
-    filler.fill(
-        "scheduler.params.warmup_num_steps",
-        given.get("warmup_steps") and max(1, given.get("warmup_steps")),
-        1,
-        "--warmup_steps",
-    )
+    filler.fill("scheduler.params.warmup_num_steps", 1 if steps == 0 and left_open else steps, 1, "--warmup_steps")
+    if not steps and left_open and filler.get("scheduler.params.warmup_num_steps") is not None:
+        _leave_out_warmup(filler)
+    check_warmup(filler.config)
+
+
+def _leave_out_warmup(filler: "_Filler") -> None:
+    """Begin a schedule behind its warm-up, where its first lr is the optimizer's.
+
+    DeepSpeed takes 2 for a warm-up of 1 step, and warmup_min_lr for the first two steps of any: as many steps at lr 0. A
+    scheduler that begins at iteration 0 leaves the optimizer's lr for step 1, and its iteration 1 ends a warm-up of 2 (with
+    "warmup_type": "linear" it is half of one).
+    """
+    kind, lr = filler.get("scheduler.type"), filler.get("optimizer.params.lr")
+    highest = lr if kind == "WarmupCosineLR" else filler.get("scheduler.params.warmup_max_lr")
+    if kind in _WARMUPS and (highest == lr or (highest is None and kind == "WarmupLR")):
+        path = "scheduler.params.last_batch_iteration"
+        if filler.get(path) in (None, "auto"):
+            filler.set(path, 0)
 
 
 def value_at(config: dict, path: str) -> Any:
@@ -158,9 +191,9 @@ class _Filler:
         """Fills "auto" with what was given or the default; returns the value that stands at last (None if absent)."""
         present = self.get(path)
         if present == "auto":
-            self._set(path, default if given is None else given)
+            self.set(path, default if given is None else given)
         elif given is not None and present is None:
-            self._set(path, given)
+            self.set(path, given)
         elif given is not None and present != given:
             raise ConfigError(
                 f"{argument} {given} contradicts the DeepSpeed JSON, where {path} is {present}; "
@@ -168,12 +201,22 @@ class _Filler:
             )
         return self.get(path)
 
-    def _set(self, path: str, value: Any) -> None:
+    def set(self, path: str, value: Any) -> None:
+        """Makes the sections above it too."""
         *sections, key = path.split(".")
         node = self.config
         for section in sections:
             node = node.setdefault(section, {})
         node[key] = value
+
+
+def _check_objects(config: dict) -> None:
+    """Raises ConfigError for a section that is filled and is no object."""
+    filler = _Filler(config)
+    for path, example in _OBJECTS.items():
+        value = filler.get(path)
+        if value is not None and not isinstance(value, dict):
+            raise ConfigError(f"{path} is {json.dumps(value)}; it must be an object, for example {example}")
 
 
 def has_auto(config: dict) -> bool:
@@ -186,6 +229,9 @@ def _auto_paths(node: Any, path: str = "") -> Iterator[str]:
         for key, value in node.items():
             if path or key not in _OWN_AUTO_SECTIONS:
                 yield from _auto_paths(value, f"{path}.{key}" if path else key)
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _auto_paths(value, f"{path}[{index}]")
     elif node == "auto":
         yield path
 

@@ -43,7 +43,10 @@ def zeroth_order_type(config: dict) -> str | None:
 
     Raises ConfigError for a near miss of our names, and for a name that nobody knows.
     """
-    name = config.get("optimizer", {}).get("type")
+    section = config.get("optimizer", {})
+    if not isinstance(section, dict):
+        raise ConfigError(f'optimizer is {section!r}; it must be an object with "type" and "params"')
+    name = section.get("type")
     if name is None or name in RULES:
         return name
     for known in RULES:
@@ -70,6 +73,18 @@ def check_config(config: dict | str | Path) -> RuleConfig | None:
     reject_unknown("optimizer", config["optimizer"], {"type", "params"})
     check_deepspeed_settings(config)
     return RULES[name].config_class.parse(config["optimizer"].get("params", {}))
+
+
+def check_warmup(config: dict) -> None:
+    """Raises ConfigError for a warm-up of the JSON's scheduler that DeepSpeed would refuse with the model in partitions."""
+    section = config.get("scheduler")
+    params = section.get("params") if isinstance(section, dict) else None
+    steps = params.get("warmup_num_steps") if isinstance(params, dict) else None
+    if steps not in (None, "auto") and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise ConfigError(
+            f'scheduler.params.warmup_num_steps is {steps!r}; it must be an integer >= 1, or "auto" without --warmup_steps '
+            "for no warm-up"
+        )
 
 
 def _enabled(section: Any) -> bool:
@@ -116,6 +131,7 @@ def check_deepspeed_settings(config: dict) -> None:
         )
     if zero.get("zenflow"):
         raise ConfigError("zero_optimization.zenflow is set; it selects gradients, and there are none: remove it")
+    check_warmup(config)
     clipping = config.get("gradient_clipping", 0.0)
     if clipping != 0.0:
         raise ConfigError(f"gradient_clipping is {clipping!r}; there are no gradients to clip: remove it or set it to 0.0")

@@ -31,20 +31,23 @@ class Durability:
         """Whose checkpoints this engine saves; on rank 0 it has locks."""
         return CheckpointOwner()
 
-    def open_journal(self, path: str | Path, *, base: str | Path | None = None, fsync_every: int = 1) -> None:
+    def open_journal(
+        self, path: str | Path, *, base: str | Path | None = None, fsync_every: int = 1, task: dict | None = None
+    ) -> None:
         """Write a record of every step to ``path`` from now on, before the step changes a partition. Call it on all ranks
         before step 1.
 
         Args: ``path``: of the new journal; ``base``: folder or hub name of the model the run starts from (default: where the
         model says it was loaded from), whose files are hashed once; ``fsync_every``: the journal is made durable every so many
         steps. With 1 not even a power failure loses a step; with more it may lose the last few, which are then taken again. A
-        killed process loses none.
+        killed process loses none. ``task``: what else makes the run this run and the engine cannot see, names to strings or
+        integers, such as {"data_sha256": ...}; the same on all ranks, and a resume must give the same.
 
         Raises JournalError on all ranks where the file exists, is being written by another run, or cannot be written;
         ReplayError where the run could not be rebuilt from the base: a parameter is not in its files, or in another shape.
         """
         self._require_zeroth_order("open_journal")
-        self._hold_journal(resuming.start_journal(self, path, base, fsync_every))
+        self._hold_journal(resuming.start_journal(self, path, base, fsync_every, task))
 
     def resume(
         self,
@@ -54,6 +57,7 @@ class Durability:
         base: str | Path | None = None,
         fsync_every: int = 1,
         data: Any = None,
+        task: dict | None = None,
     ) -> Resumed:
         """Go on with the run of a journal, on any number of ranks: bit for bit as if it had not stopped. Call it on all ranks,
         on a new engine.
@@ -62,15 +66,15 @@ class Durability:
         without forward passes; without a checkpoint the engine must hold the weights the run started with. ``training_data`` of
         ``initialize`` goes on at the right place by itself. Ranks x gradient_accumulation_steps must be as it was.
 
-        Args: ``path``, ``base``, ``fsync_every``: as for ``open_journal``; ``data``: the user's own iterator at its beginning,
-        which is moved to its place: by ``load_state_dict``, where the checkpoint has a state of it, and by drawing what the
-        later steps have consumed.
+        Args: ``path``, ``base``, ``fsync_every``, ``task``: as for ``open_journal``; ``data``: the user's own iterator at its
+        beginning, which is moved to its place: by ``load_state_dict``, where the checkpoint has a state of it, and by drawing
+        what the later steps have consumed.
 
         Raises JournalError, CheckpointError or ReplayError on all ranks where the journal is damaged or of another run. Nothing
         on the disk is changed then.
         """
         self._require_zeroth_order("resume")
-        resumed, journal = resuming.resume(self, path, checkpoint_dir, base, fsync_every, data)
+        resumed, journal = resuming.resume(self, path, checkpoint_dir, base, fsync_every, data, task)
         self._hold_journal(journal)
         return resumed
 

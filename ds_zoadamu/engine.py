@@ -16,7 +16,7 @@ from deepspeed.runtime.constants import ROUTE_TRAIN
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import log_dist, logger
 
-from . import collective, kernels, nvme
+from . import collective, divergence, kernels, nvme
 from .auto_config import fill_auto_for_library, hidden_size_of
 from .config import check_config, check_deepspeed_settings, read_config, zeroth_order_type
 from .data import MicroBatchLoader, MicroBatchSampler, MicroBatchStream, check_training_data, is_stream
@@ -95,7 +95,8 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         numbers drawn by the loss, serve all perturbations, and the same perturbation both signs.
 
         Raises: StopIteration when the iterator is empty; ValueError for weights that sum to 0; ConfigError where requires_grad
-        of a parameter was changed; NonFiniteLossError after ``max_skipped_steps`` steps in a row whose loss was not finite.
+        of a parameter was changed; NonFiniteLossError after ``max_skipped_steps`` steps in a row whose loss was not finite;
+        NonFiniteWeightsError at step 1 where the model's weights are the reason.
         """
         self._require_zeroth_order("train_batch")
         self._trained_set.reject_changes()
@@ -110,6 +111,8 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
                 with self._gathers.perturbed(self._fill(evaluation)):
                     passes.append([self._loss(micro_batch) for micro_batch in draws.before_each(micro_batches)])
         record, projected_grads = self._record(evaluations, global_means(passes, self.device))
+        if record.skipped and record.step == 1:
+            divergence.refuse_nonfinite_weights(self, record)
         self._before_update(record, batch, drawn)
         self.optimizer.observe(None if record.skipped else projected_grads)
         with self._gathers.writing():
@@ -273,9 +276,8 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         if self._skipped_in_a_row >= limit:
             raise NonFiniteLossError(
                 f"the loss was not finite for {limit} steps in a row, the last at step {record.step} "
-                f"(loss_plus={record.loss_plus}, loss_minus={record.loss_minus}). Try a lower lr (now {record.lr:g}) or zo_eps "
-                f"(now {self.optimizer.rule.config.zo_eps:g}), bf16 "
-                "instead of fp16, or look for broken examples; max_skipped_steps sets the limit"
+                f"(loss_plus={record.loss_plus}, loss_minus={record.loss_minus}). {divergence.advice(self, record)}; "
+                "max_skipped_steps sets the limit"
             )
 
     # --- set-up, called by DeepSpeedEngine.__init__

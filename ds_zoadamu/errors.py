@@ -14,6 +14,10 @@ class NonFiniteLossError(FloatingPointError):
     """Too many steps in a row had a loss that is NaN or infinite."""
 
 
+class NonFiniteWeightsError(NonFiniteLossError):
+    """The loss of a run's first step is NaN or infinite because the weights it starts from are; raised before the step."""
+
+
 class JournalError(ValueError):
     """A journal that cannot be written, read or trusted; names the file and, where there is one, the line."""
 

@@ -39,7 +39,7 @@ def load_causal_lm(path: str, config: dict | str | Path, dtype: torch.dtype | No
         path: a folder or a name on the hub, as for `AutoModelForCausalLM.from_pretrained`.
         config: the DeepSpeed configuration, ZeRO stage 3, or its path; "auto" values are filled as by `initialize`.
         dtype: of the weights; None: as the configuration's bf16 or fp16 section says, else fp32.
-        kwargs: passed on to `from_pretrained`.
+        kwargs: passed on to `from_pretrained`; without trust_remote_code a model that brings code of its own is refused.
 
     Returns:
         The model. Its `generate` and `resize_token_embeddings` know of the partitions; other models are loaded as ever.
@@ -49,6 +49,7 @@ def load_causal_lm(path: str, config: dict | str | Path, dtype: torch.dtype | No
         ConfigError: offload to NVMe that cannot work here; a weights file that is cut short.
         OSError: from Transformers, when there is no such model.
     """
+    kwargs.setdefault("trust_remote_code", False)  # None: Transformers would ask on the terminal, on every rank
     config = read_config(config)
     stage = config.get("zero_optimization", {}).get("stage")
     if stage != 3:

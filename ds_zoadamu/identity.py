@@ -90,7 +90,7 @@ def _flat(identity: dict) -> dict[str, Any]:
         "",
         {
             key: identity.get(key)
-            for key in ("noise_version", "optimizer", "micro_batch_size", "micro_batches_a_step", "groups", "data")
+            for key in ("noise_version", "optimizer", "micro_batch_size", "micro_batches_a_step", "groups", "data", "task")
         },
     )
     walk("", identity.get("options", {}))
@@ -105,7 +105,9 @@ def differences(ours: dict, theirs: dict, *, ignore: tuple[str, ...] = ()) -> li
     same."""
     mine, other = _flat(ours), _flat(theirs)
     found = [
-        f"{printed(key)} is {shown(mine.get(key))} here and {shown(other.get(key))} there" + _hint(key)
+        printed(key)
+        + (" differs" if key.endswith("sha256") else f" is {shown(mine.get(key))} here and {shown(other.get(key))} there")
+        + _hint(key)
         for key in sorted(mine.keys() | other.keys())
         if key not in (*FREE_OPTIONS, *ignore) and mine.get(key) != other.get(key)
     ]
@@ -115,7 +117,7 @@ def differences(ours: dict, theirs: dict, *, ignore: tuple[str, ...] = ()) -> li
             "base model)"
         )
     by_name = {p["name"]: p for p in theirs.get("parameters", [])}
-    for parameter in ours["parameters"]:
+    for parameter in ours.get("parameters", []):
         match = by_name.pop(parameter["name"], None)
         if match is None:
             found.append(f"parameter {parameter['name']!r} is trained here and not there")
@@ -129,7 +131,17 @@ def differences(ours: dict, theirs: dict, *, ignore: tuple[str, ...] = ()) -> li
     return found
 
 
+_TASK_HINTS = {
+    "train_sha256": "the encoded training examples: rows, their draw and order, template, label words, tokenizer, length",
+    "dev_sha256": "the encoded development examples, which decide what the best step is",
+    "test_sha256": "the encoded test examples",
+}
+
+
 def _hint(key: str) -> str:
+    section, _, name = key.partition(".")
+    if section == "task" and name in _TASK_HINTS:
+        return f" ({_TASK_HINTS[name]})"
     if key == "micro_batches_a_step":
         return " (ranks x gradient_accumulation_steps: keep it constant when the number of ranks changes)"
     if key == "momentum.dtype":

@@ -157,13 +157,13 @@ def canonical_name(name: str) -> str:
     return name.replace("._orig_mod.", ".")
 
 
-def find_partitions(module: torch.nn.Module) -> list[Partition]:
+def find_partitions(module: torch.nn.Module, *, frozen: bool = False) -> list[Partition]:
     """This rank's partition of every parameter with ``requires_grad``, in the order of ``named_parameters()``; tied ones
-    once.
+    once. With ``frozen`` those of the others too.
     """
     partitions = []
     for name, param in module.named_parameters():
-        if param.requires_grad:
+        if param.requires_grad or frozen:
             rank = dist.get_rank(group=param.ds_process_group)
             start = min(rank * param.ds_tensor.ds_numel, param.ds_numel)
             stop = min(start + param.ds_tensor.ds_numel, param.ds_numel)

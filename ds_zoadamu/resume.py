@@ -30,9 +30,12 @@ class Resumed:
     client_state: dict
 
 
-def start_journal(engine: Any, path: str | Path, base: str | Path | None, fsync_every: int) -> Journal | None:
+def start_journal(
+    engine: Any, path: str | Path, base: str | Path | None, fsync_every: int, task: dict | None
+) -> Journal | None:
     """Create the journal of a run that has not taken a step; returns it on rank 0. Raises JournalError or ReplayError on all
     ranks."""
+    _check_task(task)
     with collective.on_all_ranks(JournalError):
         if engine.optimizer.step_count:
             raise JournalError(
@@ -42,12 +45,29 @@ def start_journal(engine: Any, path: str | Path, base: str | Path | None, fsync_
             raise JournalError(
                 f"journal {str(path)!r} exists: another run has written it. Resume that run, or give this one another place"
             )
-    header = _header(engine, base)
+    header = _header(engine, base) | ({} if task is None else {"task": task})
     journal = None
     with collective.on_all_ranks(JournalError):
         if collective.rank() == 0:
             journal = Journal.create(path, header, fsync_every)
     return journal
+
+
+def _check_task(task: dict | None) -> None:
+    """Raise JournalError on all ranks for a task that a header cannot hold, or that is not the same on all ranks."""
+    with collective.on_all_ranks(JournalError):
+        known = (str, int, type(None))
+        if task is not None and not (
+            isinstance(task, dict) and all(isinstance(k, str) and isinstance(v, known) for k, v in task.items())
+        ):
+            raise JournalError(f"task is {task!r}; it must be a dict of names to strings, integers or None")
+    first, *others = collective.gather_json(task)
+    for number, other in enumerate(others, 1):
+        if other != first:
+            raise JournalError(
+                f"rank {number} has another task than rank 0: {phrase(differences({'task': other}, {'task': first}))}. Give "
+                "all nodes the same data"
+            )
 
 
 def _header(engine: Any, base: str | Path | None) -> dict:
@@ -91,14 +111,16 @@ def resume(
     base: str | Path | None,
     fsync_every: int,
     data: Any,
+    task: dict | None,
 ) -> tuple[Resumed, Journal | None]:
     """See ``Durability.resume``; returns what was resumed and, on rank 0, the journal."""
     if engine.optimizer.step_count:
         raise JournalError(f"this engine has taken {engine.optimizer.step_count} steps; resume with a new one")
+    _check_task(task)
     frozen_digests(engine)
     journal, contents = _open(path, fsync_every)
     try:
-        _check_header(engine, contents.header, path, base)
+        _check_header(engine, contents.header, path, base, task)
         found = _load_newest(engine, checkpoint_dir, contents, path)
         if found is None:
             _check_weights(engine, contents.header, path)
@@ -141,8 +163,9 @@ def _open(path: str | Path, fsync_every: int) -> tuple[Journal | None, Contents]
     return journal, parse_journal(collective.broadcast_bytes(data), f"journal {str(path)!r}")
 
 
-def _check_header(engine: Any, header: dict, path: str | Path, base: str | Path | None) -> None:
-    if differing := differences(run_identity(engine), header):
+def _check_header(engine: Any, header: dict, path: str | Path, base: str | Path | None, task: dict | None) -> None:
+    known = {"task": task} if "task" in header else {}  # a journal that was opened without one says nothing of it
+    if differing := differences({**run_identity(engine), **known}, header):
         raise JournalError(
             f"journal {str(path)!r} is of another run: {phrase(differing)}. Resume with the settings of its header, or give "
             "this run another place for its journal"

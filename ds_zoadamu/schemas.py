@@ -114,6 +114,7 @@ class Header(Identity):
     model_class: Annotated[str, Field(max_length=255)] | None = None
     base: _Base
     rule_from: Annotated[str, Field(min_length=1, max_length=255)] | None = None
+    task: dict[Text, str | int | None] | None = None
 
 
 class _Counters(_Schema):

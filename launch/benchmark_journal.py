@@ -8,7 +8,6 @@ elements a second of a replay in blocks of 1 and of 100 steps (each weight is re
 """
 
 import argparse
-import json
 import os
 import shutil
 import time
@@ -21,6 +20,7 @@ import transformers
 import ds_zoadamu
 from ds_zoadamu import collective, kernels
 from ds_zoadamu.journal import Record, read_journal
+from ds_zoadamu.json_files import dumps
 from ds_zoadamu.kernels.types import round_grad
 from ds_zoadamu.stepping import apply_updates, recorded_updates
 
@@ -161,7 +161,7 @@ def main() -> None:
     result["element steps a second, a rank"] = measure_replay(engine, batch, args.replay_steps)
     collective.barrier()
     if collective.rank() == 0:
-        print(json.dumps(result, indent=2))
+        print(dumps(result, indent=2))
         shutil.rmtree(folder)
 
 

@@ -17,16 +17,17 @@ torch.add(weight, momentum, out=out): the same bytes without any arithmetic to s
 
 import argparse
 import datetime
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from ds_zoadamu import kernels
+from ds_zoadamu.json_files import write_json
 from ds_zoadamu.kernels import Recurrence, Rounding, StepScalars, fp32
 from ds_zoadamu.training.output import processor_name
 
@@ -208,8 +209,7 @@ def main() -> None:
     rows = [figures_of(case, seconds) for case, seconds in zip(cases, samples, strict=True)]
     print_table(rows)
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({**head, "rows": rows}, file, indent=1)
+        write_json(Path(args.json), {**head, "rows": rows})
 
 
 if __name__ == "__main__":

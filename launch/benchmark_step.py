@@ -9,11 +9,11 @@ nothing is loaded.
 
 import argparse
 import datetime
-import json
 import os
 import platform
 import statistics
 import time
+from pathlib import Path
 
 import deepspeed
 import torch
@@ -23,6 +23,7 @@ from deepspeed.accelerator import get_accelerator
 import ds_zoadamu
 from ds_zoadamu import kernels
 from ds_zoadamu.distributed import init_distributed
+from ds_zoadamu.json_files import write_json
 
 SHAPES = {  # hidden size, layers, heads
     "opt-tiny": (256, 4, 4),
@@ -197,8 +198,7 @@ def main() -> None:
         numel = sum(p.numel for p in engine.optimizer.partitions)
         figures = report(args, samples, world_size, numel, kernels.backend_name(engine.device))
         if args.json:
-            with open(args.json, "w") as f:
-                json.dump(figures, f, indent=1)
+            write_json(Path(args.json), figures)
     deepspeed.comm.destroy_process_group()
 
 

@@ -20,7 +20,6 @@ without the square the minimum would not be at (1, 1). docs/trajectories.md has 
 import argparse
 import datetime
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +30,7 @@ import numpy
 import torch
 
 from ds_zoadamu.errors import ConfigError
+from ds_zoadamu.json_files import write_json
 from ds_zoadamu.rules import Elements, Evaluation, MeZO, Rule, Update, ZOAdaMU
 from ds_zoadamu.rules.noise import parameter_key
 from ds_zoadamu.training.output import processor_name
@@ -428,7 +428,7 @@ def main() -> None:
     )
     if args.json:
         report = {**head, **asdict(experiment), "rows": [figures_of(result) for result in results]}
-        args.json.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
+        write_json(args.json, report)
 
 
 if __name__ == "__main__":

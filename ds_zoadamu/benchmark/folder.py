@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ds_zoadamu.safetensors_io import write_durably
+from ds_zoadamu.json_files import write_json
 from ds_zoadamu.tasks import InputError
 
 SETTINGS, _LOCK = "settings.json", ".lock"
@@ -68,11 +68,6 @@ def claim_folder(path: Path, settings: Mapping[str, Any], configs: Mapping[str, 
     write_json(path / SETTINGS, dict(settings))
     for name, config in configs.items():
         write_json(path / "configs" / f"{name}.json", config)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file in one go."""
-    write_durably(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _read(path: Path) -> dict:

@@ -11,7 +11,7 @@ from pathlib import Path
 from ds_zoadamu.benchmark.arguments import check_numbers, shared_arguments
 from ds_zoadamu.benchmark.collect import cost, summary
 from ds_zoadamu.benchmark.contenders import Contender, choose_contenders
-from ds_zoadamu.benchmark.folder import check_folder, claim_folder, locked, write_json
+from ds_zoadamu.benchmark.folder import check_folder, claim_folder, locked
 from ds_zoadamu.benchmark.grid import make_grids
 from ds_zoadamu.benchmark.outcomes import FAILED, FINISHED, Outcome
 from ds_zoadamu.benchmark.phases import Phases
@@ -19,6 +19,7 @@ from ds_zoadamu.benchmark.plots import draw_cost, draw_curves
 from ds_zoadamu.benchmark.report import markdown
 from ds_zoadamu.benchmark.runs import Runner
 from ds_zoadamu.benchmark.settings import check_settings
+from ds_zoadamu.json_files import write_json
 from ds_zoadamu.safetensors_io import write_durably
 
 RESULTS, REPORT = "results.json", "report.md"

@@ -50,9 +50,10 @@ def judge(status_code: int, log: str, folder: Path) -> tuple[str, str]:
     """(status, reason) of a run that has ended, from its exit status, what it printed, and its results."""
     if status_code == 0:
         results = folder / "out" / RESULTS
-        # JSON has no NaN: a loss that is not finite was written as null.
-        if results.exists() and json.loads(results.read_text())["loss"]["test_last"] is None:
-            return DIVERGED, "the loss at the last step is not finite"
+        losses = json.loads(results.read_text())["loss"] if results.exists() else {}
+        for name, step in (("test_last", "last"), ("test_after", "best")):
+            if losses.get(name, 0.0) is None:  # JSON has no NaN: a loss that is not finite was written as null
+                return DIVERGED, f"the loss at the {step} step is not finite"
         return FINISHED, ""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     for status, signs in ((DIVERGED, ("NonFiniteLossError",)), (OUT_OF_MEMORY, _MEMORY_SIGNS)):

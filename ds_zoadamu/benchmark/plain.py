@@ -6,6 +6,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from ds_zoadamu.training.memory import PeakMemory
 from ds_zoadamu.training.output import BEST, PROFILE, RESULTS, OutputDirectory, environment, quantiles
 from ds_zoadamu.training.plan import encode_splits, read_model_input, world_size
 from ds_zoadamu.training.progress import better
+from ds_zoadamu.training.summary import scores
 
 _WARM_UP, _MAX_SKIPPED = 3, 10
 
@@ -72,9 +74,9 @@ class _Run:
         self.optimizer = optimizer(self.model, _or(args.learning_rate, 1e-6), _or(args.zo_eps, 1e-3), args.seed)
         self.output.begin()
 
-    @staticmethod
-    def load(path: str, dtype: torch.dtype) -> torch.nn.Module:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(get_accelerator().current_device_name()).eval()
+    def load(self, path: str | Path, dtype: torch.dtype) -> torch.nn.Module:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=self.args.trust_remote_code)
+        return model.to(get_accelerator().current_device_name()).eval()
 
     def step(self) -> tuple[dict, float]:
         start = time.perf_counter()
@@ -91,6 +93,7 @@ class _Run:
         """The whole run, with accuracies on the way; returns what results.json holds."""
         args, seconds, skipped, in_a_row = self.args, [], 0, 0
         before = {split: self.evaluate(split, 0) for split in ("dev", "test")}
+        self.check_finite(before)
         best_step, best, every = 0, None, args.eval_steps or max(1, args.max_steps // 10)
         for step in range(1, args.max_steps + 1):
             record, taken = self.step()
@@ -104,24 +107,34 @@ class _Run:
                 if better(now, best):
                     best_step, best = step, now
                     self.model.save_pretrained(self.output.path / BEST)
+        if best is None:
+            raise NonFiniteLossError(
+                f"no evaluated step of {args.max_steps} has finite scores on the development set; lower the lr"
+            )
         peak = self.memory.report()  # before the best model is loaded
         after = last = self.evaluate("test", args.max_steps)
         if best_step != args.max_steps:
             self.model = self.load(self.output.path / BEST, self.model.dtype)
             after = self.evaluate("test", best_step)
         self.output.promote_best()
-        dev, test = (before["dev"], best), (before["test"], after, last)
         return {
             "max_steps": args.max_steps,
             "best_step": best_step,
-            "accuracy": _scores("accuracy", dev, test)
-            | {"dev_majority": self.plan.dev_majority, "test_majority": self.plan.test_majority},
-            "loss": _scores("loss", dev, test),
+            **scores(self.plan, before, best, after, last),
             "num_examples": {name: len(getattr(self.plan, name)) for name in ("train", "dev", "test")},
             "seconds_a_step": quantiles(seconds[1:] or seconds),
             "skipped_steps": skipped,
             **self.surroundings(peak),
         }
+
+    def check_finite(self, before: dict[str, Evaluation]) -> None:
+        """Raises InputError where the model before training has scores that are not finite."""
+        if not all(result.finite for result in before.values()):
+            broken = (name for name, p in self.model.named_parameters() if not p.isfinite().all())
+            where = (
+                f"the parameter {name!r} holds NaN or infinity" if (name := next(broken, None)) else "its weights are finite"
+            )
+            raise InputError(f"the scores of the model before training are not finite: {where}")
 
     def profile(self) -> dict:
         """--profile_steps steps without evaluations; returns what profile.json holds."""
@@ -141,11 +154,6 @@ class _Run:
         names = {"task": self.plan.model_input.task.name, "model": self.args.model_name_or_path, "optimizer": "plain MeZO"}
         shape = {"world_size": 1, "passes_a_step": {"forward": 2, "backward": 0}, "ranks": [{**peak, "weights_bytes": weights}]}
         return {**names, **shape, **environment(), "arguments": vars(self.args), "config": {}, "command": shlex.join(sys.argv)}
-
-
-def _scores(name: str, dev: tuple, test: tuple) -> dict[str, float]:
-    keys = ("dev_before", "dev_best", "test_before", "test_after", "test_last")
-    return dict(zip(keys, (getattr(evaluation, name) for evaluation in (*dev, *test)), strict=True))
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -1,6 +1,5 @@
 """One run of one contender: its command and its folder, which is there whole or not at all."""
 
-import json
 import os
 import sys
 from argparse import Namespace
@@ -13,6 +12,7 @@ from ds_zoadamu.benchmark.grid import Point
 from ds_zoadamu.benchmark.outcomes import FAILED, LOG, OUTCOME, Outcome, judge, read_outcome
 from ds_zoadamu.benchmark.processes import execute, free_port
 from ds_zoadamu.folders import remove
+from ds_zoadamu.json_files import write_json
 from ds_zoadamu.training.output import BEST, CHECKPOINTS, MODEL
 
 
@@ -89,7 +89,7 @@ class Runner:
         for name in (MODEL, BEST, CHECKPOINTS):  # as large as the model, and nobody asks for them
             remove(writing / "out" / name)
         about = {"status": status, "reason": reason, "commit": self._commit, "arguments": run.arguments, "ranks": run.ranks}
-        (writing / OUTCOME).write_text(json.dumps({**about, "threads": run.threads}, indent=2) + "\n")
+        write_json(writing / OUTCOME, {**about, "threads": run.threads})
         os.rename(writing, run.folder)
         return read_outcome(run.folder)
 

@@ -61,11 +61,20 @@ def load_config(name: str):
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        _refuse_own_code(name, error)
         raise ConfigError(
             f"--model {name}: not built in ({', '.join(_PREFIX + s for s in OPT_SHAPES)}), not a folder, and not to be had "
             f"from the hub ({str(error).splitlines()[0]}); give one of these names or a folder with a config.json"
+        ) from error
+
+
+def _refuse_own_code(name: str | Path, error: Exception) -> None:
+    if "trust_remote_code" in str(error):
+        raise ConfigError(
+            f"--model {name}: its architecture is Python code of its own, which the plan does not run; plan with the "
+            "config.json of a model of the same sizes that Transformers knows"
         ) from error
 
 
@@ -76,8 +85,9 @@ def _from_json(path: Path):
     if not isinstance(given, dict) or "model_type" not in given:
         raise ConfigError(f'--model: {path} has no "model_type", so its architecture is unknown; add it, for example "opt"')
     try:
-        config = AutoConfig.from_pretrained(path.parent)
+        config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
+        _refuse_own_code(path.parent, error)
         raise ConfigError(
             f"--model: {path} is not a configuration that Transformers reads: {str(error).splitlines()[0]}"
         ) from error

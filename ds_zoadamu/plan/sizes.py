@@ -38,7 +38,7 @@ def meta_model(config, dtype: str = "bf16") -> torch.nn.Module:
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=TORCH_DTYPES[dtype]).eval()
+            return AutoModelForCausalLM.from_config(config, dtype=TORCH_DTYPES[dtype], trust_remote_code=False).eval()
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise ConfigError(
             f"the model cannot be built from its configuration ({type(config).__name__}): {str(error).splitlines()[0]}"

@@ -78,7 +78,7 @@ def parse_fields(cls: type, where: str, given: dict) -> dict[str, Any]:
     reject_unknown(where, given, set(known))
     for key, value in given.items():
         if value == "auto":
-            raise ConfigError(f'{where}: {key} is "auto", which only launch/finetune.py fills in; give a value')
+            raise ConfigError(f'{where}: {key} is "auto", which is filled in a DeepSpeed JSON only; give a value')
     values = {}
     for key, f in known.items():
         if key in given:
@@ -131,6 +131,11 @@ class RuleConfig:
         config = cls(**cls.complete(where, parse_fields(cls, where, given)))
         config.check(where)
         return config
+
+    @classmethod
+    def names(cls) -> set[str]:
+        """Of all options."""
+        return {f.name for f in fields(cls)}
 
     @classmethod
     def complete(cls, where: str, values: dict[str, Any]) -> dict[str, Any]:

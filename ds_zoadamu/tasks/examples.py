@@ -1,10 +1,11 @@
 """Examples of a task: checked rows as prompt and label, and the three disjoint sets a run uses."""
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ds_zoadamu.tasks.errors import InputError
+from ds_zoadamu.tasks.errors import InputError, check_text
 from ds_zoadamu.tasks.tables import read_rows
 from ds_zoadamu.tasks.task import Task
 from ds_zoadamu.untrusted import printed, shown
@@ -79,8 +80,9 @@ def _example(task: Task, where: str, row: dict) -> Example:
             raise InputError(f"{where}: column {column!r} is missing; the row has {', '.join(map(shown, row)) or 'none'}")
     values = {column: row[column] for column in task.columns}
     for column, value in values.items():
-        if not isinstance(value, (str, int, float)):
+        if not isinstance(value, (str, int, float)) or (isinstance(value, float) and not math.isfinite(value)):
             raise InputError(f"{where}: column {column!r} must hold text, got {shown(value)}")
+        check_text(f"{where}: column {column!r}", str(value))
         if not str(value).strip():
             raise InputError(f"{where}: column {column!r} is empty")
     label = task.label_index(row[task.label_column])

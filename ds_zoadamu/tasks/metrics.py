@@ -1,12 +1,14 @@
 """Loss, predictions and accuracy of a causal language model on a prompt task."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import logger
 
 from ds_zoadamu.tasks.prompts import EncodedExample
 
@@ -48,11 +50,20 @@ def prompt_loss(module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, i
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy and mean loss over `num_examples` examples."""
+    """Accuracy and mean loss over `num_examples` examples.
+
+    The scores or the loss of `num_nonfinite` of them are NaN or infinite; these count as wrong, and the loss is not finite.
+    """
 
     accuracy: float
     loss: float
     num_examples: int
+    num_nonfinite: int = 0
+
+    @property
+    def finite(self) -> bool:
+        """Whether all scores and the loss are finite."""
+        return self.num_nonfinite == 0 and math.isfinite(self.loss)
 
 
 def evaluate(module, examples: Sequence[EncodedExample], collate: Callable, micro_batch_size: int) -> Evaluation:
@@ -60,7 +71,8 @@ def evaluate(module, examples: Sequence[EncodedExample], collate: Callable, micr
 
     Micro-batch k goes to rank k mod W. Under ZeRO-3 every forward gathers parameters from all ranks, so all run the same
     number of forwards: ranks without a micro-batch in the last round repeat the first one and do not count it. Sums are
-    taken in the global order of micro-batches, hence the result does not depend on W.
+    taken in the global order of micro-batches, hence the result does not depend on W. Rank 0 warns of scores that are not
+    finite, once.
 
     Args:
         module: the model or its engine; put in eval mode for the time being.
@@ -71,8 +83,8 @@ def evaluate(module, examples: Sequence[EncodedExample], collate: Callable, micr
     rank, world_size = dist.get_rank(), dist.get_world_size()
     starts = range(0, len(examples), micro_batch_size)
     num_rounds = -(-len(starts) // world_size)
-    # Rows: [correct, sum of losses, examples].
-    sums = torch.zeros(num_rounds, 3, dtype=torch.float64)
+    # Rows: [correct, sum of losses, examples, those with scores that are not finite].
+    sums = torch.zeros(num_rounds, 4, dtype=torch.float64)
     was_training = module.training
     module.eval()
     with torch.no_grad():
@@ -84,12 +96,19 @@ def evaluate(module, examples: Sequence[EncodedExample], collate: Callable, micr
             if turn < len(starts):
                 labels = batch["labels"]
                 losses = torch.nn.functional.cross_entropy(scores, labels, reduction="none").double()
-                correct = (scores.argmax(dim=-1) == labels).sum()
-                sums[index] = torch.tensor([correct, losses.sum(), len(labels)], dtype=torch.float64)
+                finite = scores.isfinite().all(dim=-1) & losses.isfinite()  # among NaN argmax finds the first class
+                correct = (finite & (scores.argmax(dim=-1) == labels)).sum()
+                sums[index] = torch.tensor([correct, losses.sum(), len(labels), (~finite).sum()], dtype=torch.float64)
     module.train(was_training)
     gathered = [torch.zeros_like(sums).to(get_accelerator().current_device_name()) for _ in range(world_size)]
     dist.all_gather(gathered, sums.to(gathered[0].device))
-    # [rounds, ranks, 3] flattened is the global order; padding rounds add exact zeros.
-    in_order = torch.stack([part.cpu() for part in gathered], dim=1).reshape(-1, 3)
-    correct, loss, count = in_order.cumsum(dim=0)[-1].tolist()
-    return Evaluation(accuracy=correct / count, loss=loss / count, num_examples=int(count))
+    # [rounds, ranks, 4] flattened is the global order; padding rounds add exact zeros.
+    in_order = torch.stack([part.cpu() for part in gathered], dim=1).reshape(-1, 4)
+    correct, loss, count, nonfinite = in_order.cumsum(dim=0)[-1].tolist()
+    result = Evaluation(correct / count, loss / count, int(count), int(nonfinite))
+    if rank == 0 and not result.finite:
+        logger.warning_once(
+            "the scores of some examples are not finite (NaN or infinity): they count as wrong answers, num_nonfinite says how "
+            "many. Their model has diverged, or its dtype cannot hold its values"
+        )
+    return result

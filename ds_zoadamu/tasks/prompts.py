@@ -1,7 +1,11 @@
 """Prompts as token ids, and micro-batches of them."""
 
+import hashlib
+import itertools
+import json
+import math
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +30,14 @@ class EncodedExample:
     label: int
 
 
+def encoded_sha256(examples: Sequence[EncodedExample]) -> str:
+    """SHA-256 over the tokens and labels of examples, in their order: one line of JSON each."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.context, example.candidates, example.label], separators=(",", ":")).encode() + b"\n")
+    return digest.hexdigest()
+
+
 class PromptEncoder:
     """Turns examples into token ids of at most `max_length`, cutting a text from its left so that the prompt's end stays.
 
@@ -33,15 +45,21 @@ class PromptEncoder:
         tokenizer: a Hugging Face tokenizer.
         task: gives the label words and the template.
         max_length: tokens the model may see at once; None: no limit.
+        vocab_size: rows of the model's embedding; None: unknown.
+
+    Attributes:
+        warnings: one line for each label word that will hardly do what it is meant for.
 
     Raises:
-        InputError: `max_length` does not hold the template's own last words and the longest label word.
+        InputError: `max_length` does not hold the template's own last words and the longest label word; label words whose
+            tokens are the same or none; a token that the embedding does not hold.
     """
 
-    def __init__(self, tokenizer, task: Task, max_length: int | None):
+    def __init__(self, tokenizer, task: Task, max_length: int | None, vocab_size: int | None = None):
         self._tokenizer = tokenizer
         self._words = task.words
         self._max_length = max_length
+        self._vocab_size = vocab_size
         self._prefix = _leading_special_tokens(tokenizer)
         tail = [text for text, *_ in string.Formatter().parse(task.template)][-1]
         longest_word = max(len(self._ids(word)) for word in task.words)
@@ -51,6 +69,11 @@ class PromptEncoder:
                 f"max_length {max_length} is too short for task {task.name!r}: its template's end and label words "
                 f"take {needed} tokens; give a longer --max_length or a model with more positions"
             )
+        # The template around any text shows what the words become in every example.
+        prompt = task.template.format(**dict.fromkeys(task.columns, "a"))
+        body, candidates = self._split(prompt)
+        self._check_held((*self._prefix, *body), candidates, prompt)
+        self.warnings = (*self._shadowed_words(candidates), *self._words_without_space(prompt))
 
     def encode(self, example: Example) -> EncodedExample:
         """Token ids of one example.
@@ -59,12 +82,9 @@ class PromptEncoder:
         may merge across the seam.
 
         Raises:
-            InputError: no token would stand before the label words.
+            InputError: no token would stand before the label words, or as for the class.
         """
-        sequences = [self._ids(example.prompt + word) for word in self._words]
-        shared = min(_common_prefix([self._ids(example.prompt), *sequences]), min(map(len, sequences)) - 1)
-        candidates = tuple(tuple(ids[shared:]) for ids in sequences)
-        body = sequences[0][:shared]
+        body, candidates = self._split(example.prompt)
         if self._max_length is not None:
             # A candidate's last token is only predicted, never fed to the model.
             room = self._max_length - len(self._prefix) - max(map(len, candidates)) + 1
@@ -73,7 +93,58 @@ class PromptEncoder:
             raise InputError(
                 f"the prompt {example.prompt!r} leaves no token before the label words; give the template words of its own"
             )
-        return EncodedExample((*self._prefix, *body), candidates, example.label)
+        context = (*self._prefix, *body)
+        self._check_held(context, candidates, example.prompt)
+        return EncodedExample(context, candidates, example.label)
+
+    def _split(self, prompt: str) -> tuple[list[int], tuple[tuple[int, ...], ...]]:
+        """The tokens of a prompt that all candidates share, and those of each candidate behind them. Raises InputError."""
+        alone = self._ids(prompt)
+        sequences = [self._ids(prompt + word) for word in self._words]
+        for word, ids in zip(self._words, sequences, strict=True):
+            if ids == alone:
+                raise InputError(
+                    f"the label word {word!r} adds no token to the prompt {prompt!r}; give a word that this tokenizer knows"
+                )
+        shared = min(_common_prefix([alone, *sequences]), min(map(len, sequences)) - 1)
+        candidates = tuple(tuple(ids[shared:]) for ids in sequences)
+        for index, ids in enumerate(candidates):
+            if (first := candidates.index(ids)) < index:
+                raise InputError(
+                    f"the label words {self._words[first]!r} and {self._words[index]!r} are the same tokens {list(ids)} to "
+                    f"this model's tokenizer ({self._tokenizer.decode(list(ids))!r}); no prediction could tell the labels "
+                    "apart: choose words that differ for it"
+                )
+        return sequences[0][:shared], candidates
+
+    def _check_held(self, context: Sequence[int], candidates: Sequence[Sequence[int]], prompt: str) -> None:
+        """Raises InputError for a token that the model's embedding has no row for."""
+        highest = max(max(context, default=0), *map(max, candidates))
+        if self._vocab_size is not None and highest >= self._vocab_size:
+            found = (f"label word {word!r}" for word, ids in zip(self._words, candidates, strict=True) if highest in ids)
+            raise InputError(
+                f"the {next(found, f'prompt {prompt[:80]!r}')} has the token {self._tokenizer.decode([highest])!r} with the "
+                f"id {highest}; the model's embedding holds {self._vocab_size}, ids 0 to {self._vocab_size - 1}: leave the "
+                "token out, give the tokenizer that the model was trained with, or resize its embedding and save it"
+            )
+
+    def _shadowed_words(self, candidates: Sequence[Sequence[int]]) -> Iterator[str]:
+        for (word, ids), (longer, more) in itertools.permutations(zip(self._words, candidates, strict=True), 2):
+            if more[: len(ids)] == ids:
+                yield (
+                    f"the label word {longer!r} begins with the tokens of {word!r} ({list(more)}, {list(ids)}) and can never "
+                    "win against it, for scores are sums of log-likelihoods: choose words none of which begins another"
+                )
+
+    def _words_without_space(self, prompt: str) -> Iterator[str]:
+        last = prompt[-1]
+        for word in self._words:
+            joined = (last.isalnum() or last in ".,:;!?)") and (_has_case(word[0]) or word[0].isdigit())
+            if joined and self._ids(prompt + word) != self._ids(f"{prompt} {word}"):
+                yield (
+                    f"the label word {word!r} does not begin with a space: the model reads {prompt[-8:] + word!r}; "
+                    f"if that is not meant, give {' ' + word!r}"
+                )
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False).input_ids
@@ -151,6 +222,17 @@ def model_max_length(config, tokenizer, limit: int | None) -> int | None:
     # Tokenizers without a limit say 1e30.
     known = [length for length in lengths if length is not None and length < 10**9]
     return min(known) if known else None
+
+
+def padding_id(tokenizer, vocab_size: int | None) -> int:
+    """The tokenizer's padding token, or 0 where it has none that the embedding holds: padding is masked, any id will do."""
+    known = tokenizer.pad_token_id
+    return known if known is not None and 0 <= known < (vocab_size or math.inf) else 0
+
+
+def _has_case(character: str) -> bool:
+    """Whether it is of a script with capitals, all of which put spaces between words."""
+    return character.lower() != character.upper()
 
 
 def _leading_special_tokens(tokenizer) -> tuple[int, ...]:

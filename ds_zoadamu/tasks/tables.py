@@ -3,13 +3,16 @@
 import csv
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ds_zoadamu.tasks.errors import InputError
 from ds_zoadamu.tasks.task import Task
 
 SUFFIXES = (".jsonl", ".json", ".csv")
+_ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
+"""What Python's "surrogateescape" makes of a byte that is not UTF-8."""
 
 
 def read_rows(task: Task, split: str, data_dir: str | None) -> Iterator[tuple[str, dict]]:
@@ -48,37 +51,49 @@ def find_file(task: Task, split: str, data_dir: str) -> Path:
 def _read_file(path: Path) -> Iterator[tuple[str, dict]]:
     reader = _read_csv if path.suffix == ".csv" else _read_json_lines
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            yield from reader(path, file)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8") from error
+        # What is not UTF-8 is decoded too, so that the line it stands in is known.
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            yield from reader(path, _utf8_lines(path, file))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _read_json_lines(path: Path, file) -> Iterator[tuple[str, dict]]:
+def _utf8_lines(path: Path, file: Iterable[str]) -> Iterator[str]:
     for number, line in enumerate(file, start=1):
+        if escaped := _ESCAPED_BYTE.search(line):
+            byte = ord(escaped[0]) - 0xDC00
+            raise InputError(f"{path}:{number}: not UTF-8: byte 0x{byte:02x} at character {escaped.start()}; save it as UTF-8")
+        yield line
+
+
+def _read_json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, dict]]:
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: not JSON ({error.msg}); each line holds one JSON object") from error
+        except (ValueError, RecursionError) as error:  # ValueError alone: a number of more digits than Python reads
+            reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
+            raise InputError(f"{path}:{number}: not JSON ({reason}); each line holds one JSON object") from error
         if not isinstance(row, dict):
             raise InputError(f"{path}:{number}: a JSON object is needed, got {type(row).__name__}")
         yield f"{path}:{number}", row
 
 
-def _read_csv(path: Path, file) -> Iterator[tuple[str, dict]]:
-    reader = csv.DictReader(file, strict=True)
+def _read_csv(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, dict]]:
+    reader = csv.DictReader(lines, strict=True)
     try:
+        for name in (names := list(reader.fieldnames or ())):
+            if names.count(name) > 1:
+                raise InputError(f"{path}:{reader.line_num}: the column {name!r} stands there twice; rename or remove one")
         for row in reader:
             # DictReader files surplus fields under None and fills missing ones with None.
             if None in row or None in row.values():
                 raise InputError(f"{path}:{reader.line_num}: {len(reader.fieldnames)} fields expected as in the first line")
             yield f"{path}:{reader.line_num}", row
     except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num}: malformed CSV: {error}") from error
+        # The DictReader counts a line when it is whole.
+        raise InputError(f"{path}:{reader.reader.line_num}: malformed CSV: {error}") from error
 
 
 def _read_hub(task: Task, split: str) -> Iterator[tuple[str, dict]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ds_zoadamu.errors import unknown_keys_message
-from ds_zoadamu.tasks.errors import InputError
+from ds_zoadamu.tasks.errors import InputError, check_text
 from ds_zoadamu.untrusted import is_text, parse_json, printed, read_file, shown
 
 _MAX_BYTES = 1 << 24
@@ -46,6 +46,8 @@ class Task:
             value = getattr(self, field.name)
             if field.name == "label_words" or (value is None and field.name.startswith("hub_")):
                 continue
+            if isinstance(value, str):
+                check_text(f"task {shown(self.name)}: {field.name}", value)
             longest = _MAX_BYTES if field.name == "template" else 255
             if not is_text(value) or not 0 < len(value) <= longest:
                 raise InputError(
@@ -61,10 +63,18 @@ class Task:
                 f"task {self.name!r}: template {shown(self.template)} names no column; "
                 'write a column in braces, for example "{sentence} It was"'
             )
+        try:
+            self.template.format(**dict.fromkeys(self.columns, "a"))
+        except (ValueError, LookupError) as error:
+            raise InputError(
+                f"task {self.name!r}: template {self.template!r} cannot be filled with text ({error}); write {{column}} alone"
+            ) from error
         words = list(self.label_words.values())
         if len(words) < 2:
             raise InputError(f"task {self.name!r}: label_words needs at least two labels, got {shown(dict(self.label_words))}")
         for word in words:
+            if isinstance(word, str):
+                check_text(f"task {self.name!r}: label_words has {shown(word)}, which", word)
             if not is_text(word) or not word.strip():
                 raise InputError(
                     f"task {self.name!r}: label_words has the empty word {shown(word)}; each label needs a word of its own"

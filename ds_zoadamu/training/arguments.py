@@ -12,6 +12,11 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and task")
     group.add_argument("--model_name_or_path", required=True, help="folder or hub name of a causal language model")
     group.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="run the Python files that a model's folder brings along, where Transformers does not know its architecture",
+    )
+    group.add_argument(
         "--task",
         default="sst2",
         help=f"{', '.join(TASKS)}, or a .json task file with template, label_words and optionally label_column, train_file, "

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from deepspeed import comm as dist
 
-from ds_zoadamu.errors import CheckpointError, ConfigError, JournalError, ReplayError
+from ds_zoadamu.errors import CheckpointError, ConfigError, JournalError, NonFiniteWeightsError, ReplayError
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.plan import ensure_launched, rank
 
@@ -20,7 +20,7 @@ def run_script(body: Callable[[], object]) -> None:
     ensure_launched()
     try:
         body()
-    except (InputError, ConfigError, JournalError, CheckpointError, ReplayError) as error:
+    except (InputError, ConfigError, JournalError, CheckpointError, ReplayError, NonFiniteWeightsError) as error:
         print(f"{sys.argv[0]}: error on rank {rank()}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except SystemExit as error:

@@ -1,6 +1,5 @@
 """Accuracy of a model on a task without training."""
 
-import json
 import shlex
 import sys
 from argparse import Namespace
@@ -12,7 +11,7 @@ import deepspeed
 from ds_zoadamu.auto_config import fill_auto
 from ds_zoadamu.config import read_config
 from ds_zoadamu.hf import load_causal_lm
-from ds_zoadamu.safetensors_io import write_durably
+from ds_zoadamu.json_files import write_json
 from ds_zoadamu.tasks import InputError, evaluate, load_examples, majority_accuracy
 from ds_zoadamu.training.arguments import check_arguments
 from ds_zoadamu.training.output import environment
@@ -32,6 +31,8 @@ def measure(args: Namespace) -> dict:
     check_arguments(args)
     if args.output_file and Path(args.output_file).exists() and not args.overwrite_output_file:
         raise InputError(f"--output_file {args.output_file} exists; give another name or --overwrite_output_file")
+    if args.output_file and not Path(args.output_file).absolute().parent.is_dir():
+        raise InputError(f"--output_file {args.output_file}: there is no such folder; make it first")
     given = read_config(args.deepspeed_config) if args.deepspeed_config else _DEFAULT
     model_input = read_model_input(args)
     check_stage(given, args.deepspeed_config)
@@ -40,7 +41,7 @@ def measure(args: Namespace) -> dict:
     config = fill_auto(config, args, world_size=world_size(), hidden_size=model_input.hidden_size)
     examples = load_examples(model_input.task, args.split, args.data_dir)
     encoded = model_input.encode(examples)
-    model = load_causal_lm(args.model_name_or_path, config)
+    model = load_causal_lm(args.model_name_or_path, config, trust_remote_code=args.trust_remote_code)
     engine, *_ = deepspeed.initialize(model=model, config=config)
     result = evaluate(engine.module, encoded, model_input.collate, args.per_device_eval_batch_size)
     figures = {
@@ -64,5 +65,5 @@ def measure(args: Namespace) -> dict:
                 "arguments": vars(args),
                 "config": config,
             }
-            write_durably(args.output_file, (json.dumps(everything, indent=2) + "\n").encode())
+            write_json(Path(args.output_file), everything)
     return figures

@@ -1,7 +1,6 @@
 """What a run leaves in its output directory."""
 
 import json
-import math
 import os
 import platform
 from importlib import metadata
@@ -11,6 +10,7 @@ import torch
 
 from ds_zoadamu import collective
 from ds_zoadamu.folders import put_back, remove, replace
+from ds_zoadamu.json_files import dumps, write_json
 from ds_zoadamu.locks import is_locked
 from ds_zoadamu.safetensors_io import write_durably
 from ds_zoadamu.tasks import InputError
@@ -76,7 +76,7 @@ class OutputDirectory:
         """Appends one line to metrics.jsonl; complete even if the run is stopped later."""
         if self._writes:
             with open(self.path / METRICS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(record)) + "\n")
+                file.write(dumps(record) + "\n")
 
     def records(self) -> list[dict]:
         """The lines of metrics.jsonl; without one that a kill left unfinished at the end."""
@@ -87,12 +87,12 @@ class OutputDirectory:
     def replace_records(self, records: list[dict]) -> None:
         """Rewrites metrics.jsonl in one go."""
         if self._writes:
-            write_durably(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in records).encode())
+            write_durably(self.path / METRICS, "".join(dumps(record) + "\n" for record in records).encode())
 
     def write_json(self, name: str, content: dict) -> None:
         """Writes a JSON file in one go."""
         if self._writes:
-            write_durably(self.path / name, (json.dumps(_finite(content), indent=2) + "\n").encode())
+            write_json(self.path / name, content)
 
     @property
     def best(self) -> Path:
@@ -106,15 +106,6 @@ class OutputDirectory:
             put_back(self.path / MODEL, aside)
             replace(self.path / BEST, self.path / MODEL, aside)
             remove(aside)
-
-
-def _finite(value):
-    """The same with None for NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def quantiles(seconds: list[float]) -> dict[str, float]:

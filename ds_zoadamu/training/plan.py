@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deepspeed.utils import logger
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ds_zoadamu.auto_config import STEPS_OF_A_RUN, fill_auto, hidden_size_of, value_at
@@ -18,9 +19,11 @@ from ds_zoadamu.tasks import (
     PromptCollator,
     PromptEncoder,
     Task,
+    encoded_sha256,
     load_splits,
     majority_accuracy,
     model_max_length,
+    padding_id,
 )
 from ds_zoadamu.training.arguments import check_arguments, task_from
 
@@ -63,6 +66,11 @@ class Plan:
     dev_majority: float
     test_majority: float
 
+    def task_identity(self) -> dict[str, str]:
+        """What a run is trained and judged on, for the header of its journal: the metric, and SHA-256 of each encoded set."""
+        sets = {"train": self.train, "dev": self.dev, "test": self.test}
+        return {"metric": "accuracy", **{f"{name}_sha256": encoded_sha256(examples) for name, examples in sets.items()}}
+
 
 def read_model_input(args: Namespace) -> ModelInput:
     """Reads the task, and the model's configuration and tokenizer without its weights.
@@ -72,14 +80,17 @@ def read_model_input(args: Namespace) -> ModelInput:
     """
     task = task_from(args)
     # Models with several parts keep the language model's sizes in a section of their own.
-    config = _load(AutoConfig, args.model_name_or_path).get_text_config()
-    tokenizer = _load(AutoTokenizer, args.model_name_or_path)
+    config = _load(AutoConfig, args).get_text_config()
+    tokenizer = _load(AutoTokenizer, args)
+    vocab_size = getattr(config, "vocab_size", None)
+    encoder = PromptEncoder(tokenizer, task, model_max_length(config, tokenizer, args.max_length), vocab_size)
+    for line in encoder.warnings if rank() == 0 else ():
+        logger.warning(f"task {task.name!r}: {line}")
     return ModelInput(
         task=task,
         tokenizer=tokenizer,
-        encoder=PromptEncoder(tokenizer, task, model_max_length(config, tokenizer, args.max_length)),
-        # Padding is masked, so any id will do where a tokenizer has none for it.
-        collate=PromptCollator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0),
+        encoder=encoder,
+        collate=PromptCollator(padding_id(tokenizer, vocab_size)),
         hidden_size=hidden_size_of(config),
     )
 
@@ -179,8 +190,16 @@ def ensure_launched() -> None:
     os.environ.update(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
-def _load(kind, path: str):
+def _load(kind, args: Namespace):
+    path, what = args.model_name_or_path, kind.__name__[4:].lower()
     try:
-        return kind.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--model_name_or_path {path}: no {kind.__name__[4:].lower()} there: {error}") from error
+        # Without a value Transformers would ask on the terminal, on every rank.
+        return kind.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"--model_name_or_path {path}: its {what} is Python code in that folder; read it, and if you trust it give "
+                "--trust_remote_code"
+            ) from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"--model_name_or_path {path}: no {what} there: {reason}") from error

@@ -78,7 +78,7 @@ def profile(args: Namespace) -> dict:
     output = OutputDirectory(args.output_dir, writes=rank() == 0, overwrite=args.overwrite_output_dir)
     plan = make_plan(args)
     memory = PeakMemory()
-    stepper = make_stepper(args.model_name_or_path, plan.config, plan.train, plan.model_input.collate, args.seed)
+    stepper = make_stepper(plan)
     output.begin()
     if stepper.journaled:
         stepper.engine.open_journal(output.path / JOURNAL, fsync_every=args.journal_fsync_every)

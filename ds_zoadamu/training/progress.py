@@ -1,13 +1,14 @@
 """How far a run has come: a new one with a journal, or one that goes on where its journal ends."""
 
 import json
-from argparse import Namespace
-from dataclasses import dataclass, field, fields
+import math
+from dataclasses import dataclass, field
 
 from ds_zoadamu import collective
 from ds_zoadamu.journal import read_journal
 from ds_zoadamu.tasks import Evaluation, InputError
 from ds_zoadamu.training.output import CHECKPOINTS, JOURNAL, OutputDirectory
+from ds_zoadamu.training.plan import Plan
 from ds_zoadamu.training.steps import Stepper
 
 
@@ -35,29 +36,34 @@ class Progress:
 
 
 def better(now: Evaluation, best: Evaluation | None) -> bool:
-    """Whether an evaluation beats the best one so far."""
-    return best is None or (now.accuracy, -now.loss) > (best.accuracy, -best.loss)
+    """Whether an evaluation beats the best one so far; one that is not finite never does."""
+    return now.finite and (best is None or (now.accuracy, -now.loss) > (best.accuracy, -best.loss))
 
 
-def begin_or_resume(args: Namespace, output: OutputDirectory, stepper: Stepper) -> Progress:
-    """Opens the journal of a new run, or resumes the run of the output directory with --resume. All ranks call it.
+def begin(plan: Plan, output: OutputDirectory, stepper: Stepper) -> None:
+    """Makes the output directory of a new run and opens its journal. All ranks call it. Raises JournalError."""
+    output.begin()
+    if stepper.journaled:
+        path, fsync_every = output.path / JOURNAL, plan.args.journal_fsync_every
+        stepper.engine.open_journal(path, fsync_every=fsync_every, task=plan.task_identity())
+
+
+def resume(plan: Plan, output: OutputDirectory, stepper: Stepper) -> Progress | None:
+    """Goes on with the run of the output directory with --resume; None: a new run is to begin. All ranks call it.
 
     Raises:
         InputError: --resume with an optimizer that needs backward passes.
         JournalError, CheckpointError: what is wrong with the run's files.
     """
-    engine = stepper.engine
-    if not stepper.journaled:
-        if args.resume:
-            raise InputError("--resume needs a zeroth-order optimizer: only its steps are in a journal")
-        output.begin()
-        return Progress()
+    args = plan.args
+    if args.resume and not stepper.journaled:
+        raise InputError("--resume needs a zeroth-order optimizer: only its steps are in a journal")
     journal = output.path / JOURNAL
     if not (args.resume and collective.broadcast_bytes(b"1" if journal.exists() else b"")):
-        output.begin()
-        engine.open_journal(journal, fsync_every=args.journal_fsync_every)
-        return Progress()
-    resumed = engine.resume(journal, output.path / CHECKPOINTS, fsync_every=args.journal_fsync_every)
+        return None
+    resumed = stepper.engine.resume(
+        journal, output.path / CHECKPOINTS, fsync_every=args.journal_fsync_every, task=plan.task_identity()
+    )
     lines = []
     with collective.on_all_ranks(InputError):
         if collective.rank() == 0:
@@ -89,10 +95,10 @@ def _repaired(output: OutputDirectory, step: int) -> list[dict]:
 
 
 def _progress(step: int, lines: list[dict]) -> Progress:
-    progress, names = Progress(step), [f.name for f in fields(Evaluation)]
+    progress = Progress(step)
     for line in lines:
         if line["kind"] == "eval":
-            progress.evaluations[line["split"], line["step"]] = Evaluation(**{name: line[name] for name in names})
+            progress.evaluations[line["split"], line["step"]] = _evaluation(line)
         elif "seconds" in line:
             progress.seconds.append(line["seconds"])
     if step and not {("dev", 0), ("test", 0)} <= progress.evaluations.keys():
@@ -102,3 +108,9 @@ def _progress(step: int, lines: list[dict]) -> Progress:
             "ds_zoadamu replay and measure it with launch/evaluate.py"
         )
     return progress
+
+
+def _evaluation(line: dict) -> Evaluation:
+    """Of a line of metrics.jsonl, where null stands for a loss that was not finite; older ones have no num_nonfinite."""
+    loss = math.nan if line["loss"] is None else line["loss"]
+    return Evaluation(line["accuracy"], loss, line["num_examples"], line.get("num_nonfinite", 0))

@@ -7,15 +7,17 @@ from argparse import Namespace
 from dataclasses import asdict
 
 import numpy
+import torch
 from deepspeed import comm as dist
 from deepspeed.utils import logger
 from tqdm import tqdm
 
 from ds_zoadamu.digest import weights_digest
+from ds_zoadamu.divergence import nonfinite_parameter, weights_are_the_reason
 from ds_zoadamu.engine import ZeroOrderEngine
-from ds_zoadamu.errors import CheckpointError
+from ds_zoadamu.errors import CheckpointError, NonFiniteLossError
 from ds_zoadamu.hf import load_weights, save_pretrained
-from ds_zoadamu.tasks import Evaluation, evaluate
+from ds_zoadamu.tasks import Evaluation, InputError, evaluate
 from ds_zoadamu.training.curves import draw_curves
 from ds_zoadamu.training.memory import PeakMemory, stored_bytes
 from ds_zoadamu.training.output import (
@@ -23,6 +25,7 @@ from ds_zoadamu.training.output import (
     CHECKPOINTS,
     CURVES,
     JOURNAL,
+    METRICS,
     RESULTS,
     OutputDirectory,
     environment,
@@ -30,9 +33,9 @@ from ds_zoadamu.training.output import (
     quantiles,
 )
 from ds_zoadamu.training.plan import Plan, make_plan, rank
-from ds_zoadamu.training.progress import Progress, begin_or_resume, better
+from ds_zoadamu.training.progress import Progress, begin, better, resume
 from ds_zoadamu.training.steps import Stepper, make_stepper
-from ds_zoadamu.training.summary import summary
+from ds_zoadamu.training.summary import scores, summary
 
 
 def finetune(args: Namespace) -> dict:
@@ -44,13 +47,19 @@ def finetune(args: Namespace) -> dict:
     output = OutputDirectory(args.output_dir, writes=rank() == 0, overwrite=args.overwrite_output_dir, resume=args.resume)
     plan = make_plan(args)
     memory = PeakMemory()
-    stepper = make_stepper(args.model_name_or_path, plan.config, plan.train, plan.model_input.collate, args.seed)
-    progress = begin_or_resume(args, output, stepper)
-    before = {
-        split: progress.evaluations.get((split, 0)) or _evaluate(plan, stepper, output, split, step=0)
-        for split in ("dev", "test")
-    }
+    stepper = make_stepper(plan)
+    resumed = resume(plan, output, stepper)
+    progress = resumed or Progress()
+    before = {split: progress.evaluations.get((split, 0)) or _measure(plan, stepper, split) for split in ("dev", "test")}
+    _check_finite(before, stepper)
+    if resumed is None:
+        begin(plan, output, stepper)
+    for split, result in before.items():
+        if (split, 0) not in progress.evaluations:
+            _log(output, split, 0, result)
     seconds, best_step, best = _train(plan, stepper, output, progress)
+    if stepper.journaled:
+        stepper.engine.close_journal()  # durable, also with --journal_fsync_every above 1
     peak = memory.report()  # before the best model is loaded
     last = progress.evaluations.get(("test", args.max_steps)) or _evaluate(plan, stepper, output, "test", args.max_steps)
     after = last
@@ -97,7 +106,30 @@ def _train(plan: Plan, stepper: Stepper, output: OutputDirectory, progress: Prog
                     )
             if step > first and stepper.journaled and args.save_steps and step % args.save_steps == 0:
                 _save_checkpoint(stepper.engine, output, step, args.save_total_limit)
+    if best is None:
+        raise NonFiniteLossError(
+            f"no evaluated step of {total} has finite scores on the development set, while the model before training has: it "
+            f"diverged. Lower the lr, see --find_lr; what was measured is in {output.path / METRICS}"
+        )
     return seconds, best_step, best
+
+
+def _check_finite(before: dict[str, Evaluation], stepper: Stepper) -> None:
+    """Raises InputError where the model before training has scores that are not finite. All ranks call it."""
+    for split, result in before.items():
+        if result.finite:
+            continue
+        dtype = next(stepper.engine.module.parameters()).dtype
+        if (name := nonfinite_parameter(stepper.engine.module)) is not None:
+            reason = weights_are_the_reason(name, dtype)
+        else:
+            reason = "its weights are finite: " + (
+                "use bf16 instead of fp16" if dtype == torch.float16 else "look for broken examples"
+            )
+        raise InputError(
+            f"before training the scores of {result.num_nonfinite} of {result.num_examples} {split} examples are not finite: "
+            f"{reason}"
+        )
 
 
 def _save_checkpoint(engine: ZeroOrderEngine, output: OutputDirectory, step: int, limit: int) -> None:
@@ -113,14 +145,24 @@ def _save_checkpoint(engine: ZeroOrderEngine, output: OutputDirectory, step: int
 
 
 def _evaluate(plan: Plan, stepper: Stepper, output: OutputDirectory, split: str, step: int) -> Evaluation:
+    result = _measure(plan, stepper, split)
+    _log(output, split, step, result)
+    return result
+
+
+def _measure(plan: Plan, stepper: Stepper, split: str) -> Evaluation:
     examples = {"dev": plan.dev, "test": plan.test}[split]
-    result = evaluate(stepper.engine.module, examples, plan.model_input.collate, plan.args.per_device_eval_batch_size)
+    return evaluate(stepper.engine.module, examples, plan.model_input.collate, plan.args.per_device_eval_batch_size)
+
+
+def _log(output: OutputDirectory, split: str, step: int, result: Evaluation) -> None:
     output.log({"kind": "eval", "split": split, "step": step, **asdict(result)})
     if rank() == 0:
+        nonfinite = f", {result.num_nonfinite} of them with scores that are not finite" if result.num_nonfinite else ""
         tqdm.write(
-            f"step {step}: {split} accuracy {result.accuracy:.4f}, loss {result.loss:.4f} ({result.num_examples} examples)"
+            f"step {step}: {split} accuracy {result.accuracy:.4f}, loss {result.loss:.4f} ({result.num_examples} examples"
+            f"{nonfinite})"
         )
-    return result
 
 
 def _results(plan, stepper, before, best_model, last, seconds, peak) -> dict:
@@ -132,22 +174,7 @@ def _results(plan, stepper, before, best_model, last, seconds, peak) -> dict:
         "world_size": dist.get_world_size(),
         "max_steps": args.max_steps,
         "best_step": best_step,
-        "accuracy": {
-            "dev_before": before["dev"].accuracy,
-            "dev_best": best.accuracy,
-            "dev_majority": plan.dev_majority,
-            "test_before": before["test"].accuracy,
-            "test_after": after.accuracy,
-            "test_last": last.accuracy,
-            "test_majority": plan.test_majority,
-        },
-        "loss": {
-            "dev_before": before["dev"].loss,
-            "dev_best": best.loss,
-            "test_before": before["test"].loss,
-            "test_after": after.loss,
-            "test_last": last.loss,
-        },
+        **scores(plan, before, best, after, last),
         "num_examples": {"train": len(plan.train), "dev": len(plan.dev), "test": len(plan.test)},
         "seconds_a_step": quantiles(seconds[1:] or seconds),  # the first step pays for caches and traces
         "passes_a_step": stepper.passes_a_step,

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from deepspeed import comm as dist
 
 from ds_zoadamu.config import check_config, zeroth_order_type
-from ds_zoadamu.errors import NonFiniteLossError
+from ds_zoadamu.errors import NonFiniteLossError, NonFiniteWeightsError
 from ds_zoadamu.tasks import InputError, evaluate
 from ds_zoadamu.training.output import SEARCH, OutputDirectory, environment
 from ds_zoadamu.training.plan import Plan, make_plan, rank
@@ -66,14 +66,14 @@ def find_lr(args: Namespace) -> list[Trial]:
 def _try(plan: Plan, lr: float, zo_eps: float) -> Trial:
     start = time.perf_counter()
     args = plan.args
-    stepper = make_stepper(
-        args.model_name_or_path, _with(plan.config, lr, zo_eps), plan.train, plan.model_input.collate, args.seed
-    )
+    stepper = make_stepper(plan, _with(plan.config, lr, zo_eps))
     try:
         for _ in range(args.max_steps):
             stepper.step()
         score = evaluate(stepper.engine.module, plan.dev, plan.model_input.collate, args.per_device_eval_batch_size)
         loss, accuracy = score.loss if math.isfinite(score.loss) else math.inf, score.accuracy
+    except NonFiniteWeightsError:
+        raise
     except NonFiniteLossError:  # raised on all ranks alike
         loss, accuracy = math.inf, 0.0
     stepper.engine.destroy()

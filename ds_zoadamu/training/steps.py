@@ -1,6 +1,5 @@
 """One optimizer step on a prompt task, with forward passes only or with backward passes."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Protocol
 
@@ -12,7 +11,8 @@ from ds_zoadamu.config import zeroth_order_type
 from ds_zoadamu.data import MicroBatchSampler, repeat
 from ds_zoadamu.hf import load_causal_lm
 from ds_zoadamu.losses import as_pair, global_means
-from ds_zoadamu.tasks import EncodedExample, prompt_loss
+from ds_zoadamu.tasks import prompt_loss
+from ds_zoadamu.training.plan import Plan
 
 
 class Stepper(Protocol):
@@ -28,29 +28,28 @@ class Stepper(Protocol):
         """Makes one step; returns its record for metrics.jsonl, with at least `loss`, `lr` and a gradient figure."""
 
 
-def make_stepper(model_path: str, config: dict, examples: Sequence[EncodedExample], collate: Callable, seed: int) -> Stepper:
+def make_stepper(plan: Plan, config: dict | None = None) -> Stepper:
     """Loads the model into partitions and sets up the engine that the configuration's optimizer asks for.
 
     Args:
-        model_path: folder or hub name.
-        config: DeepSpeed configuration without "auto".
-        examples: the training set.
-        collate: makes a micro-batch of examples.
-        seed: of the data order with backward passes (a zeroth-order optimizer has a seed of its own).
+        plan: model, training set and seed of the data order with backward passes (a zeroth-order optimizer has a seed of its
+            own).
+        config: in place of the plan's.
     """
-    model = load_causal_lm(model_path, config)
+    args, config, collate = plan.args, config or plan.config, plan.model_input.collate
+    model = load_causal_lm(args.model_name_or_path, config, trust_remote_code=args.trust_remote_code)
     zeroth_order = zeroth_order_type(config) is not None
     engine, _, dataloader, _ = ds_zoadamu.initialize(
         model=model,
         model_parameters=None if zeroth_order else list(model.parameters()),
         config=config,
-        training_data=examples if zeroth_order else None,
+        training_data=plan.train if zeroth_order else None,
         collate_fn=collate,
         loss_fn=prompt_loss,
     )
     if zeroth_order:
         return _ForwardOnly(engine, dataloader)
-    return _WithBackward(engine, _dataloader(engine, examples, collate, seed))
+    return _WithBackward(engine, _dataloader(engine, plan.train, collate, args.seed))
 
 
 class _ForwardOnly:

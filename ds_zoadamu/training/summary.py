@@ -1,4 +1,32 @@
-"""The few lines a run ends with."""
+"""What a run came to: its scores, and the few lines it ends with."""
+
+from collections.abc import Mapping
+
+from ds_zoadamu.tasks import Evaluation
+from ds_zoadamu.training.plan import Plan
+
+
+def scores(plan: Plan, before: Mapping[str, Evaluation], best: Evaluation, after: Evaluation, last: Evaluation) -> dict:
+    """accuracy, loss and num_nonfinite of results.json.
+
+    Args:
+        before: on "dev" and "test", before training.
+        best: on the development set, of the best step.
+        after, last: on the test set, of the best and of the last step.
+    """
+    found = {
+        "dev_before": before["dev"],
+        "dev_best": best,
+        "test_before": before["test"],
+        "test_after": after,
+        "test_last": last,
+    }
+    majority = {"dev_majority": plan.dev_majority, "test_majority": plan.test_majority}
+    by_kind = {
+        kind: {name: getattr(evaluation, kind) for name, evaluation in found.items()}
+        for kind in ("accuracy", "loss", "num_nonfinite")
+    }
+    return {**by_kind, "accuracy": by_kind["accuracy"] | majority}
 
 
 def summary(results: dict, output_dir: str) -> str:
@@ -16,6 +44,9 @@ def summary(results: dict, output_dir: str) -> str:
         ("memory a rank", _memory(results["ranks"])),
         ("outputs", f"{output_dir}: model/, metrics.jsonl, results.json, curves.png"),
     ]
+    if nonfinite := {name: count for name, count in results["num_nonfinite"].items() if count}:
+        counts = ", ".join(f"{name} {count}" for name, count in nonfinite.items())
+        figures.insert(1, ("scores not finite", f"{counts} examples, counted as wrong"))
     width = max(map(len, lines))
     return "\n".join(["-" * width, *lines, *(f"{name:<22}  {text}" for name, text in figures), "-" * width])
 

@@ -30,6 +30,8 @@ from device import Device, DryDevice, Failed
 from kernel_rates import run_kernels
 from model_steps import run_model
 
+from ds_zoadamu.json_files import write_json
+
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = 465.0  # seconds for all sections together
 LIMITS = {"tests": 200.0, "kernels": 90.0, "opt-13b": 110.0, "opt-30b": 90.0, "opt-66b": 170.0}
@@ -76,7 +78,7 @@ def run_section(name: str, args: argparse.Namespace) -> None:
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         figures = {"rows": [[name, f"FAILED: {reason}"]], "good": False}
-    Path(args.output).write_text(json.dumps(figures))
+    write_json(Path(args.output), figures)
     sys.stdout.flush()
     os._exit(0)  # no clean shutdown: process groups and caches are of no use any more
 
@@ -153,7 +155,7 @@ def main() -> None:
         left = BUDGET - (time.monotonic() - begin)
         sections[name] = section(name, args, min(LIMITS[name], left))
         if output:  # after each section: a script that is stopped leaves what it has
-            Path(output).write_text(json.dumps({"about": head, "sections": sections}, indent=1))
+            write_json(Path(output), {"about": head, "sections": sections})
     print_table(head, sections)
     failed = [name for name, figures in sections.items() if not figures["good"]]
     missed = [name for name, figures in sections.items() if not figures.get("goal_met", True)]

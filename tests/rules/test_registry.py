@@ -26,9 +26,7 @@ def known():
 
 
 def test_a_name_belongs_to_one_rule(known):
-    with pytest.raises(
-        ds_zoadamu.ConfigError, match="a rule named 'MeZO' is registered already, by ds_zoadamu.rules.mezo;"
-    ):
+    with pytest.raises(ds_zoadamu.ConfigError, match="a rule named 'MeZO' is registered already, by ds_zoadamu.rules.mezo;"):
         register(type("MeZO", (Rule,), {}))
     assert RULES["MeZO"] is MeZO
 

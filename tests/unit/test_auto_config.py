@@ -1,10 +1,13 @@
 """ "auto" values are filled from the command line as Hugging Face's Trainer fills them; contradictions are named."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 
+import ds_zoadamu
 from ds_zoadamu.auto_config import fill_auto, fill_auto_for_library
 from ds_zoadamu.config import check_config
 from ds_zoadamu.errors import ConfigError
@@ -90,9 +93,120 @@ def test_scheduler():
     config = {**zeroth_order(lr="auto", total_steps="auto"), "scheduler": scheduler}
     expected = {"warmup_min_lr": 0.0, "warmup_max_lr": 2e-6, "warmup_num_steps": 10, "total_num_steps": 50}
     assert filled(config, "--learning_rate", "2e-6", "--warmup_steps", "10")["scheduler"]["params"] == expected
-    assert filled(config)["scheduler"]["params"]["warmup_num_steps"] == 1
+    for none in ((), ("--warmup_steps", "0")):
+        assert filled(config, *none)["scheduler"]["params"] == {
+            "warmup_min_lr": 0.0, "warmup_max_lr": 1e-6, "warmup_num_steps": 1, "total_num_steps": 50, "last_batch_iteration": 0
+        }  # fmt: skip
     with pytest.raises(ConfigError, match='--warmup_steps is given but the DeepSpeed JSON has no "scheduler"'):
         filled(zeroth_order(lr="auto"), "--warmup_steps", "10")
+
+
+def with_scheduler(kind, **params):
+    """WarmupLR knows no length."""
+    known = {"warmup_num_steps": "auto", **({} if kind == "WarmupLR" else {"total_num_steps": "auto"}), **params}
+    return {**zeroth_order(lr="auto", total_steps="auto"), "scheduler": {"type": kind, "params": known}}
+
+
+def first_lrs(config, count=50):
+    """The lr of each step, as DeepSpeed's own scheduler gives it."""
+    from deepspeed.runtime import lr_schedules
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config["optimizer"]["params"]["lr"])
+    scheduler = getattr(lr_schedules, config["scheduler"]["type"])(optimizer, **config["scheduler"]["params"])
+    lrs = []
+    for _ in range(count):
+        lrs.append(optimizer.param_groups[0]["lr"])
+        scheduler.step()
+    return lrs
+
+
+@pytest.mark.parametrize("none", [(), ("--warmup_steps", "0")], ids=["not given", "0"])
+def test_without_a_warm_up_the_first_step_has_the_whole_lr(none):
+    """DeepSpeed's warm-up begins with two steps at warmup_min_lr, however short it is."""
+    lr, auto = 2e-6, {"warmup_min_lr": "auto", "warmup_max_lr": "auto"}
+    given = ("--learning_rate", str(lr), *none)
+    assert first_lrs(filled(with_scheduler("WarmupLR", **auto), *given)) == [lr] * 50
+    decaying = [lr] * 3 + [lr * (51 - step) / 48 for step in range(4, 51)]
+    assert first_lrs(filled(with_scheduler("WarmupDecayLR", **auto), *given)) == pytest.approx(decaying, rel=1e-12)
+    assert decaying[-1] > 0
+    cosine = [lr] * 2 + [lr * (1e-4 + (1 - 1e-4) * (1 + math.cos(math.pi * (t - 2) / 48)) / 2) for t in range(3, 51)]
+    assert first_lrs(filled(with_scheduler("WarmupCosineLR"), *given)) == pytest.approx(cosine, rel=1e-12)
+    # Such a warm-up is linear over two steps, of which the first is passed over.
+    linear = first_lrs(filled(with_scheduler("WarmupDecayLR", warmup_type="linear", **auto), *given))
+    assert linear[:4] == pytest.approx([lr, lr / 2, lr, lr * 47 / 48], rel=1e-12)
+
+
+def test_a_warm_up_that_was_asked_for_is_deepspeeds():
+    lrs = first_lrs(filled(with_scheduler("WarmupLR"), "--learning_rate", "2e-6", "--warmup_steps", "4"))
+    expected = [2e-6 * math.log(max(1, step - 1)) / math.log(4) for step in range(1, 6)] + [2e-6] * 45
+    assert lrs == pytest.approx(expected, rel=1e-12)
+    for params in ({"warmup_num_steps": 1}, {"last_batch_iteration": -1}, {"warmup_max_lr": 1e-3}):
+        config = with_scheduler("WarmupLR", **params)
+        assert filled(config)["scheduler"]["params"] == {"warmup_num_steps": 1, **params}  # what the JSON says stays
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, True])
+def test_a_warm_up_that_deepspeed_refuses_is_named(steps):
+    check_config(with_scheduler("WarmupLR") | zeroth_order(lr=1e-6, total_steps=50))  # "auto" may still be filled
+    for check in (filled, check_config):
+        with pytest.raises(ConfigError, match=f'warmup_num_steps is {steps}; .*>= 1, or "auto" without --warmup_steps'):
+            check(
+                {
+                    **zeroth_order(lr=1e-6, total_steps=50),
+                    "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": steps}},
+                }
+            )
+
+
+def remedied(config, path, value):
+    """A copy with another value at a path; None: without the key."""
+    config = json.loads(json.dumps(config))
+    *sections, key = path.split(".")
+    node = config
+    for section in sections:
+        node = node[section]
+    if value is None:
+        del node[key]
+    else:
+        node[key] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    "change, message, path, remedy",
+    [
+        ({"optimizer.params.betas": "auto"}, "params: unknown 'betas' .*known: .*zo_eps", "optimizer.params.betas", None),
+        ({"optimizer.params.eps": "auto"}, "unknown 'eps' .did you mean 'zo_eps'", "optimizer.params.eps", None),
+        ({"optimizer.params.t1": "auto"}, 'params.t1 = "auto".*leave it out', "optimizer.params.t1", None),
+        ({"optimizer.params.t1": "auto"}, 'params.t1 = "auto".*or give a value', "optimizer.params.t1", 5),
+        ({"optimizer.params.momentum": {"dtype": "auto"}}, 'momentum.dtype = "auto"', "optimizer.params.momentum.dtype", None),
+        ({"bf16": "auto"}, r'bf16 is "auto"; it must be an object, for example {"enabled": true}', "bf16", {"enabled": True}),
+        ({"zero_optimization.offload_optimizer": {"device": "auto"}}, 'offload_optimizer.device = "auto".*leave it out',
+         "zero_optimization.offload_optimizer.device", None),
+        ({"sequence_parallel_size": "auto"}, 'sequence_parallel_size = "auto".*leave it out', "sequence_parallel_size", None),
+        ({"optimizer.params": "auto"}, 'optimizer.params is "auto"; it must be an object', "optimizer.params",
+         {"lr": 1e-6, "total_steps": 50}),
+        ({"scheduler": {"type": "WarmupLR", "params": "auto"}}, 'scheduler.params is "auto"; it must be an object',
+         "scheduler.params", {}),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": ["auto"]}}}, r'warmup_max_lr\[0\] = "auto"',
+         "scheduler.params.warmup_max_lr", None),
+    ],
+)  # fmt: skip
+def test_what_the_message_advises_works(change, message, path, remedy):
+    config = zeroth_order(lr=1e-6, total_steps=50)
+    for where, value in change.items():
+        config = remedied(config, where, value)
+    for given in ((), ("--bf16",)) if path == "bf16" else ((),):
+        with pytest.raises(ConfigError, match=message):
+            filled(config, *given)
+    with pytest.raises(ConfigError, match=message):
+        fill_auto_for_library(config, world_size=2, hidden_size=64, num_examples=100)
+    check_config(filled(remedied(config, path, remedy)))
+
+
+def test_an_option_that_is_auto_outside_of_a_json_is_named():
+    with pytest.raises(ConfigError, match='lr is "auto", which is filled in a DeepSpeed JSON only; give a value'):
+        ds_zoadamu.ZOAdaMU([torch.nn.Parameter(torch.zeros(1))], lr="auto", total_steps=5)
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,9 @@ def test_a_run_that_ends_well_with_a_loss_that_is_not_finite_has_diverged(tmp_pa
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", test=(0.5, 0.5, None))
     assert judge(0, "an OutOfMemoryError that was caught", tmp_path / "a") == (FINISHED, "")
-    assert judge(0, "", tmp_path / "b")[0] == DIVERGED
+    assert judge(0, "", tmp_path / "b") == (DIVERGED, "the loss at the last step is not finite")
+    write_run(tmp_path / "c", test=(0.5, None, 0.5))
+    assert judge(0, "", tmp_path / "c") == (DIVERGED, "the loss at the best step is not finite")
 
 
 def test_runs_that_ended_are_kept_and_others_are_not(tmp_path):

@@ -43,7 +43,7 @@ def test_values_survive():
         ({"lr": True}, ["lr is True", "number"]),
         ({"lr": -1.0}, ["lr is -1.0", ">= 0"]),
         ({"lr": float("nan")}, ["lr is nan", "finite"]),
-        ({"lr": "auto"}, ['lr is "auto"', "finetune.py"]),
+        ({"lr": "auto"}, ['lr is "auto"', "in a DeepSpeed JSON only"]),
         ({"lr": float("inf")}, ["lr is inf", "finite", "<= 10"]),
         ({"lr": 100}, ["lr is 100", ">= 0 and <= 10", "lr x projected_grad", "scale up a loss"]),
         ({"weight_decay": 11}, ["weight_decay is 11", "<= 10", "lr x weight_decay"]),
@@ -146,3 +146,8 @@ def test_check_config_from_a_file(tmp_path):
         check_config(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         check_config(tmp_path / "missing.json")
+
+
+def test_an_optimizer_that_is_no_object_is_named():
+    with pytest.raises(ConfigError, match="optimizer is 'auto'; it must be an object"):
+        check_config({**deepspeed_config(), "optimizer": "auto"})

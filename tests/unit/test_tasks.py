@@ -75,11 +75,22 @@ def test_too_few_examples_names_the_counts(tmp_path):
         ('{"sentence": ["fine"], "label": 1}', r"train.jsonl:3: column 'sentence' must hold text, got \['fine'\]"),
         ('{"sentence": "fine", "label": 1', r"train.jsonl:3: not JSON .*one JSON object"),
         ("[1, 2]", r"train.jsonl:3: a JSON object is needed, got list"),
+        (
+            '{"sentence": "a \\ud800", "label": 1}',
+            r"train.jsonl:3: column 'sentence' holds '.ud800', a lone surrogate, at position 2",
+        ),
+        ('{"sentence": NaN, "label": 1}', r"train.jsonl:3: column 'sentence' must hold text, got nan"),
+        ('\ufeff{"sentence": "a", "label": 1}', r"train.jsonl:3: not JSON .*BOM"),
+        ('{"sentence": "a\0", "label": 1}', r"train.jsonl:3: not JSON .*control character"),
+        ('{"sentence": "a", "label": ' + "9" * 5000 + "}", r"train.jsonl:3: not JSON \(.*4300 digits"),
+        ("[" * 100_000, r"train.jsonl:3: not JSON \(nested too deeply"),
+        ('{"sentence": "a", "label": 1}\udcff', r"train.jsonl:3: not UTF-8: byte 0xff"),
     ],
+    ids=lambda value: value[:40],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
     good = json.dumps({"sentence": "fine", "label": 1})
-    (tmp_path / "train.jsonl").write_text(f"{good}\n\n{line}\n{good}\n")
+    (tmp_path / "train.jsonl").write_text(f"{good}\n\n{line}\n{good}\n", encoding="utf-8", errors="surrogateescape")
     with pytest.raises(InputError, match=message):
         load_examples(SST2, "train", str(tmp_path))
 
@@ -92,10 +103,14 @@ def test_a_bad_line_is_named(tmp_path, line, message):
         ("text,label\nfine,1\n", "train.csv:2: column 'sentence' is missing"),
         ('sentence,label\n"fine,1\n', "train.csv:.*malformed CSV"),
         ("", "the train split of task 'sst2' is empty"),
+        ("sentence,label\nfine,1\n\udcff,1\n", "train.csv:3: not UTF-8: byte 0xff"),
+        ("sentence,label,sentence\nfine,1,good\n", "train.csv:1: the column 'sentence' stands there twice"),
+        ("sentence,label\n" + "a" * 200_000 + ",1\n", "train.csv:2: malformed CSV: field larger"),
     ],
+    ids=lambda value: value[:40],
 )
 def test_bad_csv_is_named(tmp_path, text, message):
-    (tmp_path / "train.csv").write_text(text)
+    (tmp_path / "train.csv").write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(InputError, match=message):
         load_examples(SST2, "train", str(tmp_path))
 
@@ -106,7 +121,7 @@ def test_missing_files_and_folders_are_named(tmp_path):
     with pytest.raises(InputError, match="the train split is missing: looked for .*train.jsonl, .*train.json, .*train.csv"):
         load_examples(SST2, "train", str(tmp_path))
     (tmp_path / "train.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="train.jsonl: not UTF-8"):
+    with pytest.raises(InputError, match="train.jsonl:1: not UTF-8: byte 0xff"):
         load_examples(SST2, "train", str(tmp_path))
 
 
@@ -157,6 +172,22 @@ def test_unknown_tasks_are_named(tmp_path):
         load_task("sst3")
     with pytest.raises(InputError, match="cannot read the task file .*missing.json"):
         load_task(str(tmp_path / "missing.json"))
+
+
+@pytest.mark.parametrize(
+    "change", [{"template": "{a} \ud800"}, {"label_words": {"0": " x", "1": " \ud800"}}, {"name": "\udcff"}]
+)
+def test_a_task_is_text(change):
+    with pytest.raises(InputError, match="lone surrogate.*position"):
+        Task(**{"name": "t", "template": "{a}", "label_words": {"0": " x", "1": " y"}, **change})
+
+
+def test_a_file_may_begin_with_a_byte_order_mark_and_end_its_lines_in_any_way(tmp_path):
+    rows = [json.dumps({"sentence": f"s{i}", "label": i % 2}) for i in range(4)]
+    (tmp_path / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + "{}\r\n{}\r{}\n{}".format(*rows).encode())
+    assert [e.label for e in load_examples(SST2, "train", str(tmp_path))] == [0, 1, 0, 1]
+    (tmp_path / "validation.csv").write_bytes(b"\xef\xbb\xbfsentence,label\r\na,1\r\n")
+    assert [e.label for e in load_examples(SST2, "validation", str(tmp_path))] == [1]
 
 
 def test_majority_accuracy(tmp_path):
