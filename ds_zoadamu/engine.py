@@ -18,13 +18,22 @@ from deepspeed.utils import log_dist
 
 from . import collective, kernels, nvme
 from .auto_config import fill_auto_for_library, hidden_size_of
-from .config import check_config, check_deepspeed_settings, read_config, zeroth_order_type
+from .config import check_config, check_deepspeed_settings, check_precision, read_config, zeroth_order_type
 from .data import MicroBatchSampler
 from .distributed import init_distributed, launched_world_size
 from .durability import Durability
 from .errors import ConfigError, NonFiniteLossError
 from .losses import LossFn, as_pair, causal_lm_loss, global_means
-from .partition import Fill, PerturbedGathers, find_partitions, lift_scalars, lower_scalars, reject_empty, reject_too_large
+from .partition import (
+    Fill,
+    PerturbedGathers,
+    find_partitions,
+    lift_scalars,
+    lower_scalars,
+    partition_onto_nvme,
+    reject_empty,
+    reject_too_large,
+)
 from .rules import RULES, Evaluation, RuleConfig, make_rule
 from .zero3.optimizer import ZerothOrderOptimizer
 
@@ -270,6 +279,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             check_deepspeed_settings(config)
         elif self.client_optimizer is None:
             check_config(config)
+        check_precision(config)
         if self._zeroth_order_options() is not None:
             nvme.prepare(config)
         super()._do_sanity_check()
@@ -292,6 +302,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             super()._configure_optimizer(client_optimizer, model_parameters)
             return
         self._check_for_duplicates(client_optimizer)
+        partition_onto_nvme(self.module, read_config(self.config), self.mpu)
         # Without an optimizer DeepSpeed partitions as for ZeRO-Inference: weights only.
         self._offload = self._configure_zero_optimizer(optimizer=None)
         lower_scalars(self._scalars)

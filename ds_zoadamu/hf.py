@@ -21,7 +21,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from ds_zoadamu import folders, nvme
 from ds_zoadamu.auto_config import fill_auto_for_library, has_auto, hidden_size_of
 from ds_zoadamu.base_model import check_whole
-from ds_zoadamu.config import read_config
+from ds_zoadamu.config import check_precision, read_config
 from ds_zoadamu.distributed import init_distributed, launched_world_size
 
 _INDEX = "model.safetensors.index.json"
@@ -44,7 +44,7 @@ def load_causal_lm(path: str, config: dict | str | Path, dtype: torch.dtype | No
 
     Raises:
         ValueError: the configuration is not of stage 3.
-        ConfigError: offload to NVMe that cannot work here; a weights file that is cut short.
+        ConfigError: a precision or an offload to NVMe that cannot work here; a weights file that is cut short.
         OSError: from Transformers, when there is no such model.
     """
     config = read_config(config)
@@ -62,6 +62,7 @@ def load_causal_lm(path: str, config: dict | str | Path, dtype: torch.dtype | No
             hidden_size=hidden_size_of(AutoConfig.from_pretrained(path, **where)),
             num_examples=sys.maxsize,  # partitions do not depend on the number of steps
         )
+    check_precision(config)
     check_whole(path, kwargs.get("revision"))
     nvme.prepare(config)
     # Transformers finds this object through a weak reference, so someone has to keep it.

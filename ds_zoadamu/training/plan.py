@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ds_zoadamu.auto_config import fill_auto, hidden_size_of
-from ds_zoadamu.config import check_config, read_config
+from ds_zoadamu.config import check_config, check_precision, read_config
 from ds_zoadamu.rules import import_modules
 from ds_zoadamu.tasks import (
     EncodedExample,
@@ -108,6 +108,7 @@ def make_plan(args: Namespace, ranks: int | None = None) -> Plan:
     model_input = read_model_input(args)
     config = fill_auto(config, args, world_size=ranks or world_size(), hidden_size=model_input.hidden_size)
     check_config(config)
+    check_precision(config)
     return encode_splits(args, config, model_input)
 
 

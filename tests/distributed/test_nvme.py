@@ -10,6 +10,8 @@ import deepspeed
 import pytest
 import torch
 import transformers
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 
 import ds_zoadamu
 from ds_zoadamu import nvme
@@ -165,6 +167,21 @@ def _read_ahead(rank, world_size, drive):
 def test_what_was_read_too_early_makes_room(drive):
     ((plain, crowded),) = run_ranks(1, _read_ahead, drive)
     assert plain == crowded
+
+
+def _without_fp16(rank, world_size, drive):
+    get_accelerator().is_fp16_supported = lambda: False  # as on most CPUs; DeepSpeed's own dtypes depend on it
+    return _train(rank, world_size, "nvme", drive, "fp32", "int8")
+
+
+def test_without_fp16_the_buffers_of_an_fp32_model_are_fp32(drive):
+    assert run_ranks(2, _without_fp16, drive) == run_ranks(2, _train, "nvme", drive, "fp32", "int8")
+
+
+def test_deepspeed_still_ignores_the_dtype_that_it_is_given_where_there_is_no_fp16(monkeypatch):
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    given = InsertPostInitMethodToModuleSubClasses(enabled=False, dtype=torch.float32)
+    assert given.dtype == torch.bfloat16, "DeepSpeed has mended it: remove partition.partition_onto_nvme"
 
 
 def _trained_with(rank, world_size, drive, changes):
