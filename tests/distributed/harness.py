@@ -1,10 +1,24 @@
-"""Runs a test's function on real gloo ranks: one process each, forked from a server that has imported DeepSpeed once."""
+"""Runs a test's function on real gloo ranks: one process each, forked from a server that has imported DeepSpeed once.
+
+And what tests that start processes share: how long they wait for one, and which of several are left.
+"""
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import socket
+import time
 import traceback
+from collections.abc import Iterable
+
+import psutil
+
+HANG = 1800.0
+"""Seconds after which a process counts as hanging. Far above what the slowest machine under load takes: it ends a test that
+would never end, and none passes or fails by it."""
+
+_LINGER = 120.0  # seconds: of a test that has failed already, for its other ranks to say why they do
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # torch._dynamo: the first torch optimizer of a process imports it, in some 3 seconds.
@@ -40,7 +54,7 @@ def _child(connection, function, rank, world_size, port, args):
         os._exit(0)  # no clean shutdown: a peer may be gone
 
 
-def run_ranks(world_size: int, function, *args, timeout: float = 240.0) -> list:
+def run_ranks(world_size: int, function, *args, timeout: float = HANG) -> list:
     """``[function(rank, world_size, *args) for every rank]``, each in its own process. A rank that raises fails the caller
     with its traceback.
     """
@@ -53,24 +67,43 @@ def run_ranks(world_size: int, function, *args, timeout: float = 240.0) -> list:
         sender.close()
         pipes.append(receiver)
         processes.append(process)
-    results, failures = [None] * world_size, []
+    results, failures, waiting = [None] * world_size, {}, dict(enumerate(pipes))
     try:
-        for rank, pipe in enumerate(pipes):
-            if not pipe.poll(5.0 if failures else timeout):
-                failures.append(f"rank {rank}: no answer within {timeout} s")
-                continue
-            try:
-                ok, value = pickle.loads(pipe.recv_bytes())
-            except EOFError:
-                ok, value = False, "died without an answer"
-            if ok:
-                results[rank] = value
-            else:
-                failures.append(f"rank {rank}: {value}")
+        while waiting:
+            ready = multiprocessing.connection.wait(waiting.values(), min(timeout, _LINGER) if failures else timeout)
+            if not ready:
+                failures |= dict.fromkeys(waiting, "no answer")
+                break
+            for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
+                try:
+                    ok, value = pickle.loads(waiting.pop(rank).recv_bytes())
+                except EOFError:
+                    ok, value = False, "died without an answer"
+                if ok:
+                    results[rank] = value
+                else:
+                    failures[rank] = value
     finally:
         for process in processes:
             process.kill()
             process.join()
     if failures:
-        raise AssertionError("\n".join(failures))
+        raise AssertionError("\n".join(f"rank {rank}: {failures[rank]}" for rank in sorted(failures)))
     return results
+
+
+def still_running(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those that do not end. A zombie has ended, though its parent, or nobody, has reaped it yet."""
+    deadline, left = time.monotonic() + HANG, list(processes)
+    while left := [process for process in left if _runs(process)]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    return left
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from ds_zoadamu.tasks import SST2, PromptCollator, PromptEncoder, load_examples
 from ds_zoadamu.tasks.metrics import candidate_scores
-from tests.distributed.harness import free_port, run_ranks
+from tests.distributed.harness import HANG, free_port, run_ranks, still_running
 from tests.tiny_lm import make_tokenizer, save_model, write_data
 
 REPOSITORY = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ def launch(script, *arguments, ranks=2):
     """Runs a script of launch/ under the deepspeed launcher; returns the finished process with its output as text."""
     with start(script, *arguments, ranks=ranks) as process:
         try:
-            stdout, stderr = process.communicate(timeout=120)
+            stdout, stderr = process.communicate(timeout=HANG)
         except subprocess.TimeoutExpired:
             process.kill()
             raise
@@ -169,7 +169,7 @@ def test_evaluate_agrees_with_the_run(run, data, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"}
     environment.pop("WORLD_SIZE", None)
     script = [sys.executable, str(REPOSITORY / "launch" / "evaluate.py"), *map(str, arguments)]
-    alone = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=120)
+    alone = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=HANG)
     assert f"accuracy={expected:.4f}" in succeed(alone).stdout
 
 
@@ -178,7 +178,7 @@ def test_when_one_rank_is_killed_the_others_end(model, data, tmp_path):
     with start("finetune.py", *finetune_arguments(model, data, output, steps=10**6), "--eval_steps", 10**6) as launcher:
         family = []
         try:
-            deadline = time.monotonic() + 100
+            deadline = time.monotonic() + HANG
             while not ((output / "metrics.jsonl").exists() and '"step": 2' in (output / "metrics.jsonl").read_text()):
                 assert launcher.poll() is None and time.monotonic() < deadline, "the run did not start"
                 time.sleep(0.2)
@@ -186,9 +186,9 @@ def test_when_one_rank_is_killed_the_others_end(model, data, tmp_path):
             ranks = [child for child in family if any(argument.startswith("--local_rank=") for argument in child.cmdline())]
             (second,) = [child for child in ranks if "--local_rank=1" in child.cmdline()]
             second.kill()
-            launcher.communicate(timeout=60)
+            launcher.communicate(timeout=HANG)
             assert launcher.returncode != 0
-            assert len(ranks) == 2 and not psutil.wait_procs(ranks, timeout=10)[1]
+            assert len(ranks) == 2 and not still_running(ranks)
         finally:
             for process in [launcher, *family]:
                 with contextlib.suppress(psutil.NoSuchProcess):

@@ -17,7 +17,7 @@ import ds_zoadamu
 from ds_zoadamu import nvme
 from ds_zoadamu.digest import weights_digest
 
-from .harness import free_port, run_ranks
+from .harness import HANG, free_port, run_ranks
 from .jobs import as_bytes, config, engine_for, my_share, whole_model
 
 WIDTH, STEPS = 513, 4
@@ -277,7 +277,7 @@ def test_a_rehearsal_runs_on_nvme(drive):
     command = ["ds_zoadamu.plan", "--model", "opt-125m", "--config", path, "--batch", "1", "--seq", "8", "--rehearse"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
     done = subprocess.run(
-        [sys.executable, "-m", *command, "--rehearse-layers", "1"], env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, "-m", *command, "--rehearse-layers", "1"], env=environment, capture_output=True, text=True, timeout=HANG
     )
     assert done.returncode == 0, done.stderr  # 0: weights and momentum are those planned, to the byte
     assert "rehearsal: 2 steps" in done.stdout

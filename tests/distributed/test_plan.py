@@ -16,7 +16,7 @@ from ds_zoadamu.plan.memory import Model
 from ds_zoadamu.plan.sizes import buffer_bytes, momentum_bytes, parameter_sizes, weight_bytes
 from ds_zoadamu.plan.trace import trace_forward
 
-from .harness import free_port, run_ranks
+from .harness import HANG, free_port, run_ranks
 from .jobs import config, engine_for
 from .models import OddModel, odd_batches, tiny_opt
 
@@ -208,7 +208,7 @@ def test_a_rehearsal_holds_what_was_planned(tmp_path, section, layers):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
     done = subprocess.run(
         [*launcher, *plan, "--rehearse", "--rehearse-layers", str(layers)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=HANG,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr  # weights and momentum, to the byte, on both ranks
     planned, measured = map(float, re.search(r"^peak +([\d.]+) +([\d.]+)", done.stdout, re.MULTILINE).groups())
