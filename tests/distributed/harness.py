@@ -26,9 +26,14 @@ _CONTEXT.set_forkserver_preload(["deepspeed", "transformers", "torch._dynamo", "
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A TCP port that nobody listens on now. No two of pytest-xdist's workers get the same."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        if port // 2 % 8 == worker % 8:  # half of it: Linux prefers odd ports here
+            return port
 
 
 def _child(connection, function, rank, world_size, port, args):

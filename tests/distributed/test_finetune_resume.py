@@ -50,6 +50,7 @@ def steps_of(output):
     return [[line["step"], line["loss"]] for line in lines if line["kind"] == "step"]
 
 
+@pytest.mark.quick
 def test_killed_and_resumed(task, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     expected = run_ranks(2, finetune, arguments(task, whole))[0]
