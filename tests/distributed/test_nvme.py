@@ -20,6 +20,8 @@ from ds_zoadamu.digest import weights_digest
 from .harness import HANG, free_port, run_ranks
 from .jobs import as_bytes, config, engine_for, my_share, whole_model
 
+pytestmark = pytest.mark.nvme
+
 WIDTH, STEPS = 513, 4
 TIMES = {"t1": 1, "t2": 3, "t3": 4, "zo_eps": 1e-2}  # STEPS cross both t1 and t2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -116,6 +118,10 @@ def stored_bytes(engine) -> dict[str, bytes]:
     return stored
 
 
+def _train_each(rank, world_size, devices, *settings):
+    return {device: _train(rank, world_size, device, *settings) for device in devices}
+
+
 def _train(rank, world_size, device, drive, dtype, momentum):
     accumulation = 2 // world_size
     seen = []
@@ -146,12 +152,11 @@ def _train(rank, world_size, device, drive, dtype, momentum):
     "world_size,dtype,momentum", [(1, "fp32", "fp32"), (2, "fp32", "int8"), (2, "bf16", "int8"), (1, "bf16", "replay")]
 )
 def test_a_run_has_the_same_bits_on_nvme_as_in_memory(drive, world_size, dtype, momentum):
-    runs = {device: run_ranks(world_size, _train, device, drive, dtype, momentum) for device in ("none", "cpu", "nvme")}
-    for rank in range(world_size):
-        assert runs["nvme"][rank][0] == ON_NVME
-        assert runs["none"][rank][0] == runs["cpu"][rank][0] == []
-        assert runs["nvme"][rank][1:] == runs["none"][rank][1:] == runs["cpu"][rank][1:]
-        assert runs["nvme"][rank][1] == [True] * STEPS
+    for runs in run_ranks(world_size, _train_each, ("none", "cpu", "nvme"), drive, dtype, momentum):
+        assert runs["nvme"][0] == ON_NVME
+        assert runs["none"][0] == runs["cpu"][0] == []
+        assert runs["nvme"][1:] == runs["none"][1:] == runs["cpu"][1:]
+        assert runs["nvme"][1] == [True] * STEPS
 
 
 def _read_ahead(rank, world_size, drive):
