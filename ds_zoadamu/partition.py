@@ -201,7 +201,8 @@ def partition_onto_nvme(module: torch.nn.Module, config: dict, mpu=None) -> None
     """Partition a whole model that goes to NVMe, with swap buffers of the configuration's dtype. Any other is left alone.
 
     DeepSpeed 0.19.8's engine would, and names the dtype; where there is no fp16, as on most CPUs, ``zero.Init`` then takes bf16
-    whatever was named (``dtype or a if b else c``), and an fp32 model's forward fails. Without a name it reads the configuration.
+    whatever was named (``dtype or a if b else c``), and an fp32 model's forward fails. Without a name it reads the
+    configuration.
     """
     if wants_nvme(config) and not any(hasattr(p, "ds_id") for p in module.parameters()):
         group = None if mpu is None else mpu.get_data_parallel_group()

@@ -1,7 +1,7 @@
 """The suite's time by file, out of what pytest wrote with --durations=0; of two logs, one beside the other.
 
-    bash launch/test.sh --durations=0 | tee after.log
-    python -m tests.times before.log after.log
+bash launch/test.sh --durations=0 | tee after.log
+python -m tests.times before.log after.log
 """
 
 import re

@@ -22,7 +22,7 @@ _LINGER = 120.0  # seconds: of a test that has failed already, for its other ran
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # torch._dynamo: the first torch optimizer of a process imports it, in some 3 seconds.
-_CONTEXT.set_forkserver_preload(["deepspeed", "transformers", "torch._dynamo", "ds_zoadamu.engine"])
+_CONTEXT.set_forkserver_preload(["deepspeed", "transformers", "torch._dynamo", "ds_zoadamu.engine", "pytest"])
 
 
 def free_port() -> int:
@@ -75,9 +75,10 @@ def run_ranks(world_size: int, function, *args, timeout: float = HANG) -> list:
     results, failures, waiting = [None] * world_size, {}, dict(enumerate(pipes))
     try:
         while waiting:
-            ready = multiprocessing.connection.wait(waiting.values(), min(timeout, _LINGER) if failures else timeout)
+            seconds = min(timeout, _LINGER) if failures else timeout
+            ready = multiprocessing.connection.wait(waiting.values(), seconds)
             if not ready:
-                failures |= dict.fromkeys(waiting, "no answer")
+                failures |= dict.fromkeys(waiting, f"no answer within {seconds} s")
                 break
             for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
                 try:

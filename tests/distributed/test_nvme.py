@@ -281,9 +281,8 @@ def test_a_rehearsal_runs_on_nvme(drive):
     path.write_text(json.dumps({"zero_optimization": zero, "optimizer": optimizer, "bf16": {"enabled": True}}))
     command = ["ds_zoadamu.plan", "--model", "opt-125m", "--config", path, "--batch", "1", "--seq", "8", "--rehearse"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
-    done = subprocess.run(
-        [sys.executable, "-m", *command, "--rehearse-layers", "1"], env=environment, capture_output=True, text=True, timeout=HANG
-    )
+    command = [sys.executable, "-m", *command, "--rehearse-layers", "1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr  # 0: weights and momentum are those planned, to the byte
     assert "rehearsal: 2 steps" in done.stdout
     assert len(list(drive.rglob("*.swp"))) >= 8  # two embeddings and the six matrices of a layer

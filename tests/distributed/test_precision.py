@@ -45,7 +45,8 @@ def _refused_on_rank_1(rank, world_size, precision):
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_what_one_rank_lacks_is_refused_on_all_before_the_model_is_touched(precision):
     named = REFUSED.format(precision)
-    for (messages, touched), start in zip(run_ranks(2, _refused_on_rank_1, precision), (f"rank 1: {named}", named), strict=True):
+    outcomes = run_ranks(2, _refused_on_rank_1, precision)
+    for (messages, touched), start in zip(outcomes, (f"rank 1: {named}", named), strict=True):
         assert all(message.startswith(start) for message in messages) and len(messages) == 2, messages
         assert not touched
 
