@@ -40,9 +40,14 @@ PRECISIONS = {
 }
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(
-    "dtype,momentum", [(torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "int8"), (torch.bfloat16, "replay")]
+    "dtype,momentum",
+    [
+        pytest.param(torch.float32, "fp32", marks=pytest.mark.quick),
+        (torch.bfloat16, "bf16"),
+        (torch.float16, "int8"),
+        pytest.param(torch.bfloat16, "replay", marks=pytest.mark.quick),
+    ],
 )
 def test_run_is_bit_identical_on_1_2_and_4_ranks(dtype, momentum):
     skip_unsupported(PRECISIONS[dtype])
