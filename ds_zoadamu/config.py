@@ -3,13 +3,15 @@
 DeepSpeed itself ignores keys that it does not know, so a misspelt option would train with its default. Ours are refused.
 """
 
+import platform
 from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
-from . import nvme
+from . import collective, nvme
 from .errors import ConfigError
 from .learning_rate import check_scheduler_section
 from .rules import RULES, RuleConfig
@@ -85,6 +87,24 @@ def check_warmup(config: dict) -> None:
             f'scheduler.params.warmup_num_steps is {steps!r}; it must be an integer >= 1, or "auto" without --warmup_steps '
             "for no warm-up"
         )
+
+
+def check_precision(config: dict) -> None:
+    """Refuse a precision that this machine does not have: DeepSpeed's accelerator says so, of fp16 on most CPUs.
+
+    Call it on all ranks, before a model is loaded. It is no part of ``check_config``, which also serves plans for another
+    machine. Raises ConfigError on all ranks.
+    """
+    accelerator = get_accelerator()
+    precisions = (("fp16", "bf16", accelerator.is_fp16_supported), ("bf16", "fp16", accelerator.is_bf16_supported))
+    with collective.on_all_ranks(ConfigError):
+        for section, other, supported in precisions:
+            if _enabled(config.get(section)) and not supported():
+                raise ConfigError(
+                    f"{section}.enabled is true, and DeepSpeed has no {section} on this machine "
+                    f'({accelerator.device_name()}, {platform.machine()}): set it to false and use "{other}" '
+                    f"(--{other}), or neither for fp32"
+                )
 
 
 def _enabled(section: Any) -> bool:

@@ -18,7 +18,7 @@ from deepspeed.utils import log_dist, logger
 
 from . import collective, divergence, kernels, nvme
 from .auto_config import fill_auto_for_library, hidden_size_of
-from .config import check_config, check_deepspeed_settings, read_config, zeroth_order_type
+from .config import check_config, check_deepspeed_settings, check_precision, read_config, zeroth_order_type
 from .data import MicroBatchLoader, MicroBatchSampler, MicroBatchStream, check_training_data, is_stream
 from .distributed import init_distributed, launched_world_size
 from .draws import CommonDraws, undrawn
@@ -35,6 +35,7 @@ from .partition import (
     find_partitions,
     lift_scalars,
     lower_scalars,
+    partition_onto_nvme,
     reject_stored_dtypes,
     reject_unusable,
 )
@@ -300,6 +301,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             check_deepspeed_settings(config)
         elif self.client_optimizer is None:
             check_config(config)
+        check_precision(config)
         if self._zeroth_order_options() is not None:
             nvme.prepare(config)
         super()._do_sanity_check()
@@ -321,6 +323,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             super()._configure_optimizer(client_optimizer, model_parameters)
             return
         self._check_for_duplicates(client_optimizer)
+        partition_onto_nvme(self.module, read_config(self.config), self.mpu)
         # Without an optimizer DeepSpeed partitions as for ZeRO-Inference: weights only.
         self._offload = self._configure_zero_optimizer(optimizer=None)
         reject_stored_dtypes(self.module)

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ds_zoadamu import collective, folders, hf_zero3, nvme
 from ds_zoadamu.auto_config import fill_auto_for_library, has_auto, hidden_size_of
 from ds_zoadamu.base_model import check_whole
-from ds_zoadamu.config import read_config
+from ds_zoadamu.config import check_precision, read_config
 from ds_zoadamu.distributed import init_distributed, launched_world_size
 from ds_zoadamu.hf_names import FileNames, Group
 from ds_zoadamu.partition import whole_shape
@@ -46,7 +46,7 @@ def load_causal_lm(path: str, config: dict | str | Path, dtype: torch.dtype | No
 
     Raises:
         ValueError: the configuration is not of stage 3.
-        ConfigError: offload to NVMe that cannot work here; a weights file that is cut short.
+        ConfigError: a precision or an offload to NVMe that cannot work here; a weights file that is cut short.
         OSError: from Transformers, when there is no such model.
     """
     kwargs.setdefault("trust_remote_code", False)  # None: Transformers would ask on the terminal, on every rank
@@ -65,6 +65,7 @@ def load_causal_lm(path: str, config: dict | str | Path, dtype: torch.dtype | No
             hidden_size=hidden_size_of(AutoConfig.from_pretrained(path, **where)),
             num_examples=sys.maxsize,  # partitions do not depend on the number of steps
         )
+    check_precision(config)
     check_whole(path, kwargs.get("revision"))
     nvme.prepare(config)
     with hf_zero3.zero3_known(config) as known:

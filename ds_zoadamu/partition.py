@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
@@ -279,6 +280,18 @@ def _reject_dtype(name: str, dtype: torch.dtype, stored: torch.dtype) -> None:
         f"parameter {name!r} is of {dtype}, and offload_param to NVMe would store it as {stored}, as all of the model; give "
         'the model one dtype (model.to(...), or "bf16" or "fp16" in the JSON), or offload_param to "cpu"'
     )
+
+
+def partition_onto_nvme(module: torch.nn.Module, config: dict, mpu=None) -> None:
+    """Partition a whole model that goes to NVMe, with swap buffers of the configuration's dtype. Any other is left alone.
+
+    DeepSpeed 0.19.8's engine would, and names the dtype; where there is no fp16, as on most CPUs, ``zero.Init`` then takes bf16
+    whatever was named (``dtype or a if b else c``), and an fp32 model's forward fails. Without a name it reads the
+    configuration.
+    """
+    if wants_nvme(config) and not any(hasattr(p, "ds_id") for p in module.parameters()):
+        group = None if mpu is None else mpu.get_data_parallel_group()
+        deepspeed.zero.Init(module=module, data_parallel_group=group, config_dict_or_path=config, mpu=mpu)
 
 
 def lift_scalars(module: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -4,11 +4,13 @@ import itertools
 from argparse import Namespace
 from collections.abc import Sequence
 
+from deepspeed.accelerator import get_accelerator
+
 from ds_zoadamu.auto_config import DEFAULT_MICRO_BATCH_SIZE, fill_auto
 from ds_zoadamu.benchmark.arguments import shared_arguments
 from ds_zoadamu.benchmark.contenders import Contender
 from ds_zoadamu.benchmark.grid import Point
-from ds_zoadamu.config import check_config
+from ds_zoadamu.config import check_config, check_precision
 from ds_zoadamu.errors import ConfigError
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.arguments import check_arguments, finetune_parser
@@ -56,6 +58,8 @@ def _filled(args: Namespace, contender: Contender, points: Sequence[Point], mode
             run_args = finetune_args(args, point, max_steps=steps, seed=seed)
             config = fill_auto(contender.config, run_args, world_size=args.ranks, hidden_size=model_input.hidden_size)
             check_config(config)
+        if get_accelerator().is_synchronized_device():  # a CPU; this process keeps off a GPU, where each run asks for itself
+            check_precision(config)
     except (InputError, ConfigError) as error:
         raise type(error)(f"{contender.name}: {error}") from error
     return config

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from .. import nvme
 from ..auto_config import hidden_size_of
+from ..config import check_precision
 from ..errors import ConfigError
 from .adapters import read_adapter, with_adapter
 from .choose import Choice, Request, plan_for
@@ -131,6 +132,7 @@ def _measure(
     on_cpu = get_accelerator().device_name() == "cpu"
     if on_cpu:
         _return_freed_blocks()
+    check_precision(config)
     nvme.prepare(config)  # Transformers partitions the model before an engine could check
     before = PeakMemory().report()["resident_baseline"]
     with zero3_known(config):  # Transformers builds into partitions

@@ -9,7 +9,7 @@ from pathlib import Path
 import deepspeed
 
 from ds_zoadamu.auto_config import fill_auto
-from ds_zoadamu.config import read_config
+from ds_zoadamu.config import check_precision, read_config
 from ds_zoadamu.hf import load_causal_lm
 from ds_zoadamu.json_files import write_json
 from ds_zoadamu.tasks import InputError, evaluate, load_examples, majority_accuracy
@@ -39,6 +39,7 @@ def measure(args: Namespace) -> dict:
     config = {name: given[name] for name in _SECTIONS if name in given}
     config["train_micro_batch_size_per_gpu"] = args.per_device_eval_batch_size
     config = fill_auto(config, args, world_size=world_size(), hidden_size=model_input.hidden_size)
+    check_precision(config)
     examples = load_examples(model_input.task, args.split, args.data_dir)
     encoded = model_input.encode(examples)
     model = load_causal_lm(args.model_name_or_path, config, trust_remote_code=args.trust_remote_code)

@@ -10,7 +10,7 @@ from deepspeed.utils import logger
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ds_zoadamu.auto_config import STEPS_OF_A_RUN, fill_auto, hidden_size_of, value_at
-from ds_zoadamu.config import check_config, read_config
+from ds_zoadamu.config import check_config, check_precision, read_config
 from ds_zoadamu.rules import import_modules
 from ds_zoadamu.tasks import (
     EncodedExample,
@@ -120,6 +120,7 @@ def make_plan(args: Namespace, ranks: int | None = None) -> Plan:
     config = fill_auto(config, args, world_size=ranks or world_size(), hidden_size=model_input.hidden_size)
     check_config(config)
     check_steps(config, args.max_steps)
+    check_precision(config)
     return encode_splits(args, config, model_input)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ds_zoadamu._crash_points import VARIABLE
 
-from .harness import _CONTEXT, _child, free_port
+from .harness import _CONTEXT, HANG, _child, free_port
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Ranks:
     def running(self) -> bool:
         return any(process.is_alive() for process in self.processes)
 
-    def outcomes(self, timeout: float = 60.0) -> list[Outcome]:
+    def outcomes(self, timeout: float = HANG) -> list[Outcome]:
         """How every rank ended; those that have not ended within ``timeout`` seconds are stopped and have hung."""
         deadline, results = time.monotonic() + timeout, []
         for process, pipe in zip(self.processes, self._pipes, strict=True):
@@ -73,5 +73,5 @@ def run_to_crash(world_size: int, crash_at: str, function: Callable, *args: Any)
     return Ranks(world_size, _with_crash_point, crash_at, function, args).outcomes()
 
 
-def run_outcomes(world_size: int, function: Callable, *args: Any, timeout: float = 60.0) -> list[Outcome]:
+def run_outcomes(world_size: int, function: Callable, *args: Any, timeout: float = HANG) -> list[Outcome]:
     return Ranks(world_size, function, *args).outcomes(timeout)

@@ -1,8 +1,10 @@
 """What the ranks of several tests have in common: a configuration, an engine, the whole model as bytes."""
 
+import pytest
 import torch
 
 import ds_zoadamu
+from ds_zoadamu.config import check_precision
 
 
 def config(world_size: int, accumulation: int = 1, micro_batch: int = 2, zero: dict | None = None, **sections) -> dict:
@@ -19,6 +21,14 @@ def config(world_size: int, accumulation: int = 1, micro_batch: int = 2, zero: d
         "steps_per_print": 1000,
         **sections,
     }
+
+
+def skip_unsupported(config: dict) -> None:
+    """Skip the test where this machine does not have the configuration's precision: fp16 on most CPUs."""
+    try:
+        check_precision(config)
+    except ds_zoadamu.ConfigError as error:
+        pytest.skip(str(error))
 
 
 def engine_for(model: torch.nn.Module, config: dict, **kwargs):

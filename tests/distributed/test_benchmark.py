@@ -16,6 +16,7 @@ from ds_zoadamu.benchmark.arguments import benchmark_parser
 from ds_zoadamu.benchmark.folder import locked
 from ds_zoadamu.benchmark.main import benchmark
 from ds_zoadamu.tasks import InputError
+from tests.distributed.harness import HANG, still_running
 from tests.tiny_lm import save_model, write_data
 
 ROOT = Path(__file__).parents[2]
@@ -44,14 +45,14 @@ def interrupt_in_the_second_run(folder):
     with start(folder) as process:
         family = []
         try:
-            deadline = time.monotonic() + 600  # only so that a hang ends
+            deadline = time.monotonic() + HANG
             while not list((folder / "out" / "runs").glob("plain-mezo/profile.running/log.txt")):
-                assert process.poll() is None and time.monotonic() < deadline, process.communicate(timeout=30)
+                assert process.poll() is None and time.monotonic() < deadline, process.communicate(timeout=HANG)
                 time.sleep(0.1)
             family = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGTERM)  # a shell in the background has SIGINT ignored
-            stderr = process.communicate(timeout=300)[1]
-            return process.returncode, stderr, psutil.wait_procs(family, timeout=10)[1]
+            stderr = process.communicate(timeout=HANG)[1]
+            return process.returncode, stderr, still_running(family)
         finally:
             for each in [process, *family]:
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -70,7 +71,7 @@ def test_interrupted_it_goes_on_with_what_is_left(tmp_path, monkeypatch):
     assert (runs / "plain-mezo" / "profile.running").exists() and not (tmp_path / "out" / "results.json").exists()
 
     with start(tmp_path) as process:
-        stdout, stderr = process.communicate(timeout=900)
+        stdout, stderr = process.communicate(timeout=HANG)
     assert process.returncode == 0, stdout + stderr
     assert profile.stat().st_mtime_ns == first and "zoadamu-int8 profile: has ended before" in stdout
     names = {f"{path.parent.name}/{path.name}" for path in runs.glob("*/*")}

@@ -28,6 +28,10 @@ def save_all(rank, world_size, folder):
     return states
 
 
+def load_each(rank, world_size, folders):
+    return [load_all(rank, world_size, folder) for folder in folders]
+
+
 def load_all(rank, world_size, folder):
     states, others = [], []
     for momentum, dtype in MODES:
@@ -51,7 +55,7 @@ def saved(tmp_path_factory):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_loads_on_any_number_of_ranks(saved, world_size):
-    results = {w: run_ranks(world_size, load_all, folder)[0] for w, (folder, _) in saved.items()}
+    results = dict(zip(saved, run_ranks(world_size, load_each, [folder for folder, _ in saved.values()])[0], strict=True))
     for w, (loaded, _) in results.items():
         assert loaded == saved[w][1], f"saved on {w}, loaded on {world_size}"
     assert results[1][1] == results[2][1] == results[4][1]  # and they go on alike

@@ -5,8 +5,6 @@ stopped.
 import contextlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,7 +23,8 @@ ROOT = Path(__file__).parents[2]
 def task(tmp_path_factory):
     """A generated sentiment task and an untrained OPT of its vocabulary."""
     folder = tmp_path_factory.mktemp("task")
-    subprocess.run([sys.executable, ROOT / "launch" / "quickstart_data.py", folder], check=True, capture_output=True, cwd=ROOT)
+    save_model(folder / "untrained")
+    write_data(folder / "data", num_train=90)
     return folder
 
 
@@ -50,6 +49,7 @@ def steps_of(output):
     return [[line["step"], line["loss"]] for line in lines if line["kind"] == "step"]
 
 
+@pytest.mark.quick
 def test_killed_and_resumed(task, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     expected = run_ranks(2, finetune, arguments(task, whole))[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .harness import run_ranks
+from .harness import HANG, run_ranks
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 
@@ -69,7 +69,7 @@ def test_benchmark_kernels(tmp_path):
 def test_kernel_instructions():
     pytest.importorskip("triton", minversion="3.4", reason="it compiles by Triton 3.4")
     command = [sys.executable, LAUNCH / "kernel_instructions.py", "--operations", "noise"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout.splitlines()
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=HANG).stdout.splitlines()
     assert printed[0].startswith("Instructions per element, sm_90, Triton ") and len(printed) == 3
     name, weights, momentum, steps, instructions, cycles, *_ = printed[2].split()
     assert (name, weights, momentum, steps) == ("noise", "fp32", "none", "1")

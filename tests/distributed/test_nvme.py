@@ -10,13 +10,17 @@ import deepspeed
 import pytest
 import torch
 import transformers
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 
 import ds_zoadamu
 from ds_zoadamu import nvme
 from ds_zoadamu.digest import weights_digest
 
-from .harness import free_port, run_ranks
+from .harness import HANG, free_port, run_ranks
 from .jobs import as_bytes, config, engine_for, my_share, whole_model
+
+pytestmark = pytest.mark.nvme
 
 WIDTH, STEPS = 513, 4
 TIMES = {"t1": 1, "t2": 3, "t3": 4, "zo_eps": 1e-2}  # STEPS cross both t1 and t2
@@ -114,6 +118,10 @@ def stored_bytes(engine) -> dict[str, bytes]:
     return stored
 
 
+def _train_each(rank, world_size, devices, *settings):
+    return {device: _train(rank, world_size, device, *settings) for device in devices}
+
+
 def _train(rank, world_size, device, drive, dtype, momentum):
     accumulation = 2 // world_size
     seen = []
@@ -144,12 +152,11 @@ def _train(rank, world_size, device, drive, dtype, momentum):
     "world_size,dtype,momentum", [(1, "fp32", "fp32"), (2, "fp32", "int8"), (2, "bf16", "int8"), (1, "bf16", "replay")]
 )
 def test_a_run_has_the_same_bits_on_nvme_as_in_memory(drive, world_size, dtype, momentum):
-    runs = {device: run_ranks(world_size, _train, device, drive, dtype, momentum) for device in ("none", "cpu", "nvme")}
-    for rank in range(world_size):
-        assert runs["nvme"][rank][0] == ON_NVME
-        assert runs["none"][rank][0] == runs["cpu"][rank][0] == []
-        assert runs["nvme"][rank][1:] == runs["none"][rank][1:] == runs["cpu"][rank][1:]
-        assert runs["nvme"][rank][1] == [True] * STEPS
+    for runs in run_ranks(world_size, _train_each, ("none", "cpu", "nvme"), drive, dtype, momentum):
+        assert runs["nvme"][0] == ON_NVME
+        assert runs["none"][0] == runs["cpu"][0] == []
+        assert runs["nvme"][1:] == runs["none"][1:] == runs["cpu"][1:]
+        assert runs["nvme"][1] == [True] * STEPS
 
 
 def _read_ahead(rank, world_size, drive):
@@ -165,6 +172,21 @@ def _read_ahead(rank, world_size, drive):
 def test_what_was_read_too_early_makes_room(drive):
     ((plain, crowded),) = run_ranks(1, _read_ahead, drive)
     assert plain == crowded
+
+
+def _without_fp16(rank, world_size, drive):
+    get_accelerator().is_fp16_supported = lambda: False  # as on most CPUs; DeepSpeed's own dtypes depend on it
+    return _train(rank, world_size, "nvme", drive, "fp32", "int8")
+
+
+def test_without_fp16_the_buffers_of_an_fp32_model_are_fp32(drive):
+    assert run_ranks(2, _without_fp16, drive) == run_ranks(2, _train, "nvme", drive, "fp32", "int8")
+
+
+def test_deepspeed_still_ignores_the_dtype_that_it_is_given_where_there_is_no_fp16(monkeypatch):
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    given = InsertPostInitMethodToModuleSubClasses(enabled=False, dtype=torch.float32)
+    assert given.dtype == torch.bfloat16, "DeepSpeed has mended it: remove partition.partition_onto_nvme"
 
 
 def _trained_with(rank, world_size, drive, changes):
@@ -259,9 +281,8 @@ def test_a_rehearsal_runs_on_nvme(drive):
     path.write_text(json.dumps({"zero_optimization": zero, "optimizer": optimizer, "bf16": {"enabled": True}}))
     command = ["ds_zoadamu.plan", "--model", "opt-125m", "--config", path, "--batch", "1", "--seq", "8", "--rehearse"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
-    done = subprocess.run(
-        [sys.executable, "-m", *command, "--rehearse-layers", "1"], env=environment, capture_output=True, text=True, timeout=240
-    )
+    command = [sys.executable, "-m", *command, "--rehearse-layers", "1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr  # 0: weights and momentum are those planned, to the byte
     assert "rehearsal: 2 steps" in done.stdout
     assert len(list(drive.rglob("*.swp"))) >= 8  # two embeddings and the six matrices of a layer

@@ -20,7 +20,7 @@ from ds_zoadamu.kernels.types import GRAD_BITS
 from ds_zoadamu.locks import LockedFile
 
 from . import runs
-from .harness import free_port, run_ranks
+from .harness import HANG, free_port, run_ranks
 from .models import OddModel, tiny_opt
 
 STEPS = 9
@@ -423,7 +423,7 @@ def test_under_the_launcher(odd_runs, tmp_path):
     command = [*launcher, "ds_zoadamu.cli", "replay", "--base", folder / "base-bf16"]
     command += ["--journal", folder / name / "journal.jsonl", "--output", tmp_path / "out", "--expect", digests[name]]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))}
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment, timeout=HANG)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(f"SHA-256 of the trained weights: {digests[name]}") == 1
 

@@ -28,14 +28,18 @@ def _settings(rule: str, world_size: int, count: int, **options) -> dict:
     return settings
 
 
-def _given(rank, world_size, rule, count, options):
-    """The displacement after steps with given projected gradients."""
-    engine = engine_for(OddModel(), _settings(rule, world_size, count, **options))
-    for grads in GIVEN:
-        engine.optimizer.observe(grads[:count])
-        with engine._gathers.writing():
-            engine._step_and_count()
-    return {name: value.double().numpy().ravel() for name, value in whole_model(engine).items()}
+def _given(rank, world_size):
+    """The weights after steps with given projected gradients, by case."""
+    found = {}
+    for case, (rule, count, options) in CASES.items():
+        engine = engine_for(OddModel(), _settings(rule, world_size, count, **options))
+        for grads in GIVEN:
+            engine.optimizer.observe(grads[:count])
+            with engine._gathers.writing():
+                engine._step_and_count()
+        found[case] = {name: value.double().numpy().ravel() for name, value in whole_model(engine).items()}
+        engine.destroy()
+    return found
 
 
 def _key(name: str, direction: int) -> tuple[int, int]:
@@ -85,12 +89,17 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def given(request):
+    """Of each rank, the weights by case."""
+    return run_ranks(request.param, _given)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_displacement_with_given_projected_gradients(case, world_size):
+def test_displacement_with_given_projected_gradients(case, given):
     rule, count, options = CASES[case]
     start = {name: p.detach().double().numpy().ravel() for name, p in OddModel().named_parameters()}
-    for found in run_ranks(world_size, _given, rule, count, options):
+    for found in (by_case[case] for by_case in given):
         square = total = 0.0
         for name, theta0 in start.items():
             if name == "frozen.weight":
@@ -102,6 +111,10 @@ def test_displacement_with_given_projected_gradients(case, world_size):
             total += np.sum((expected - theta0) ** 2)
         # fp32 rounds theta once a perturbation and step, by at most 2^-24 |theta|.
         assert np.sqrt(square / total) < 1e-5
+
+
+def _own_all(rank, world_size):
+    return [_own(rank, world_size, *case) for case in OWN]
 
 
 def _own(rank, world_size, rule, count, momentum):
@@ -118,22 +131,29 @@ def _own(rank, world_size, rule, count, momentum):
         engine.train_batch(my_share(batches, step, accumulation, rank, world_size))
         grads.append(engine.last_step.projected_grad)
     held, numel = engine.memory_bytes()["momentum"], sum(p.length for p in engine.optimizer.partitions)
-    return grads, as_bytes(whole_model(engine)), held / numel
+    weights = as_bytes(whole_model(engine))
+    engine.destroy()
+    return grads, weights, held / numel
 
 
-@pytest.mark.parametrize(
-    ("rule", "count", "momentum", "bytes_an_element"),
-    [("MeZO", 1, None, 0), ("MeZO", 3, None, 0), ("ZOAdaMU", 2, "int8", 2), ("ZOAdaMU", 2, "replay", 0)],
-)
-def test_a_run_is_bit_identical_on_1_2_and_4_ranks(rule, count, momentum, bytes_an_element):
-    alone = run_ranks(1, _own, rule, count, momentum)[0]
-    assert alone[2] == bytes_an_element
+OWN = {("MeZO", 1, None): 0, ("MeZO", 3, None): 0, ("ZOAdaMU", 2, "int8"): 2, ("ZOAdaMU", 2, "replay"): 0}
+"""Bytes an element that are stored beside the weights, by rule, perturbations a step and momentum."""
+
+
+@pytest.fixture(scope="module")
+def own():
+    """The runs in the order of OWN, of each rank of 1, 2 and 4."""
+    return [results for world_size in (1, 2, 4) for results in run_ranks(world_size, _own_all)]
+
+
+@pytest.mark.parametrize("case", OWN, ids=str)
+def test_a_run_is_bit_identical_on_1_2_and_4_ranks(own, case):
+    (_, count, _), number = case, list(OWN).index(case)
+    expected = own[0][number]
+    assert expected[2] == OWN[case]
     if count > 1:
-        assert all(len(grads) == len(set(grads)) == count for grads in alone[0])  # no direction is another's copy
-    for world_size in (2, 4):
-        for grads, weights, held in run_ranks(world_size, _own, rule, count, momentum):
-            assert (grads, weights) == alone[:2]
-            assert held == bytes_an_element
+        assert all(len(grads) == len(set(grads)) == count for grads in expected[0])  # no direction is another's copy
+    assert [results[number] for results in own] == [expected] * 7
 
 
 def _both_ways(rank, world_size, count):

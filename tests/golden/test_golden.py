@@ -11,7 +11,7 @@ from .record import RECORDED_CASE
 from .runs import CASES, RECORDED, RECORDED_STEP, STEPS, digests, engine_of, run_cases
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.quick), 2])
 def test_bits_of_before(tmp_path, world_size):
     for results in run_ranks(world_size, run_cases, str(tmp_path), CASES):
         for case in CASES:

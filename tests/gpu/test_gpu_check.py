@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.distributed.harness import HANG
+
 SCRIPT = Path(__file__).parents[2] / "launch" / "gpu_check"
 
 
 def check(*options: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, SCRIPT, *options], env=os.environ | environment, capture_output=True, text=True, timeout=240
+        [sys.executable, SCRIPT, *options], env=os.environ | environment, capture_output=True, text=True, timeout=HANG
     )
 
 

@@ -11,6 +11,7 @@ import torch
 
 from ds_zoadamu import kernels
 from ds_zoadamu.kernels import build, reference
+from tests.distributed.harness import HANG
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -57,7 +58,7 @@ def test_three_processes_at_once_build_one_library(tmp_path, compiler):
     log = tmp_path / "log"
     wrapper = script(tmp_path / "logging-compiler", f'echo "$@" >> "{log}"\nexec "{compiler}" "$@"')
     processes = [start(tmp_path / "cache", CXX=wrapper) for _ in range(3)]
-    results = [process.communicate(timeout=300) for process in processes]
+    results = [process.communicate(timeout=HANG) for process in processes]
     for process, (output, errors) in zip(processes, results, strict=True):
         assert process.returncode == 0 and errors == ""
         name, digest = output.split()
@@ -68,7 +69,7 @@ def test_three_processes_at_once_build_one_library(tmp_path, compiler):
 
 
 def test_without_a_compiler_the_reference_takes_over_with_one_warning(tmp_path):
-    output, errors = start(tmp_path, CXX="/nowhere/g++").communicate(timeout=300)
+    output, errors = start(tmp_path, CXX="/nowhere/g++").communicate(timeout=HANG)
     assert output.split() == ["reference", expected_hash()]
     assert errors.count("RuntimeWarning") == 1
     assert "CXX='/nowhere/g++' is not a program; install a C++ compiler" in errors
@@ -77,7 +78,7 @@ def test_without_a_compiler_the_reference_takes_over_with_one_warning(tmp_path):
 def test_a_failing_compiler_is_quoted(tmp_path):
     refuse = 'case "$1" in --version) echo broken 1.0;; *) echo "no such flag: $1" >&2; exit 3;; esac'
     broken = script(tmp_path / "broken", refuse)
-    output, errors = start(tmp_path, CXX=broken).communicate(timeout=300)
+    output, errors = start(tmp_path, CXX=broken).communicate(timeout=HANG)
     assert output.split() == ["reference", expected_hash()]
     assert errors.count("RuntimeWarning") == 1
     assert "failed with status 3" in errors and "no such flag: -std=c++17" in errors and "set CXX to another compiler" in errors
@@ -85,7 +86,7 @@ def test_a_failing_compiler_is_quoted(tmp_path):
 
 def test_the_cpu_kernels_can_be_demanded(tmp_path):
     process = start(tmp_path, CXX="/nowhere/g++", DS_ZOADAMU_KERNELS="cpu")
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=HANG)
     assert process.returncode == 1
     assert "BuildError: CXX='/nowhere/g++' is not a program" in errors
 

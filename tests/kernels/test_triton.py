@@ -22,6 +22,7 @@ import torch
 from ds_zoadamu import kernels
 from ds_zoadamu.kernels import reference, triton
 from ds_zoadamu.kernels.types import Rounding
+from tests.distributed.harness import HANG
 
 from . import triton_checks as checks
 from .common import KEY, MOMENTUM_DTYPES, WEIGHT_DTYPES
@@ -41,7 +42,7 @@ def interpreter():
         pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
         pool.submit(os.getpid).result()
     with pool:
-        yield lambda check, *args, **options: pool.submit(check, *args, **options).result(timeout=600)
+        yield lambda check, *args, **options: pool.submit(check, *args, **options).result(timeout=HANG)
 
 
 # ---------------------------------------------------------------- bits, in the interpreter

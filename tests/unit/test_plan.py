@@ -1,6 +1,7 @@
 """The plan: sums by hand, exact sizes, the JSON it writes, and a clear error for everything a user can get wrong."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,17 @@ from ds_zoadamu.plan.table import largest
 from ds_zoadamu.plan.trace import trace_forward
 
 
+@cache
+def opt(size: str, dtype: str = "bf16") -> Model:
+    """Built once for all tests, with what it has traced."""
+    return Model.build(size, opt_config(size), dtype)
+
+
+@cache
+def sizes_of(size: str) -> list[ParameterSize]:
+    return parameter_sizes(meta_model(opt_config(size)))
+
+
 def by_formula(hidden: int, layers: int, vocab: int = 50272, positions: int = 2050) -> int:
     """Parameters of a pre-norm OPT: per layer 4 h^2 + 4h (attention), 8 h^2 + 5h (ffn of 4h), 4h (two layer norms)."""
     return vocab * hidden + positions * hidden + layers * (12 * hidden * hidden + 13 * hidden) + 2 * hidden
@@ -30,7 +42,7 @@ def test_parameter_counts_are_those_of_the_formula(size):
     expected = by_formula(hidden, layers)
     if size == "350m":  # embedding 512 wide, projected in and out without bias; no last layer norm
         expected += -50272 * 512 + 2 * 512 * 1024 - 2 * 1024
-    assert sum(s.numel for s in parameter_sizes(meta_model(opt_config(size)))) == expected
+    assert sum(s.numel for s in sizes_of(size)) == expected
 
 
 # Summed by hand, 52322 h (embeddings) + layers (12 h^2 + 13 h) + 2 h; every parameter is a multiple of 8 elements, so there is
@@ -51,13 +63,13 @@ def test_parameter_counts_are_those_of_the_formula(size):
     ],
 )
 def test_known_sums(size, world_size, momentum, weights, stored):
-    sizes = parameter_sizes(meta_model(opt_config(size)))
+    sizes = sizes_of(size)
     assert weight_bytes(sizes, world_size, 2) == weights
     assert momentum_bytes(sizes, 0, world_size, momentum) == stored
 
 
 def test_the_issue_s_figures_in_gb():
-    sizes = parameter_sizes(meta_model(opt_config("175b")))
+    sizes = sizes_of("175b")
     together = {m: (weight_bytes(sizes, 8, 2) + momentum_bytes(sizes, 0, 8, m)) / 1e9 for m in ("int8", "replay")}
     assert round(together["int8"], 1) == 65.5 and round(together["replay"], 1) == 43.7
 
@@ -142,7 +154,7 @@ def test_eager_attention_keeps_scores_and_fused_does_not():
 
 
 def test_at_one_rank_the_temporary_is_the_gathered_parameter():
-    model = Model.build("x", opt_config("125m"), "bf16")
+    model = opt("125m")
     use = gather_use(model.trace(1, 8), model.sizes, GatherSettings(), 1, 2)
     plain = gather_use(model.trace(1, 8), model.sizes, GatherSettings(), 1, 2, perturbed=False)
     assert use.gathered == 0 and use.temporaries > 0
@@ -150,7 +162,7 @@ def test_at_one_rank_the_temporary_is_the_gathered_parameter():
 
 
 def test_prefetch_settings_bound_what_is_live():
-    model = Model.build("x", opt_config("1.3b"), "bf16")
+    model = opt("1.3b")
     tight = GatherSettings(
         stage3_prefetch_bucket_size=0,
         stage3_param_persistence_threshold=0,
@@ -164,7 +176,7 @@ def test_prefetch_settings_bound_what_is_live():
 
 
 def test_gloo_receives_a_gather_into_memory_of_its_own():
-    model = Model.build("x", opt_config("125m"), "bf16")
+    model = opt("125m")
     alone = GatherSettings(stage3_prefetch_bucket_size=0, stage3_param_persistence_threshold=0)  # one gather after another
     embedding = 50272 * 768 * 2  # bytes of the largest gather, and of a peak at which nothing else is gathered
     for gloo, copies in ((False, 1), (True, 2)):
@@ -174,7 +186,7 @@ def test_gloo_receives_a_gather_into_memory_of_its_own():
 
 
 def test_gloo_receives_two_gathers_at_once():
-    model = Model.build("x", opt_config("350m"), "fp32")
+    model = opt("350m", "fp32")
     # Each fetch starts one more prefetch, of a matrix, so that dozens of gathers are under way.
     ahead = GatherSettings(stage3_prefetch_bucket_size=943_718, stage3_param_persistence_threshold=10_240)
     plain, gloo = (gather_use(model.trace(2, 256), model.sizes, ahead, 2, 4, gloo=gloo) for gloo in (False, True))
@@ -184,7 +196,7 @@ def test_gloo_receives_two_gathers_at_once():
 
 
 def test_offload_moves_weights_and_momentum_to_the_host():
-    model = Model.build("x", opt_config("125m"), "bf16")
+    model = opt("125m")
     common = {"world_size": 2, "capacity": 10**10, "momentum": "int8", "micro_batch": 1, "length": 64}
     plan, moved = plan_memory(model, **common), plan_memory(model, **common, offload=True)
     assert moved.weights == model.buffers and moved.momentum == 0
@@ -193,7 +205,7 @@ def test_offload_moves_weights_and_momentum_to_the_host():
 
 
 def test_offload_to_nvme_keeps_small_partitions_and_the_buffers_in_host_memory():
-    model = Model.build("x", opt_config("125m"), "bf16")
+    model = opt("125m")
     offload_param = {"device": "nvme", "nvme_path": "/drive", "buffer_count": 3, "buffer_size": 1000}
     drive = Nvme.from_config({"zero_optimization": {"offload_param": offload_param}, "bf16": {"enabled": True}})
     assert drive == Nvme(smallest_file=2**20, buffers=3 * 1024 * 2)  # each aligned to 1024 bytes
@@ -211,7 +223,7 @@ def test_offload_to_nvme_keeps_small_partitions_and_the_buffers_in_host_memory()
 
 
 def test_an_offloaded_partition_is_copied_to_the_device_in_chunks():
-    model = Model.build("x", opt_config("125m"), "bf16")
+    model = opt("125m")
     common = {"world_size": 1, "capacity": 10**10, "momentum": "fp32", "micro_batch": 1, "length": 8}
     plan, moved = plan_memory(model, **common), plan_memory(model, **common, offload=True)
     # The embedding has more than two chunks; the copies of weight and momentum come on top of its temporary.
@@ -220,7 +232,7 @@ def test_an_offloaded_partition_is_copied_to_the_device_in_chunks():
 
 
 def test_step_time_by_hand():
-    model = Model.build("x", opt_config("125m"), "bf16")
+    model = opt("125m")
     plan = plan_memory(model, world_size=1, capacity=80 * 10**9, momentum="int8", micro_batch=2, length=100)
     hardware = HARDWARE["a100-80gb"].with_overrides(tflops=100.0, efficiency=1.0)
     time = estimate_step(model, plan, hardware)
@@ -233,7 +245,7 @@ def test_step_time_by_hand():
 
 
 def test_table_says_which_claims_hold():
-    models = {size: Model.build(size, opt_config(size), "bf16") for size in ("30b", "66b", "175b")}
+    models = {size: opt(size) for size in ("30b", "66b", "175b")}
     gb80 = 80 * 10**9
     assert largest(models, "ZO-AdaMU replay", 1, gb80, 512)[0] == "30b"
     assert largest(models, "ZO-AdaMU int8", 1, gb80, 512) is None
@@ -408,7 +420,7 @@ def test_plot(capsys, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     from ds_zoadamu.plan import plot
 
-    monkeypatch.setattr(plot, "build_models", lambda: {"125m": Model.build("125m", opt_config("125m"), "bf16")})
+    monkeypatch.setattr(plot, "build_models", lambda: {"125m": opt("125m")})
     path = tmp_path / "figure.png"
     status, _, _ = run(capsys, "--plot", str(path), "--gpus", "8", "--seq", "128")
     assert status == 0 and path.stat().st_size > 1000

@@ -1,0 +1,77 @@
+"""The suite's options, its order, and what is built while it runs."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .capability import LEVELS
+
+# DeepSpeed's async_io takes minutes to build, once on a machine. SystemExit lets torch remove the lock for the next build.
+_BUILD = """
+import signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+from ds_zoadamu import nvme
+nvme._load_operator()
+"""
+_build = pytest.StashKey[subprocess.Popen]()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("ds_zoadamu")
+    group.addoption(
+        "--quick", action="store_true", help="what needs no ranks, and those marked quick, which go once through all of it"
+    )
+    group.addoption("--capability", choices=LEVELS, help="as on a processor that has no more than these instructions")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "quick: of the thin path over ranks that --quick takes")
+    config.addinivalue_line("markers", "nvme: needs DeepSpeed's async_io operator; runs last, as it is built meanwhile")
+    if config.option.capability:
+        os.environ.update(LEVELS[config.option.capability])  # before a test module imports torch
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.option.quick:
+        chosen = [item for item in items if _is_quick(item)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+    items.sort(key=_needs_operator)
+
+
+def _is_quick(item) -> bool:
+    folder = item.path.relative_to(item.config.rootpath / "tests").parts[0]
+    return folder in ("unit", "kernels", "rules") or item.get_closest_marker("quick") is not None
+
+
+def _needs_operator(item) -> bool:
+    return item.get_closest_marker("nvme") is not None
+
+
+def _operator_is_built() -> bool:
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return any(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()).glob("**/async_io.so"))
+
+
+def pytest_collection_finish(session):
+    worker = getattr(session.config, "workerinput", {"workerid": "gw0"})["workerid"]  # one of pytest-xdist's builds
+    wanted = worker == "gw0" and not session.config.option.collectonly and any(map(_needs_operator, session.items))
+    if wanted and not _operator_is_built():
+        session.config.stash[_build] = subprocess.Popen(
+            ["nice", "-n", "19", sys.executable, "-c", _BUILD], cwd=session.config.rootpath, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+
+def pytest_sessionfinish(session, exitstatus):
+    build = session.config.stash.get(_build, None)
+    if build is None:
+        return
+    if exitstatus != pytest.ExitCode.OK and build.poll() is None:
+        os.killpg(build.pid, signal.SIGTERM)  # nobody waits for it any more
+    build.wait()
