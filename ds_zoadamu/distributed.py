@@ -7,6 +7,8 @@ import deepspeed.ops
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
+from .ending import rest_at_exit
+
 _SHM_OP = "deepspeed_shm_comm"
 
 
@@ -15,10 +17,11 @@ def init_distributed(**kwargs) -> None:
 
     DeepSpeed 0.19.8 builds that operator for some 40 seconds at the first start on a machine, and each rank of every run
     leaves a file of 69 MB in /dev/shm behind. It serves ``inference_all_reduce`` of tensor-parallel inference only; the
-    collectives of ZeRO-3 go through gloo with or without it. Does nothing where torch.distributed runs already.
+    collectives of ZeRO-3 go through gloo with or without it. Where torch.distributed runs already, nothing is started.
     """
     deepspeed.ops.__compatible_ops__[_SHM_OP] = False
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), **kwargs)
+    rest_at_exit()
 
 
 def launched_world_size() -> int:

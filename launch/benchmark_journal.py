@@ -14,12 +14,12 @@ import shutil
 import time
 from pathlib import Path
 
-import deepspeed
 import torch
 import transformers
 
 import ds_zoadamu
 from ds_zoadamu import collective, kernels
+from ds_zoadamu.ending import run_command
 from ds_zoadamu.journal import Record, read_journal
 from ds_zoadamu.kernels.types import round_grad
 from ds_zoadamu.stepping import apply_updates, recorded_updates
@@ -163,9 +163,9 @@ def main() -> None:
     if collective.rank() == 0:
         print(json.dumps(result, indent=2))
         shutil.rmtree(folder)
+    collective.leave()
 
 
 if __name__ == "__main__":
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    main()
-    deepspeed.comm.destroy_process_group()
+    run_command(main)

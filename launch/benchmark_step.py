@@ -22,7 +22,9 @@ from deepspeed.accelerator import get_accelerator
 
 import ds_zoadamu
 from ds_zoadamu import kernels
+from ds_zoadamu.collective import leave
 from ds_zoadamu.distributed import init_distributed
+from ds_zoadamu.ending import run_command
 
 SHAPES = {  # hidden size, layers, heads
     "opt-tiny": (256, 4, 4),
@@ -199,8 +201,8 @@ def main() -> None:
         if args.json:
             with open(args.json, "w") as f:
                 json.dump(figures, f, indent=1)
-    deepspeed.comm.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
