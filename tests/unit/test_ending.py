@@ -1,5 +1,6 @@
 """How a process ends: with which status, what has its turn before, and that no thread of gloo is caught by it."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -10,17 +11,30 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 
 # The last exit handler leaves a worker of gloo as a busy machine now and then does: the collective is reported as done, the
-# worker still holds its tensor, and waits for the GIL in order to let go.
+# worker still holds its tensor, and waits for the GIL in order to let go. Two of three such processes die of it.
+ENDING = """
+import atexit, ctypes, importlib.util, os, sys, threading, time
+
+spec = importlib.util.spec_from_file_location("ending", "ds_zoadamu/ending.py")  # without PyTorch
+ending = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(ending)
+"""
 STRANDED = """
-import atexit, ctypes, os, sys, time
-import torch.distributed as dist
+if sys.argv[1] == "as a script that waits":
+    ending.rest_at_exit()
+atexit.register(lambda: strand())  # before PyTorch and others register theirs, which therefore run earlier
+
 import torch
-from ds_zoadamu import ending
+import torch.distributed as dist
 
 class Tensor:
     def __init__(self, getrefcount=sys.getrefcount):
-        self.tensor, self.getrefcount = torch.ones(1), getrefcount
-        self.count = getrefcount(self.tensor)
+        self.getrefcount = getrefcount
+
+    def reduce(self):
+        self.tensor = torch.ones(1)
+        self.count = self.getrefcount(self.tensor)
+        dist.all_reduce(self.tensor)
 
     def is_held(self):  # by C++, beside Python
         return self.getrefcount(self.tensor) > self.count
@@ -46,7 +60,7 @@ def strand():
     workers = list(ending._gloo_workers())
     sys.setswitchinterval(1e6)  # who has the GIL keeps it until it lets go by itself
     for _ in range(100_000):
-        dist.all_reduce(tensor.tensor)
+        tensor.reduce()
         if tensor.is_held():
             break
     else:
@@ -61,48 +75,58 @@ def main():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     return 3
 
-if sys.argv[1] == "as a script that waits":
-    ending.rest_at_exit()
-atexit.register(strand)
-if sys.argv[1] == "as a command":
-    ending.run_command(main)
-sys.exit(main())
+statuses = []
+for _ in range(int(sys.argv[2])):
+    child = os.fork()
+    if not child:
+        if sys.argv[1] == "as a command":
+            ending.run_command(main)
+        sys.exit(main())
+    statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    if statuses[-1] != 3:
+        break
+print(statuses, flush=True)
+os._exit(0)
 """
 
 
 @pytest.fixture(scope="module")
 def stranded():
     """The processes in which a worker is stranded, by the way in which they end; all started at once."""
-    ways = ("as ever", "as a command", "as a script that waits")
+    times = {"as ever": 12, "as a command": 3, "as a script that waits": 3}
     processes = {
         way: subprocess.Popen(
-            [sys.executable, "-c", STRANDED, way], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", ENDING + STRANDED, way, str(count)],
+            cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for way in ways
-    }
+        for way, count in times.items()
+    }  # fmt: skip
     yield processes
     for process in processes.values():
         process.kill()
         process.communicate()
 
 
-def outcome(process):
-    """(status, stdout, stderr) of a process with a stranded worker."""
+def outcomes(process):
+    """(statuses, how many workers were stranded, stderr) of the processes that end in one way."""
     stdout, stderr = process.communicate(timeout=240)
-    if process.returncode == 77:
+    *lines, statuses = stdout.splitlines()
+    statuses = json.loads(statuses)
+    if 77 in statuses:
         pytest.skip("with this PyTorch gloo's threads let go of a collective's tensors before it is reported as done")
-    return process.returncode, stdout, stderr
+    return statuses, lines.count("stranded"), stderr
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="CPython 3.14 stops the thread instead of unwinding it")
 def test_a_worker_of_gloo_that_waits_for_the_gil_kills_a_process_that_ends_as_ever(stranded):
-    status, _, stderr = outcome(stranded["as ever"])
-    assert (status, "terminate called without an active exception" in stderr) == (-signal.SIGABRT, True), stderr
+    statuses, _, stderr = outcomes(stranded["as ever"])
+    assert statuses[-1] == -signal.SIGABRT and "terminate called without an active exception" in stderr, (statuses, stderr)
 
 
 @pytest.mark.parametrize("way", ["as a command", "as a script that waits"])
 def test_and_none_that_ends_our_way(stranded, way):
-    assert outcome(stranded[way]) == (3, "stranded\n", "")
+    statuses, num_stranded, stderr = outcomes(stranded[way])
+    assert (statuses, stderr) == ([3] * 3, "") and num_stranded
 
 
 ENDS = {  # what main does: (exit status, the last line on stderr)
@@ -117,12 +141,6 @@ ENDS = {  # what main does: (exit status, the last line on stderr)
     "atexit.register(lambda: 1 / 0)": (0, "ZeroDivisionError: division by zero"),
 }
 COMMAND = """
-import atexit, ctypes, importlib.util, sys, threading
-
-spec = importlib.util.spec_from_file_location("ending", "ds_zoadamu/ending.py")  # without PyTorch: in a tenth of the time
-ending = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(ending)
-
 def thread():
     threading.main_thread().join()
     print("a thread that others wait for")
@@ -143,7 +161,7 @@ ending.run_command(main)
 
 
 def run(action, stdout=subprocess.PIPE):
-    code = COMMAND.replace("{action}", action)
+    code = ENDING + COMMAND.replace("{action}", action)
     return subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
