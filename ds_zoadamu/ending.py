@@ -33,6 +33,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     status 1 (an interrupt: 130). Non-daemon threads, exit handlers and the buffers of stdout and stderr have their turn.
     """
     status = _status_of(main)
+    atexit.unregister(_rest)  # that is for an interpreter which goes
     for last in (threading._shutdown, atexit._run_exitfuncs, _flush):  # what the interpreter does first, in its order
         try:
             last()

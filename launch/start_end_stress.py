@@ -104,11 +104,13 @@ def busy(count: int):
         end_all(processes)
 
 
-def prepare(made: Path, timeout: float) -> None:
-    """Data, corpus, model, and a fine-tuning run whose journal is replayed."""
+def prepare(made: Path, args: argparse.Namespace) -> None:
+    """Data, corpus, model, and for replay a fine-tuning run with its journal."""
     sizes = ["--num_train", "32", "--num_test", "8", "--num_reviews", "200"]
     subprocess.run([sys.executable, "launch/quickstart_data.py", str(made), *sizes], cwd=ROOT, check=True)
-    run = Run(commands(made, made / "run")["finetune"], made / "run", timeout)
+    if "replay" not in args.commands:
+        return
+    run = Run(commands(made, made / "run")["finetune"], made / "run", args.timeout)
     try:
         while (statuses := run.statuses()) is None:
             time.sleep(0.1)
@@ -158,7 +160,7 @@ def main() -> int:
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started ends with this process
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder) / "made", args.timeout)
+        prepare(Path(folder) / "made", args)
         begin = time.monotonic()
         with busy(args.busy):
             counts = stress(args, Path(folder))
