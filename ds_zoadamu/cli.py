@@ -7,8 +7,10 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from .collective import describe, leave
+from .ending import run_command
 from .errors import CheckpointError, ConfigError, JournalError, ReplayError
 
 # name -> (module, one line of help); imported when it is called, for some of them import DeepSpeed
@@ -53,5 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
+def console() -> NoReturn:
+    """``main`` as a command: the process ends with it."""
+    run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

@@ -6,6 +6,7 @@ GPU. Without a process group there is one rank, and every function is the identi
 
 import functools
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,9 +50,14 @@ def barrier() -> None:
 
 
 def leave() -> None:
-    """End a command's process group, if it has begun one. A gloo group that dies with its process may abort it."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    """The last thing that a command's ranks do together: none is gone while another still needs it.
+
+    Where that cannot be had, since a peer is gone already, it is said and no error: this rank's work is done.
+    """
+    try:
+        barrier()
+    except RuntimeError as error:
+        print(f"rank {rank()}: the other ranks did not all come to the end: {error}", file=sys.stderr)
 
 
 def broadcast_bytes(data: bytes | None) -> bytes:

@@ -8,6 +8,8 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import comms_logging
 
+from .ending import rest_at_exit
+
 _SHM_OP = "deepspeed_shm_comm"
 
 
@@ -22,6 +24,7 @@ def init_distributed(**kwargs) -> None:
     deepspeed.ops.__compatible_ops__[_SHM_OP] = False
     comms_logging.calc_bw_log = _bandwidths
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), **kwargs)
+    rest_at_exit()
 
 
 _bandwidths_of_known = comms_logging.calc_bw_log

@@ -13,12 +13,12 @@ import shutil
 import time
 from pathlib import Path
 
-import deepspeed
 import torch
 import transformers
 
 import ds_zoadamu
 from ds_zoadamu import collective, kernels
+from ds_zoadamu.ending import run_command
 from ds_zoadamu.journal import Record, read_journal
 from ds_zoadamu.json_files import dumps
 from ds_zoadamu.kernels.types import round_grad
@@ -163,9 +163,9 @@ def main() -> None:
     if collective.rank() == 0:
         print(dumps(result, indent=2))
         shutil.rmtree(folder)
+    collective.leave()
 
 
 if __name__ == "__main__":
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    main()
-    deepspeed.comm.destroy_process_group()
+    run_command(main)

@@ -22,7 +22,9 @@ from deepspeed.accelerator import get_accelerator
 
 import ds_zoadamu
 from ds_zoadamu import kernels
+from ds_zoadamu.collective import leave
 from ds_zoadamu.distributed import init_distributed
+from ds_zoadamu.ending import run_command
 from ds_zoadamu.json_files import write_json
 
 SHAPES = {  # hidden size, layers, heads
@@ -199,8 +201,8 @@ def main() -> None:
         figures = report(args, samples, world_size, numel, kernels.backend_name(engine.device))
         if args.json:
             write_json(Path(args.json), figures)
-    deepspeed.comm.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

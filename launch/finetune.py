@@ -6,6 +6,7 @@
 The JSON's optimizer decides: "ZOAdaMU" trains with forward passes only, "AdamW" with DeepSpeed's ZeRO-3 and backward passes.
 """
 
+from ds_zoadamu.ending import run_command
 from ds_zoadamu.training.arguments import finetune_parser
 from ds_zoadamu.training.main import run_script
 from ds_zoadamu.training.profile import profile
@@ -13,11 +14,11 @@ from ds_zoadamu.training.run import finetune
 from ds_zoadamu.training.search import find_lr
 
 
-def main() -> None:
+def main() -> int:
     args = finetune_parser().parse_args()
     task = find_lr if args.find_lr else profile if args.profile_steps else finetune
-    run_script(lambda: task(args))
+    return run_script(lambda: task(args))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

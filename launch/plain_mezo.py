@@ -14,6 +14,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from ds_zoadamu.benchmark.plain import run_plain
+from ds_zoadamu.ending import run_command
 from ds_zoadamu.tasks import prompt_loss
 from ds_zoadamu.training.arguments import finetune_parser
 from ds_zoadamu.training.main import run_script
@@ -60,10 +61,10 @@ class PlainMeZO:
         return {**losses, "projected_grad": projected_grad, "lr": self.lr, "skipped": skipped}
 
 
-def main() -> None:
+def main() -> int:
     args = finetune_parser().parse_args()
-    run_script(lambda: run_plain(args, PlainMeZO))
+    return run_script(lambda: run_plain(args, PlainMeZO))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -17,6 +17,7 @@ import ds_zoadamu
 from ds_zoadamu.auto_config import fill_auto
 from ds_zoadamu.config import read_config
 from ds_zoadamu.data import MicroBatchSampler, repeat
+from ds_zoadamu.ending import run_command
 from ds_zoadamu.training.main import run_script
 from ds_zoadamu.training.plan import rank, world_size
 
@@ -61,7 +62,7 @@ def pretrain(args: argparse.Namespace) -> None:
     ds_zoadamu.save_pretrained(engine, args.output_dir, tokenizer, overwrite=args.overwrite_output_dir)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_name_or_path", required=True)
     parser.add_argument("--corpus", type=Path, required=True)
@@ -72,8 +73,8 @@ def main() -> None:
     parser.add_argument("--per_device_train_batch_size", type=int, default=16)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = deepspeed.add_config_arguments(parser).parse_args()
-    run_script(lambda: pretrain(args))
+    return run_script(lambda: pretrain(args))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

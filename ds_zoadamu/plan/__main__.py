@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from ..collective import leave
+from ..ending import run_command
 from ..errors import ConfigError
 from .command import add_arguments, run
 
@@ -25,4 +26,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

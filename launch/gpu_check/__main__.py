@@ -30,6 +30,7 @@ from device import Device, DryDevice, Failed
 from kernel_rates import run_kernels
 from model_steps import run_model
 
+from ds_zoadamu.ending import run_command
 from ds_zoadamu.json_files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,8 +80,6 @@ def run_section(name: str, args: argparse.Namespace) -> None:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         figures = {"rows": [[name, f"FAILED: {reason}"]], "good": False}
     write_json(Path(args.output), figures)
-    sys.stdout.flush()
-    os._exit(0)  # no clean shutdown: process groups and caches are of no use any more
 
 
 def section(name: str, args: argparse.Namespace, seconds: float) -> dict:
@@ -147,7 +146,7 @@ def description(args: argparse.Namespace) -> dict:
 def main() -> None:
     args = arguments()
     if args.section:
-        run_section(args.section, args)
+        run_command(lambda: run_section(args.section, args))
     head = description(args)
     begin, sections = time.monotonic(), {}
     output = args.output or (os.path.join(os.environ["OUT"], "gpu_check.json") if os.environ.get("OUT") else None)

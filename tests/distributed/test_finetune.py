@@ -256,11 +256,7 @@ def _every_message(rank, world_size, arguments, tmp):
     for change in BAD_INPUT:
         args = finetune_parser().parse_args([*arguments, *shlex.split(change.format(tmp=tmp))])
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
-            try:
-                run_script(lambda args=args: find_lr(args) if args.find_lr else finetune(args))
-                status = 0
-            except SystemExit as end:
-                status = end.code
+            status = run_script(lambda args=args: find_lr(args) if args.find_lr else finetune(args))
         outcomes[change] = (status, stderr.getvalue())
     return outcomes
 
