@@ -36,11 +36,13 @@ def partition_digests(partitions: Sequence[Any]) -> list[str]:
     """SHA-256 of every whole parameter of an engine's partitions, on every rank. Parameters are gathered one by one; ranks take
     turns."""
     mine = {}
-    for index, partition in enumerate(partitions):
-        with deepspeed.zero.GatheredParameters([partition.param]):
-            if index % collective.world_size() == collective.rank():
-                mine[index] = tensor_sha256(partition.param)
-    everyone = {int(index): sha for part in collective.gather_json(mine) for index, sha in part.items()}
+    with collective.together("the digest of the weights"):
+        collective.barrier()  # before a gather waits for a rank that does something else
+        for index, partition in enumerate(partitions):
+            with deepspeed.zero.GatheredParameters([partition.param]):
+                if index % collective.world_size() == collective.rank():
+                    mine[index] = tensor_sha256(partition.param)
+        everyone = {int(index): sha for part in collective.gather_json(mine) for index, sha in part.items()}
     return [everyone[index] for index in range(len(partitions))]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from . import checkpoint, collective
 from . import resume as resuming
 from .checkpoint_owner import CheckpointOwner
-from .errors import JournalError
+from .errors import CheckpointError, JournalError
 from .identity import own_sampler
 from .journal import Journal, Record
 from .resume import Resumed
@@ -40,7 +40,8 @@ class Durability:
         Raises JournalError on all ranks where the file exists, is being written by another run, or cannot be written.
         """
         self._require_zeroth_order("open_journal")
-        self._hold_journal(resuming.start_journal(self, path, base, fsync_every))
+        with collective.together("open_journal"):
+            self._hold_journal(resuming.start_journal(self, path, base, fsync_every))
 
     def resume(
         self,
@@ -66,8 +67,9 @@ class Durability:
         on the disk is changed then.
         """
         self._require_zeroth_order("resume")
-        resumed, journal = resuming.resume(self, path, checkpoint_dir, base, fsync_every, data)
-        self._hold_journal(journal)
+        with collective.together("resume"):
+            resumed, journal = resuming.resume(self, path, checkpoint_dir, base, fsync_every, data)
+            self._hold_journal(journal)
         return resumed
 
     def close_journal(self) -> None:
@@ -99,22 +101,24 @@ class Durability:
         """
         if not self._is_zeroth_order:
             return super().save_checkpoint(save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
-        error = None
-        if self._journal is not None:
-            try:
-                self._journal.sync()  # a checkpoint must not know of steps that the journal may still lose
-            except OSError as e:
-                error = JournalError(f"journal {str(self._journal.path)!r} cannot be made durable: {e.strerror}")
-        collective.agree_with_rank_0(error, JournalError)
-        checkpoint.save(
-            self,
-            save_dir,
-            tag,
-            client_state or {},
-            save_latest=save_latest,
-            save_total_limit=save_total_limit,
-            owner=self._owner,
-        )
+        with collective.together("save_checkpoint"):
+            with collective.on_all_ranks(JournalError):
+                if self._journal is not None:
+                    try:
+                        self._journal.sync()  # a checkpoint must not know of steps that the journal may still lose
+                    except OSError as e:
+                        raise JournalError(
+                            f"journal {str(self._journal.path)!r} cannot be made durable: {e.strerror}"
+                        ) from e
+            checkpoint.save(
+                self,
+                save_dir,
+                tag,
+                client_state or {},
+                save_latest=save_latest,
+                save_total_limit=save_total_limit,
+                owner=self._owner,
+            )
         return True
 
     def load_checkpoint(
@@ -154,19 +158,18 @@ class Durability:
             )
         if custom_load_fn is not None:
             raise ValueError("custom_load_fn is not supported: partitions are loaded by name and range")
-        found = checkpoint.find_latest(load_dir, tag)
-        if found is None:
-            return None, None
         weights_only = load_module_only or not load_optimizer_states
-        checkpoint.load(self, found, weights_only=weights_only, with_lr_scheduler=load_lr_scheduler_states)
-        if not weights_only:
-            self._owner.go_on(found.manifest)
-        if (
-            not weights_only
-            and (state := checkpoint.data_state_of(found.manifest)) is not None
-            and self.data_source is not None
-        ):
-            self.data_source.load_state_dict(state)
+        with collective.together("load_checkpoint"):
+            found = checkpoint.find_latest(load_dir, tag)
+            if found is None:
+                return None, None
+            checkpoint.load(self, found, weights_only=weights_only, with_lr_scheduler=load_lr_scheduler_states)
+            if not weights_only:
+                self._owner.go_on(found.manifest)
+            with collective.on_all_ranks(CheckpointError):
+                state = None if weights_only else checkpoint.data_state_of(found.manifest)
+                if state is not None and self.data_source is not None:
+                    self.data_source.load_state_dict(state)
         return str(found.path), found.manifest["client_state"]
 
     # --- called by train_batch ------------------------------------------------------------------------------------------------
@@ -177,14 +180,10 @@ class Durability:
             self.data_source = batch
         if not self._journaling:
             return
-        error = None
-        if self._journal is not None:
-            try:
-                self._journal.append(self._journal_record(record))
-            except JournalError as e:
-                error = e
         # One more message a step, so that no rank changes its partitions for a step that is not in the journal.
-        collective.agree_with_rank_0(error, JournalError)
+        with collective.on_all_ranks(JournalError):
+            if self._journal is not None:
+                self._journal.append(self._journal_record(record))
 
     def _journal_record(self, record: Any) -> Record:
         groups = self.optimizer.param_groups

@@ -1,8 +1,9 @@
 """The DeepSpeed engine whose step is two forward passes."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,17 +11,13 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.pipe import PipelineModule
-from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.constants import ROUTE_TRAIN
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import log_dist
 
 from . import collective, kernels, nvme
-from .auto_config import fill_auto_for_library, hidden_size_of
-from .config import check_config, check_deepspeed_settings, read_config, zeroth_order_type
+from .config import check_config, check_deepspeed_settings, read_config
 from .data import MicroBatchSampler
-from .distributed import init_distributed, launched_world_size
 from .durability import Durability
 from .errors import ConfigError, NonFiniteLossError
 from .losses import LossFn, as_pair, causal_lm_loss, global_means
@@ -72,35 +69,40 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         that is 1. The model runs in eval mode (no dropout) and without gradients; the same micro-batches serve all
         perturbations, and the same perturbation both signs.
 
-        Raises: StopIteration when the iterator is empty; ValueError for weights that sum to 0; NonFiniteLossError after
-        ``max_skipped_steps`` steps in a row whose loss was not finite.
+        Raises, on all ranks: StopIteration when a rank's iterator is empty; ValueError for one that ends within a step, and for
+        weights that sum to 0; NonFiniteLossError after ``max_skipped_steps`` steps in a row whose loss was not finite; what
+        data or ``loss_fn`` raise, on other ranks a RankError that names the first rank and its error.
         """
         self._require_zeroth_order("train_batch")
-        micro_batches = self._draw(batch)
-        self.tput_timer.start()
-        evaluations = self.optimizer.rule.evaluations(self.optimizer.next_step)
-        passes = []
-        with self._evaluating():
-            for evaluation in evaluations:
-                with self._gathers.perturbed(self._fill(evaluation)):
-                    passes.append([self._loss(micro_batch) for micro_batch in micro_batches])
-        record, projected_grads = self._record(evaluations, global_means(passes, self.device))
-        self._before_update(record, batch)
-        self.optimizer.observe(None if record.skipped else projected_grads)
-        with self._gathers.writing():
-            self._step_and_count()
-        self.last_step = record
-        self._report(record)
+        with collective.together(f"train_batch of step {self.optimizer.next_step}"):
+            micro_batches = self._draw(batch)
+            self.tput_timer.start()
+            evaluations = self.optimizer.rule.evaluations(self.optimizer.next_step)
+            passes = []
+            with self._evaluating():
+                for evaluation in evaluations:
+                    with self._gathers.perturbed(self._fill(evaluation)):
+                        passes.append([self._loss(micro_batch) for micro_batch in micro_batches])
+            record, projected_grads = self._record(evaluations, global_means(passes, self.device))
+            self._before_update(record, batch)
+            self.optimizer.observe(None if record.skipped else projected_grads)
+            with self._gathers.writing():
+                self._step_and_count()
+            self.last_step = record
+            self._report(record)
         self._stop_if_diverged(record)
         return record.loss
 
     @torch.no_grad()
     def eval_batch(self, batch: Any) -> float:
-        """The loss at the unperturbed parameters, reduced as in ``train_batch``; changes nothing. The same on all ranks."""
+        """The loss at the unperturbed parameters, reduced as in ``train_batch``; changes nothing. The same on all ranks.
+
+        Raises as ``train_batch`` does, but for NonFiniteLossError."""
         self._require_zeroth_order("eval_batch")
-        micro_batches = self._draw(batch)
-        with self._evaluating():
-            return global_means([[self._loss(micro_batch) for micro_batch in micro_batches]], self.device)[0]
+        with collective.together("eval_batch"):
+            micro_batches = self._draw(batch)
+            with self._evaluating():
+                return global_means([[self._loss(micro_batch) for micro_batch in micro_batches]], self.device)[0]
 
     def backward(self, *args, **kwargs):
         """There is no backward pass: raises RuntimeError naming ``train_batch``."""
@@ -130,6 +132,24 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         return self.optimizer.memory_bytes()
 
     def _draw(self, batch: Any) -> list[Any]:
+        """This rank's micro-batches of a step, once every rank has its own: before a gather waits for a rank without."""
+        with collective.on_all_ranks(ValueError) as counts:
+            drawn = self._take(batch)
+            counts.mine = len(drawn)
+        if all(counts.all):
+            return drawn
+        ended = [number for number, count in enumerate(counts.all) if count == 0]
+        if len(ended) < len(counts.all):
+            log_dist(
+                f"the iterator of {collective.by_rank(ended)} has ended before those of the others; the epoch ends for all "
+                "ranks, and the others' last micro-batches are not used",
+                ranks=[0],
+                level=logging.WARNING,
+            )
+        raise collective.everywhere(StopIteration())
+
+    def _take(self, batch: Any) -> list[Any]:
+        """The micro-batches of a step; none where the iterator has ended."""
         count = self.gradient_accumulation_steps()
         if not hasattr(batch, "__next__"):
             if count != 1:
@@ -138,16 +158,15 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
                     "engine.train_batch(iter(dataloader))"
                 )
             return [self._to_device(batch)]
-        drawn = [self._to_device(next(batch))]
-        for _ in range(count - 1):
-            try:
+        drawn = []
+        with suppress(StopIteration):
+            while len(drawn) < count:
                 drawn.append(self._to_device(next(batch)))
-            except StopIteration:
-                raise ValueError(
-                    f"the iterator ended after {len(drawn)} of the {count} micro-batches of a step "
-                    "(gradient_accumulation_steps); "
-                    "let it end between steps"
-                ) from None
+        if 0 < len(drawn) < count:
+            raise ValueError(
+                f"the iterator ended after {len(drawn)} of the {count} micro-batches of a step (gradient_accumulation_steps); "
+                "let it end between steps"
+            )
         return drawn
 
     def _to_device(self, batch: Any) -> Any:
@@ -358,67 +377,3 @@ def _without_cache(module: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         text.use_cache = True
-
-
-def initialize(
-    args=None,
-    model: torch.nn.Module | None = None,
-    optimizer: torch.optim.Optimizer | Callable | None = None,
-    model_parameters=None,
-    training_data: torch.utils.data.Dataset | None = None,
-    lr_scheduler=None,
-    distributed_port: int = 29500,
-    mpu=None,
-    dist_init_required: bool | None = None,
-    collate_fn: Callable | None = None,
-    config: dict | str | None = None,
-    config_params: dict | str | None = None,
-    *,
-    loss_fn: LossFn | None = None,
-) -> tuple[ZeroOrderEngine, torch.optim.Optimizer, Any, Any]:
-    """``deepspeed.initialize`` with a zeroth-order optimizer, from the JSON (``"type": "ZOAdaMU"``, ``"MeZO"``) or an object.
-
-    Args: those of deepspeed.initialize, and ``loss_fn(module, batch) -> (mean loss, weight)`` in place of the model's own
-    ``.loss``. Returns (engine, optimizer, dataloader, lr_scheduler). Raises ConfigError for a setting that cannot work,
-    before the model is touched. Any other optimizer is set up as DeepSpeed would, so that one script serves both.
-
-    "auto" values of the JSON are filled as launch/finetune.py fills them without arguments: micro-batch 8, lr 1e-6, and as
-    total_steps the steps of one epoch of ``training_data``.
-    """
-    if not isinstance(model, torch.nn.Module) or isinstance(model, PipelineModule):
-        raise ConfigError(f"model is a {type(model).__name__}; pass a torch.nn.Module that is not a PipelineModule")
-    config = config if config is not None else config_params
-    from_args = getattr(args, "deepspeed_config", None)
-    if (config is None) == (from_args is None):
-        raise ValueError(f"pass the DeepSpeed configuration once: config={config!r}, args.deepspeed_config={from_args!r}")
-    config = read_config(config if config is not None else from_args)
-    if zeroth_order_type(config) is not None or isinstance(optimizer, ZerothOrderOptimizer):
-        config = fill_auto_for_library(
-            config,
-            world_size=launched_world_size(),
-            hidden_size=hidden_size_of(getattr(model, "config", None)),
-            num_examples=len(training_data) if hasattr(training_data, "__len__") else None,
-        )
-    if optimizer is None:
-        check_config(config)
-    elif not isinstance(optimizer, torch.optim.Optimizer):  # DeepSpeed's other form: a function of the parameters
-        optimizer = optimizer(list(model.parameters() if model_parameters is None else model_parameters))
-    init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
-    engine = ZeroOrderEngine(
-        args=args,
-        model=model,
-        optimizer=optimizer,
-        model_parameters=model_parameters,
-        training_data=training_data,
-        lr_scheduler=lr_scheduler,
-        mpu=mpu,
-        dist_init_required=dist_init_required,
-        collate_fn=collate_fn,
-        config=config,
-        config_class=DeepSpeedConfig(config, mpu),
-        loss_fn=loss_fn,
-    )
-    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
-
-
-__all__ = ["StepRecord", "ZeroOrderEngine", "initialize"]

@@ -26,6 +26,10 @@ class ReplayError(ValueError):
     """A base model and a journal from which no model can be rebuilt."""
 
 
+class RankError(RuntimeError):
+    """Another rank has failed, has ended or does something else; names it and why."""
+
+
 def unknown_keys_message(where: str, unknown: Iterable[str], known: Iterable[str]) -> str:
     """One sentence for keys that nobody reads, each with the nearest known one."""
     known = sorted(known)

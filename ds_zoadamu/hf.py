@@ -6,23 +6,24 @@ Only public interfaces are used: `HfDeepSpeedConfig` to load, `deepspeed.zero.Ga
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import deepspeed
 import torch
-from deepspeed import comm as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from ds_zoadamu import folders, nvme
+from ds_zoadamu import agreement, collective, folders, nvme
 from ds_zoadamu.auto_config import fill_auto_for_library, has_auto, hidden_size_of
 from ds_zoadamu.base_model import check_whole
-from ds_zoadamu.config import read_config
+from ds_zoadamu.config import read_config, read_json
 from ds_zoadamu.distributed import init_distributed, launched_world_size
+from ds_zoadamu.errors import ConfigError
+from ds_zoadamu.partition import whole_shape
+from ds_zoadamu.waiting import current_limit, limit_waits
 
 _INDEX = "model.safetensors.index.json"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -43,32 +44,47 @@ def load_causal_lm(path: str, config: dict | str | Path, dtype: torch.dtype | No
         The model. It holds the `HfDeepSpeedConfig`, so `generate` knows of the partitions as long as the model lives.
 
     Raises:
-        ValueError: the configuration is not of stage 3.
-        ConfigError: offload to NVMe that cannot work here; a weights file that is cut short.
-        OSError: from Transformers, when there is no such model.
+        ConfigError: the configuration is not of stage 3, differs between ranks, or has offload to NVMe that cannot work here; a
+            weights file that is cut short.
+        OSError: from Transformers, when there is no such model; on other ranks a RankError, where it is there.
     """
-    config = read_config(config)
-    stage = config.get("zero_optimization", {}).get("stage")
-    if stage != 3:
-        raise ValueError(f"load_causal_lm: zero_optimization.stage is {stage!r}; only stage 3 partitions the weights")
-    if dtype is None:
-        dtype = config_dtype(config)
     init_distributed()
-    if has_auto(config):
-        where = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in kwargs}
-        config = fill_auto_for_library(
-            config,
-            world_size=launched_world_size(),
-            hidden_size=hidden_size_of(AutoConfig.from_pretrained(path, **where)),
-            num_examples=sys.maxsize,  # partitions do not depend on the number of steps
-        )
-    check_whole(path, kwargs.get("revision"))
-    nvme.prepare(config)
-    # Transformers finds this object through a weak reference, so someone has to keep it.
-    hf_config = HfDeepSpeedConfig(config)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+    with collective.together("load_causal_lm"):
+        with collective.on_all_ranks(ConfigError):
+            config = read_config(config)
+            _check_stage(config)
+        with collective.on_all_ranks(OSError):
+            config = _filled(path, config, kwargs)
+            dtype = config_dtype(config) if dtype is None else dtype
+        agreement.require_same(agreement.of_config(config) | {"dtype": str(dtype)})
+        with collective.on_all_ranks(ConfigError):
+            check_whole(path, kwargs.get("revision"))
+        nvme.prepare(config)
+        # Transformers finds this object through a weak reference, so someone has to keep it.
+        hf_config = HfDeepSpeedConfig(config)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+    limit_waits(current_limit())
     model.hf_deepspeed_config = hf_config
     return model
+
+
+def _check_stage(config: dict) -> None:
+    stage = config.get("zero_optimization", {}).get("stage")
+    if stage != 3:
+        raise ConfigError(f"load_causal_lm: zero_optimization.stage is {stage!r}; only stage 3 partitions the weights")
+
+
+def _filled(path: str, config: dict, kwargs: dict) -> dict:
+    """A configuration without "auto". Raises OSError where there is no such model."""
+    if not has_auto(config):
+        return config
+    where = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in kwargs}
+    return fill_auto_for_library(
+        config,
+        world_size=launched_world_size(),
+        hidden_size=hidden_size_of(AutoConfig.from_pretrained(path, **where)),
+        num_examples=sys.maxsize,  # partitions do not depend on the number of steps
+    )
 
 
 def config_dtype(config: dict) -> torch.dtype:
@@ -96,40 +112,67 @@ def save_pretrained(
         max_shard_size: bytes with a unit, for example "500MB" (decimal units, as in Transformers).
         overwrite: replace what is in `directory`.
 
-    Raises:
-        FileExistsError: `directory` exists, is not empty, and `overwrite` is not set.
+    Raises, on all ranks, after which there is nothing new on the disk:
+        OSError: a file cannot be written, or `directory` exists, is not empty, and `overwrite` is not set.
         TypeError: the model is not a Transformers model.
         ValueError: a malformed `max_shard_size`.
     """
-    model, directory, limit = engine.module, Path(os.path.realpath(directory)), _parse_size(max_shard_size)
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"save_pretrained: the engine's module is a {type(model).__name__}, not a Transformers PreTrainedModel")
-    writes = dist.get_rank() == 0
-    with _on_all_ranks("save_pretrained"):
-        if writes:
-            folders.put_back(directory, _aside(directory))
-        if writes and not overwrite and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise FileExistsError(f"{directory} exists and is not empty; give another folder or overwrite=True")
-    temporary = directory.with_name(f".{directory.name}.writing")
-    with _on_all_ranks("save_pretrained"):
-        if writes:
-            folders.remove(temporary)
-            temporary.mkdir(parents=True)
-            model.config.save_pretrained(temporary)
-            if model.can_generate():
-                model.generation_config.save_pretrained(temporary)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
-    _release_gathered(engine)
-    writer = _ShardWriter(temporary, limit) if writes else None
-    for name, tensor in _full_tensors(model, wanted=writes):
-        if writer is not None:
-            writer.add(name, tensor)
-    with _on_all_ranks("save_pretrained"):
-        if writer is not None:
-            writer.finish()
-            folders.replace(temporary, directory, _aside(directory))
-            folders.remove(_aside(directory))
+    directory, writes = Path(os.path.realpath(directory)), collective.rank() == 0
+    with collective.together("save_pretrained"):
+        with collective.on_all_ranks(OSError):
+            model, limit = engine.module, _parse_size(max_shard_size)
+            if not isinstance(model, PreTrainedModel):
+                raise TypeError(
+                    f"save_pretrained: the engine's module is a {type(model).__name__}, not a Transformers PreTrainedModel"
+                )
+            if writes:
+                folders.put_back(directory, _aside(directory))
+            if writes and not overwrite and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+                raise FileExistsError(f"{directory} exists and is not empty; give another folder or overwrite=True")
+        temporary = directory.with_name(f".{directory.name}.writing")
+        try:
+            with collective.on_all_ranks(OSError):
+                if writes:
+                    _begin(temporary, model, tokenizer)
+            writer = _ShardWriter(temporary, limit)
+            _release_gathered(engine)
+            _write_tensors(model, writer, writes)
+            with collective.on_all_ranks(OSError):
+                if writes:
+                    writer.finish()
+                    folders.replace(temporary, directory, _aside(directory))
+                    folders.remove(_aside(directory))
+        except Exception:
+            if writes:
+                with suppress(OSError):
+                    folders.remove(temporary)
+            raise
+
+
+def _begin(folder: Path, model: PreTrainedModel, tokenizer) -> None:
+    """Makes a new folder with everything but the weights."""
+    folders.remove(folder)
+    folder.mkdir(parents=True)
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _write_tensors(model: PreTrainedModel, writer: "_ShardWriter", writes: bool) -> None:
+    """Gathers each stored tensor on all ranks and hands it to the writer where `writes`; agrees after each, so that a full
+    disk ends it everywhere."""
+    for name, parameter in _stored_names(model).items():
+        with deepspeed.zero.GatheredParameters([parameter]), collective.on_all_ranks(OSError):
+            if writes:
+                writer.add(name, parameter)
+    # Buffers are not partitioned. state_dict() knows which of them are persistent.
+    persistent = model.state_dict().keys()
+    with collective.on_all_ranks(OSError):
+        for name, buffer in model.named_buffers():
+            if writes and name in persistent:
+                writer.add(name, buffer)
 
 
 def load_weights(engine, directory: str | Path) -> None:
@@ -139,22 +182,55 @@ def load_weights(engine, directory: str | Path) -> None:
     model or for starting again. Call it on all ranks.
 
     Raises:
-        ValueError: a parameter is missing in the folder or has another shape there.
+        ValueError: on all ranks, before a weight is changed: a parameter is missing in the folder or has another shape there,
+            or a file cannot be read.
     """
-    model, directory, reads = engine.module, Path(directory), dist.get_rank() == 0
-    files = _weight_files(directory) if reads else {}
-    with _on_all_ranks("load_weights"):
-        missing = [name for name in _stored_names(model) if reads and name not in files]
-        if missing:
-            raise ValueError(
-                f"{directory} has no weights for {missing[0]!r} ({len(missing)} missing); was it saved from this model?"
-            )
-    _release_gathered(engine)
-    for name, parameter in _stored_names(model).items():
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+    directory, reads = Path(directory), collective.rank() == 0
+    with collective.together("load_weights"), ExitStack() as opened:
+        with collective.on_all_ranks(ValueError):
+            stored = _stored_names(engine.module)
+            files = _open_weights(directory, opened) if reads else {}
             if reads:
-                with safe_open(files[name], framework="pt") as file:
-                    parameter.data.copy_(file.get_tensor(name))
+                _check_shapes(directory, files, stored)
+        _release_gathered(engine)
+        for name, parameter in stored.items():
+            with collective.on_all_ranks(ValueError):
+                tensor = files[name].get_tensor(name) if reads else None
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if reads:
+                    parameter.data.copy_(tensor)
+
+
+def _open_weights(directory: Path, opened: ExitStack) -> dict:
+    """Parameter name -> the open safetensors file in `directory` that holds it. Raises ValueError."""
+    index, path = directory / _INDEX, directory / "model.safetensors"
+    if index.exists():
+        paths = sorted({directory / file for file in read_json(index, f"index {str(index)!r}")["weight_map"].values()})
+    else:
+        paths = [path] if path.exists() else []
+    files = {}
+    for path in paths:
+        try:
+            file = opened.enter_context(safe_open(path, framework="pt"))
+            files |= dict.fromkeys(file.keys(), file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+    return files
+
+
+def _check_shapes(directory: Path, files: dict, stored: dict[str, torch.nn.Parameter]) -> None:
+    """Raises ValueError unless every parameter is there and has its shape."""
+    missing = [name for name in stored if name not in files]
+    if missing:
+        raise ValueError(
+            f"{directory} has no weights for {missing[0]!r} ({len(missing)} missing); was it saved from this model?"
+        )
+    for name, parameter in stored.items():
+        there, here = tuple(files[name].get_slice(name).get_shape()), whole_shape(parameter)
+        if there != here:
+            raise ValueError(
+                f"{directory} has {name!r} of shape {there}, in this model it is {here}; was it saved from this model?"
+            )
 
 
 class _ShardWriter:
@@ -170,10 +246,11 @@ class _ShardWriter:
         self._shards: list[list[str]] = []
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Copies a tensor; writes those before it, if they fill a file together. Raises OSError."""
         num_bytes = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + num_bytes > self._limit:
             self._flush()
-        self._pending[name] = tensor
+        self._pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
         self._pending_bytes += num_bytes
         self._total_bytes += num_bytes
 
@@ -193,7 +270,11 @@ class _ShardWriter:
         (self._folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def _flush(self) -> None:
-        save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
+        path = self._part(len(self._shards))
+        try:
+            save_file(self._pending, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # safetensors' own for a full disk, without the path
+            raise OSError(f"{path} cannot be written: {error}") from error
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
@@ -211,19 +292,6 @@ def _release_gathered(engine) -> None:
         engine.empty_partition_cache()
 
 
-def _full_tensors(model: PreTrainedModel, wanted: bool) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """Each stored tensor in full, as a copy on the CPU where `wanted` and None elsewhere; a collective call."""
-    for name, parameter in _stored_names(model).items():
-        with deepspeed.zero.GatheredParameters([parameter]):
-            tensor = parameter.detach().to("cpu", copy=True).contiguous() if wanted else None
-        yield name, tensor
-    # Buffers are not partitioned. state_dict() knows which of them are persistent.
-    persistent = model.state_dict().keys()
-    for name, buffer in model.named_buffers():
-        if name in persistent:
-            yield name, buffer.detach().to("cpu", copy=True).contiguous() if wanted else None
-
-
 def _stored_names(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     """Parameters by the name under which they are stored: of a tied parameter's names, the one that is not tied to another."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
@@ -234,38 +302,9 @@ def _stored_names(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     return dict(names.values())
 
 
-def _weight_files(directory: Path) -> dict[str, Path]:
-    """Parameter name -> the safetensors file in `directory` that holds it."""
-    if (directory / _INDEX).exists():
-        weight_map = json.loads((directory / _INDEX).read_text())["weight_map"]
-        return {name: directory / file for name, file in weight_map.items()}
-    path = directory / "model.safetensors"
-    if not path.exists():
-        return {}
-    with safe_open(path, framework="pt") as file:
-        return dict.fromkeys(file.keys(), path)
-
-
 def _aside(directory: Path) -> Path:
     """Where a folder lies while another takes its place."""
     return directory.with_name(f".{directory.name}.old")
-
-
-@contextmanager
-def _on_all_ranks(what: str):
-    """Raises on every rank what the body raised on one, so that no rank waits in the next collective for one that is gone."""
-    failure = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    failures = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, None if failure is None else f"{type(failure).__name__}: {failure}")
-    if failure is not None:
-        raise failure
-    for rank, message in enumerate(failures):
-        if message is not None:
-            raise RuntimeError(f"{what} failed on rank {rank}: {message}")
 
 
 def _parse_size(text: str) -> int:

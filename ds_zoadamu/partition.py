@@ -47,7 +47,7 @@ class Partition:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the whole parameter."""
-        return tuple(self.param.ds_shape)
+        return whole_shape(self.param)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -169,6 +169,11 @@ def find_partitions(module: torch.nn.Module) -> list[Partition]:
             stop = min(start + param.ds_tensor.ds_numel, param.ds_numel)
             partitions.append(Partition(canonical_name(name), param, param.ds_numel, start, stop))
     return partitions
+
+
+def whole_shape(param: torch.nn.Parameter) -> tuple[int, ...]:
+    """Of a parameter, whether it is partitioned or not."""
+    return tuple(getattr(param, "ds_shape", param.shape))
 
 
 def stored_weight_bytes(module: torch.nn.Module) -> int:

@@ -118,7 +118,7 @@ def _measure(
     from transformers.integrations import HfDeepSpeedConfig
 
     from ..distributed import init_distributed
-    from ..engine import initialize
+    from ..initialization import initialize
     from ..partition import stored_weight_bytes
     from ..training.memory import PeakMemory
 

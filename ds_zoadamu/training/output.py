@@ -8,7 +8,6 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from deepspeed import comm as dist
 
 from ds_zoadamu.folders import put_back, remove, replace
 from ds_zoadamu.locks import is_locked
@@ -121,13 +120,6 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
     """median, p10 and p90 of at least one number."""
     times = torch.tensor(seconds, dtype=torch.float64)
     return {name: times.quantile(q).item() for name, q in (("median", 0.5), ("p10", 0.1), ("p90", 0.9))}
-
-
-def of_all_ranks(numbers: dict) -> list[dict]:
-    """The numbers of each rank, in the order of ranks. All ranks call it."""
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, numbers)
-    return gathered
 
 
 def environment() -> dict:

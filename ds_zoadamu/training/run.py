@@ -11,6 +11,7 @@ from deepspeed import comm as dist
 from deepspeed.utils import logger
 from tqdm import tqdm
 
+from ds_zoadamu.collective import gather_json
 from ds_zoadamu.digest import weights_digest
 from ds_zoadamu.engine import ZeroOrderEngine
 from ds_zoadamu.errors import CheckpointError
@@ -26,7 +27,6 @@ from ds_zoadamu.training.output import (
     RESULTS,
     OutputDirectory,
     environment,
-    of_all_ranks,
     quantiles,
 )
 from ds_zoadamu.training.plan import Plan, make_plan, rank
@@ -153,7 +153,7 @@ def _results(plan, stepper, before, best_model, last, seconds, peak) -> dict:
         "passes_a_step": stepper.passes_a_step,
         "skipped_steps": stepper.engine.skipped_steps,
         "weights_sha256": weights_digest(stepper.engine) if stepper.journaled else None,
-        "ranks": of_all_ranks({**peak, **stored_bytes(stepper.engine)}),
+        "ranks": gather_json({**peak, **stored_bytes(stepper.engine)}),
         **environment(),
         "command": shlex.join(sys.argv),
         "arguments": vars(args),

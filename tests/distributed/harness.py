@@ -8,7 +8,7 @@ import traceback
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # torch._dynamo: the first torch optimizer of a process imports it, in some 3 seconds.
-_CONTEXT.set_forkserver_preload(["deepspeed", "transformers", "torch._dynamo", "ds_zoadamu.engine"])
+_CONTEXT.set_forkserver_preload(["deepspeed", "transformers", "torch._dynamo", "ds_zoadamu.initialization"])
 
 
 def free_port() -> int:
