@@ -2,10 +2,8 @@
 
 import math
 import os
-import resource
-import signal
 from argparse import Namespace
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny_lm import save_model
 
 from . import jobs, runs
+from .disks import file_size_limit
 from .harness import run_ranks
 from .models import OddModel, odd_batches
 from .test_hf import encoded_examples
@@ -152,19 +151,6 @@ def test_a_loss_that_raises_on_one_rank(method, failing, call):
 # --- models on the disk -------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def full_disk(bytes_left: int):
-    """No file of this process may become longer: what a write meets then is an OSError, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
-
-
 def _saving_and_loading(rank, world_size, source, folder):
     import ds_zoadamu
     from ds_zoadamu.hf import load_weights, save_pretrained
@@ -172,7 +158,7 @@ def _saving_and_loading(rank, world_size, source, folder):
     config = jobs.config(world_size)
     model = ds_zoadamu.load_causal_lm(str(source), config=config)
     engine, outcomes = jobs.engine_for(model, config), {}
-    with full_disk(20_000 if rank == 0 else resource.RLIM_INFINITY):
+    with file_size_limit(20_000) if rank == 0 else nullcontext():
         for name, size in (("in the middle", "15KB"), ("at the end", "5GB")):
             outcomes[name] = _outcome(save_pretrained, engine, folder / "saved", max_shard_size=size)
     left = sorted(path.name for path in folder.iterdir())
