@@ -93,7 +93,8 @@ def tell(error: Exception, place: str) -> Exception:
             return everywhere(error)
         first = store.compare_set("first", "", mine).decode()
         _break_connections()
-        _wait_for_readers(store)
+        died = lost and first == mine and not _is_timeout(error)  # nobody else has said that it breaks its connections
+        _wait_for_readers(store, dist.get_world_size() - died)
     except RuntimeError:  # the store was in rank 0's process
         _break_connections()
     if not lost and first in (mine, None):
@@ -125,12 +126,12 @@ def _break_connections() -> None:
                 dist.irecv(torch.zeros(1), peers[0], group, _NOBODY_SENDS).wait(timedelta(milliseconds=1))
 
 
-def _wait_for_readers(store: dist.Store) -> None:
-    """Rank 0's process holds the store, so it must not end before the others have read it."""
+def _wait_for_readers(store: dist.Store, alive: int) -> None:
+    """Rank 0's process holds the store, so it must not end before the others have read it: ``alive`` ranks at most."""
     if store.add(f"read/{dist.get_rank()}", 1) == 1:
         store.add("read", 1)
     end = time.monotonic() + _patience()
-    while dist.get_rank() == 0 and store.add("read", 0) < dist.get_world_size() and time.monotonic() < end:
+    while dist.get_rank() == 0 and store.add("read", 0) < alive and time.monotonic() < end:
         time.sleep(0.02)
 
 
@@ -146,12 +147,16 @@ def _is_lost(error: Exception) -> bool:
     )
 
 
+def _is_timeout(error: Exception) -> bool:
+    return "Timed out" in str(error)
+
+
 def _phrase(error: Exception) -> str:
     """One line."""
     text = " ".join(str(error).split())[:500]
     if not _is_lost(error):
         return f"{type(error).__name__}: {text}"
-    if "Timed out" in text:
+    if _is_timeout(error):
         return (
             f"waited {current_limit().total_seconds():g} s for another rank, which hangs or does something else; the limit is "
             "timeout= of ds_zoadamu.initialize, or DEEPSPEED_TIMEOUT in minutes"
