@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 # Resolved on first use: importing DeepSpeed takes seconds, and not everything needs it.
 _EXPORTS = {
-    "initialize": "engine",
+    "initialize": "initialization",
     "StepRecord": "engine",
     "ZeroOrderEngine": "engine",
     "ZOAdaMU": "zero3.optimizer",
@@ -24,6 +24,7 @@ _EXPORTS = {
     "JournalError": "errors",
     "NonFiniteLossError": "errors",
     "NonFiniteWeightsError": "errors",
+    "RankError": "errors",
     "ReplayError": "errors",
     "load_causal_lm": "hf",
     "save_pretrained": "hf",

@@ -15,7 +15,8 @@ from .collective import describe
 from .companions import COMPANIONS, companion_hashes
 from .errors import ConfigError, ReplayError
 from .safetensors_io import write_durably
-from .untrusted import check_file_name, open_file, parse_json, read_file, shown
+from .shown import shown
+from .untrusted import check_file_name, open_file, parse_json, read_file
 
 INDEX_NAMES = ("model.safetensors.index.json", "adapter_model.safetensors.index.json")
 SINGLE_NAMES = ("model.safetensors", "adapter_model.safetensors")

@@ -26,8 +26,9 @@ from .errors import CheckpointError
 from .identity import BATCH, differences, own_data, phrase, run_identity
 from .partition import Partition
 from .safetensors_io import FlatReader, FlatWriter, raw_bytes, sync_directory
+from .shown import shown
 from .typed_json import decode, encode, with_integer_keys
-from .untrusted import check_alike, shown
+from .untrusted import check_alike
 
 __all__ = ["load", "save", "weights_digest"]
 
@@ -58,33 +59,34 @@ def save(
     # A link to a folder stays one: what it points to is written.
     directory, step = Path(os.path.realpath(directory)), engine.optimizer.step_count
     frozen_digests(engine)
-    with collective.on_all_ranks(CheckpointError):
+    with collective.on_all_ranks(CheckpointError) as given:
         tag = store.check_tag(f"global_step{engine.global_steps}" if tag is None else tag)
+        given.mine = [tag, _data_state(engine)]
         if save_total_limit is not None and (isinstance(save_total_limit, bool) or not save_total_limit >= 1):
             raise CheckpointError(f"save_total_limit is {save_total_limit!r}; it must be an integer >= 1, or None to keep all")
         manifest = _manifest(engine, client_state, owner.journal.checksum if owner.journal is not None else None)
-    if len(set(tags := collective.gather_json(tag))) > 1:
-        raise CheckpointError(f"the ranks disagree about the tag of a checkpoint: {tags}")
+    tags, data_states = zip(*given.all, strict=True)
+    if len(set(tags)) > 1:
+        raise collective.everywhere(CheckpointError(f"the ranks disagree about the tag of a checkpoint: {list(tags)}"))
     folder = directory / f".writing-{tag}"
     with collective.on_all_ranks(CheckpointError):
         if collective.rank() == 0:
             owner.claim(directory)
             store.begin(directory, tag)
     reach("save_begun", step)
-    data_states = collective.gather_json(_data_state(engine))
     try:
-        with collective.on_all_ranks(CheckpointError):
-            entry = _write_file(engine, folder)
+        with collective.on_all_ranks(CheckpointError) as entries:
+            entries.mine = _write_file(engine, folder)
         reach("save_files", step)
-        entries = collective.gather_json(entry)
         with collective.on_all_ranks(CheckpointError):
             if collective.rank() == 0:
-                _check_visible(folder, entries)
-                manifest |= {"files": entries, "data_state": data_states if any(data_states) else None, "run_id": owner.run_id}
+                _check_visible(folder, entries.all)
+                data_state = data_states if any(data_states) else None
+                manifest |= {"files": entries.all, "data_state": data_state, "run_id": owner.run_id}
                 store.publish(folder, tag, manifest, save_latest=save_latest)
                 if save_total_limit is not None:
                     store.prune(directory, save_total_limit, keep=tag, owns=owner.owns)
-    except CheckpointError:
+    except Exception:
         if collective.rank() == 0:
             store.discard(folder)
         raise
@@ -128,7 +130,11 @@ def _data_state(engine: Any) -> Any:
     if source is None:
         return None
     try:
-        return encode(source.state_dict(), "the data iterator's state_dict")
+        state = source.state_dict()
+    except Exception as e:  # the user's own code
+        raise CheckpointError(f"the data iterator's state_dict() raised {type(e).__name__}: {e}; nothing was saved") from e
+    try:
+        return encode(state, "the data iterator's state_dict")
     except TypeError as e:
         logger.warning(f"{e}. It is not saved; a resume will draw its batches again from the start")
         return None
@@ -265,10 +271,15 @@ def _check_scheduler_state(scheduler: Any, state: Any, groups: int) -> None:
 
 
 def _read(piece: _Piece, target: torch.Tensor) -> None:
+    """Raises OSError, or CheckpointError for a file that has changed since it was checked."""
     for start in range(piece.start, piece.stop, _SLICE):
         stop = min(start + _SLICE, piece.stop)
         offset = piece.offset + start - piece.start
-        target[offset : offset + stop - start].copy_(piece.reader.read(piece.key, start, stop))
+        try:
+            values = piece.reader.read(piece.key, start, stop)
+        except ValueError as e:
+            raise CheckpointError(f"{e}; load another checkpoint") from e
+        target[offset : offset + stop - start].copy_(values)
 
 
 def _pieces(

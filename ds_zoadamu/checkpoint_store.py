@@ -27,7 +27,8 @@ from .base_model import file_sha256
 from .errors import CheckpointError
 from .safetensors_io import sync_directory, write_beside, write_durably
 from .schemas import Manifest
-from .untrusted import check_file_name, check_shape, parse_json, read_file, shown
+from .shown import shown
+from .untrusted import check_file_name, check_shape, parse_json, read_file
 
 FORMAT = "ds_zoadamu-checkpoint"
 FORMAT_VERSION = 2

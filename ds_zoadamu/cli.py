@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from .collective import describe, leave
 from .ending import run_command
-from .errors import CheckpointError, ConfigError, JournalError, ReplayError
+from .errors import CheckpointError, ConfigError, JournalError, RankError, ReplayError
 
 # name -> (module, one line of help); imported when it is called, for some of them import DeepSpeed
 SUBCOMMANDS = {
@@ -52,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ds_zoadamu: {e}", file=sys.stderr)
     except OSError as e:
         print(f"ds_zoadamu: {describe(e)}", file=sys.stderr)
+    except RankError as e:
+        print(f"ds_zoadamu: {e}", file=sys.stderr)
+        return 1
     return 2
 
 

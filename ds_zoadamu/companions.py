@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ReplayError
-from .untrusted import parse_json, read_file, shown
+from .shown import shown
+from .untrusted import parse_json, read_file
 
 COMPANIONS = (
     "config.json", "generation_config.json", "adapter_config.json", "preprocessor_config.json", "processor_config.json",

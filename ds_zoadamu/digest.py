@@ -41,14 +41,16 @@ def partition_digests(partitions: Sequence[Any]) -> list[str]:
 def _whole_digests(params: Sequence[torch.nn.Parameter]) -> list[str]:
     """Parameters are gathered one by one; each rank keeps one of as many as there are ranks, and then they all hash theirs."""
     mine, held, world = {}, {}, collective.world_size()
-    for index, param in enumerate(params):
-        with deepspeed.zero.GatheredParameters([param]):
-            if index % world == collective.rank():
-                held[index] = param.detach().to("cpu", copy=True)
-        if index % world == world - 1 or index == len(params) - 1:  # not inside: the next gather would wait for it
-            mine |= {number: tensor_sha256(tensor) for number, tensor in held.items()}
-            held.clear()
-    everyone = {int(index): sha for part in collective.gather_json(mine) for index, sha in part.items()}
+    with collective.together("the digest of the weights"):
+        collective.barrier()  # before a gather waits for a rank that does something else
+        for index, param in enumerate(params):
+            with deepspeed.zero.GatheredParameters([param]):
+                if index % world == collective.rank():
+                    held[index] = param.detach().to("cpu", copy=True)
+            if index % world == world - 1 or index == len(params) - 1:  # not inside: the next gather would wait for it
+                mine |= {number: tensor_sha256(tensor) for number, tensor in held.items()}
+                held.clear()
+        everyone = {int(index): sha for part in collective.gather_json(mine) for index, sha in part.items()}
     return [everyone[index] for index in range(len(params))]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from . import checkpoint, collective
 from . import resume as resuming
 from .checkpoint_owner import CheckpointOwner
-from .errors import JournalError
+from .errors import CheckpointError, JournalError
 from .identity import own_data
 from .journal import Journal, Record
 from .resume import Resumed
@@ -47,7 +47,8 @@ class Durability:
         ReplayError where the run could not be rebuilt from the base: a parameter is not in its files, or in another shape.
         """
         self._require_zeroth_order("open_journal")
-        self._hold_journal(resuming.start_journal(self, path, base, fsync_every, task))
+        with collective.together("open_journal"):
+            self._hold_journal(resuming.start_journal(self, path, base, fsync_every, task))
 
     def resume(
         self,
@@ -74,8 +75,9 @@ class Durability:
         on the disk is changed then.
         """
         self._require_zeroth_order("resume")
-        resumed, journal = resuming.resume(self, path, checkpoint_dir, base, fsync_every, data, task)
-        self._hold_journal(journal)
+        with collective.together("resume"):
+            resumed, journal = resuming.resume(self, path, checkpoint_dir, base, fsync_every, data, task)
+            self._hold_journal(journal)
         return resumed
 
     def close_journal(self) -> None:
@@ -107,22 +109,22 @@ class Durability:
         """
         if not self._is_zeroth_order:
             return super().save_checkpoint(save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
-        error = None
-        if self._journal is not None:
-            try:
-                self._journal.sync()  # a checkpoint must not know of steps that the journal may still lose
-            except OSError as e:
-                error = JournalError(f"journal {str(self._journal.path)!r} cannot be made durable: {e.strerror}")
-        collective.agree_with_rank_0(error, JournalError)
-        checkpoint.save(
-            self,
-            save_dir,
-            tag,
-            client_state or {},
-            save_latest=save_latest,
-            save_total_limit=save_total_limit,
-            owner=self._owner,
-        )
+        with collective.together("save_checkpoint"):
+            with collective.on_all_ranks(JournalError):
+                if self._journal is not None:
+                    try:
+                        self._journal.sync()  # a checkpoint must not know of steps that the journal may still lose
+                    except OSError as e:
+                        raise JournalError(f"journal {str(self._journal.path)!r} cannot be made durable: {e.strerror}") from e
+            checkpoint.save(
+                self,
+                save_dir,
+                tag,
+                client_state or {},
+                save_latest=save_latest,
+                save_total_limit=save_total_limit,
+                owner=self._owner,
+            )
         return True
 
     def load_checkpoint(
@@ -162,16 +164,19 @@ class Durability:
             )
         if custom_load_fn is not None:
             raise ValueError("custom_load_fn is not supported: partitions are loaded by name and range")
-        found = checkpoint.find_latest(load_dir, tag)
-        if found is None:
-            return None, None
         weights_only = load_module_only or not load_optimizer_states
-        client_state, data_state = checkpoint.client_state_of(found), checkpoint.data_state_of(found)
-        checkpoint.load(self, found, weights_only=weights_only, with_lr_scheduler=load_lr_scheduler_states)
-        if not weights_only:
-            self._owner.go_on(found.manifest)
-        if not weights_only and data_state is not None and self.data_source is not None:
-            self.data_source.load_state_dict(data_state)
+        with collective.together("load_checkpoint"):
+            found = checkpoint.find_latest(load_dir, tag)
+            if found is None:
+                return None, None
+            with collective.on_all_ranks(CheckpointError):
+                client_state, data_state = checkpoint.client_state_of(found), checkpoint.data_state_of(found)
+            checkpoint.load(self, found, weights_only=weights_only, with_lr_scheduler=load_lr_scheduler_states)
+            if not weights_only:
+                self._owner.go_on(found.manifest)
+            with collective.on_all_ranks(CheckpointError):
+                if not weights_only and data_state is not None and self.data_source is not None:
+                    self.data_source.load_state_dict(data_state)
         return str(found.path), client_state
 
     # --- called by train_batch ------------------------------------------------------------------------------------------------
@@ -187,14 +192,10 @@ class Durability:
             self.data_source = batch
         if not self._journaling:
             return
-        error = None
-        if self._journal is not None:
-            try:
-                self._journal.append(self._journal_record(record))
-            except JournalError as e:
-                error = e
         # One more message a step, so that no rank changes its partitions for a step that is not in the journal.
-        collective.agree_with_rank_0(error, JournalError)
+        with collective.on_all_ranks(JournalError):
+            if self._journal is not None:
+                self._journal.append(self._journal_record(record))
 
     def _journal_record(self, record: Any) -> Record:
         groups = self.optimizer.param_groups

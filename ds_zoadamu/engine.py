@@ -1,8 +1,10 @@
 """The DeepSpeed engine whose step is two forward passes."""
 
+import logging
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,17 +12,13 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.pipe import PipelineModule
-from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.constants import ROUTE_TRAIN
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import log_dist, logger
 
 from . import collective, divergence, kernels, nvme
-from .auto_config import fill_auto_for_library, hidden_size_of
-from .config import check_config, check_deepspeed_settings, check_precision, read_config, zeroth_order_type
+from .config import check_config, check_deepspeed_settings, read_config
 from .data import MicroBatchLoader, MicroBatchSampler, MicroBatchStream, check_training_data, is_stream
-from .distributed import init_distributed, launched_world_size
 from .draws import CommonDraws, undrawn
 from .durability import Durability
 from .errors import ConfigError, NonFiniteLossError
@@ -31,16 +29,15 @@ from .losses import LossFn, as_pair, global_means, model_loss
 from .partition import (
     Fill,
     PerturbedGathers,
-    TrainedSet,
     find_partitions,
     lift_scalars,
     lower_scalars,
     partition_onto_nvme,
     reject_stored_dtypes,
-    reject_unusable,
 )
 from .rules import RULES, Evaluation, RuleConfig, make_rule
 from .throughput import StepTimer
+from .unusable import TrainedSet, reject_unusable
 from .zero3.optimizer import ZerothOrderOptimizer
 
 
@@ -95,31 +92,34 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         that is 1. The model runs in eval mode (no dropout) and without gradients; the same micro-batches, and the same random
         numbers drawn by the loss, serve all perturbations, and the same perturbation both signs.
 
-        Raises: StopIteration when the iterator is empty; ValueError for weights that sum to 0; ConfigError where requires_grad
-        of a parameter was changed; NonFiniteLossError after ``max_skipped_steps`` steps in a row whose loss was not finite;
-        NonFiniteWeightsError at step 1 where the model's weights are the reason.
+        Raises, on all ranks: StopIteration when a rank's iterator is empty; ValueError for one that ends within a step, and for
+        weights that sum to 0; ConfigError where requires_grad of a parameter was changed; NonFiniteLossError after
+        ``max_skipped_steps`` steps in a row whose loss was not finite; NonFiniteWeightsError at step 1 where the model's
+        weights are the reason; what data or ``loss_fn`` raise, on other ranks a RankError that names the first rank and its
+        error.
         """
         self._require_zeroth_order("train_batch")
-        self._trained_set.reject_changes()
-        self._check_lrs()
-        drawn = self._draw(batch)
-        micro_batches = [self._to_device(micro_batch) for micro_batch in drawn]
-        self.tput_timer.begin_step()
-        evaluations = self.optimizer.rule.evaluations(self.optimizer.next_step)
-        passes, draws = [], CommonDraws()
-        with evaluating(self.module):
-            for evaluation in evaluations:
-                with self._gathers.perturbed(self._fill(evaluation)):
-                    passes.append([self._loss(micro_batch) for micro_batch in draws.before_each(micro_batches)])
-        record, projected_grads = self._record(evaluations, global_means(passes, self.device))
-        if record.skipped and record.step == 1:
-            divergence.refuse_nonfinite_weights(self, record)
-        self._before_update(record, batch, drawn)
-        self.optimizer.observe(None if record.skipped else projected_grads)
-        with self._gathers.writing():
-            self._step_and_count()
-        self.last_step = record
-        self._report(record)
+        with collective.together(f"train_batch of step {self.optimizer.next_step}"):
+            self._trained_set.reject_changes()
+            self._check_lrs()
+            drawn = self._draw(batch)
+            micro_batches = [self._to_device(micro_batch) for micro_batch in drawn]
+            self.tput_timer.begin_step()
+            evaluations = self.optimizer.rule.evaluations(self.optimizer.next_step)
+            passes, draws = [], CommonDraws()
+            with evaluating(self.module):
+                for evaluation in evaluations:
+                    with self._gathers.perturbed(self._fill(evaluation)):
+                        passes.append([self._loss(micro_batch) for micro_batch in draws.before_each(micro_batches)])
+            record, projected_grads = self._record(evaluations, global_means(passes, self.device))
+            if record.skipped and record.step == 1:
+                divergence.refuse_nonfinite_weights(self, record)
+            self._before_update(record, batch, drawn)
+            self.optimizer.observe(None if record.skipped else projected_grads)
+            with self._gathers.writing():
+                self._step_and_count()
+            self.last_step = record
+            self._report(record)
         self._stop_if_diverged(record)
         return record.loss
 
@@ -128,10 +128,10 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
 
         Args: ``batch``: one micro-batch; an iterator, from which up to gradient_accumulation_steps micro-batches are drawn,
         fewer at its end, so that calls until StopIteration leave none out; or a data loader, of which all are taken. Ranks may
-        have different numbers of them.
+        have different numbers of them. Raises as ``train_batch`` does.
         """
         self._require_zeroth_order("eval_batch")
-        with evaluating(self.module), undrawn():
+        with collective.together("eval_batch"), evaluating(self.module), undrawn():
             return self._evaluator.mean(batch, self.gradient_accumulation_steps(), self.device)
 
     def _evaluate(self, micro_batch: Any) -> torch.Tensor:
@@ -167,6 +167,24 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         return self.optimizer.memory_bytes()
 
     def _draw(self, batch: Any) -> list[Any]:
+        """This rank's micro-batches of a step, once every rank has its own: before a gather waits for a rank without."""
+        with collective.on_all_ranks(ValueError) as counts:
+            drawn = self._take(batch)
+            counts.mine = len(drawn)
+        if all(counts.all):
+            return drawn
+        ended = [number for number, count in enumerate(counts.all) if count == 0]
+        if len(ended) < len(counts.all):
+            log_dist(
+                f"the iterator of {collective.by_rank(ended)} has ended before those of the others; the epoch ends for all "
+                "ranks, and the others' last micro-batches are not used",
+                ranks=[0],
+                level=logging.WARNING,
+            )
+        raise collective.everywhere(StopIteration())
+
+    def _take(self, batch: Any) -> list[Any]:
+        """The micro-batches of a step; none where the iterator has ended."""
         count = self.gradient_accumulation_steps()
         if not hasattr(batch, "__next__"):
             if count != 1:
@@ -175,16 +193,15 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
                     "engine.train_batch(iter(dataloader))"
                 )
             return [batch]
-        drawn = [next(batch)]
-        for _ in range(count - 1):
-            try:
+        drawn = []
+        with suppress(StopIteration):
+            while len(drawn) < count:
                 drawn.append(next(batch))
-            except StopIteration:
-                raise ValueError(
-                    f"the iterator ended after {len(drawn)} of the {count} micro-batches of a step "
-                    "(gradient_accumulation_steps); "
-                    "let it end between steps"
-                ) from None
+        if 0 < len(drawn) < count:
+            raise ValueError(
+                f"the iterator ended after {len(drawn)} of the {count} micro-batches of a step (gradient_accumulation_steps); "
+                "let it end between steps"
+            )
         return drawn
 
     def _to_device(self, batch: Any) -> Any:
@@ -301,7 +318,6 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             check_deepspeed_settings(config)
         elif self.client_optimizer is None:
             check_config(config)
-        check_precision(config)
         if self._zeroth_order_options() is not None:
             nvme.prepare(config)
         super()._do_sanity_check()
@@ -385,69 +401,3 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             gathers.close()
         if offload := self.__dict__.pop("_offload", None):
             offload.destroy()
-
-
-def initialize(
-    args=None,
-    model: torch.nn.Module | None = None,
-    optimizer: torch.optim.Optimizer | Callable | None = None,
-    model_parameters=None,
-    training_data: torch.utils.data.Dataset | None = None,
-    lr_scheduler=None,
-    distributed_port: int = 29500,
-    mpu=None,
-    dist_init_required: bool | None = None,
-    collate_fn: Callable | None = None,
-    config: dict | str | None = None,
-    config_params: dict | str | None = None,
-    *,
-    loss_fn: LossFn | None = None,
-) -> tuple[ZeroOrderEngine, torch.optim.Optimizer, Any, Any]:
-    """``deepspeed.initialize`` with a zeroth-order optimizer, from the JSON (``"type": "ZOAdaMU"``, ``"MeZO"``) or an object.
-
-    Args: those of deepspeed.initialize, and ``loss_fn(module, batch) -> (mean loss, weight)`` in place of the model's own
-    ``.loss``; ``training_data`` is a data set (a list will do) or an iterable that is the same on all ranks, such as an
-    IterableDataset. Returns (engine, optimizer, dataloader, lr_scheduler). Raises ConfigError for a setting that cannot work,
-    before the model is touched. Any other optimizer is set up as DeepSpeed would, so that one script serves both.
-
-    "auto" values of the JSON are filled as launch/finetune.py fills them without arguments: micro-batch 8, lr 1e-6, and as
-    number of steps what the JSON says in another place, else the steps of one epoch of ``training_data``.
-    """
-    if not isinstance(model, torch.nn.Module) or isinstance(model, PipelineModule):
-        raise ConfigError(f"model is a {type(model).__name__}; pass a torch.nn.Module that is not a PipelineModule")
-    config = config if config is not None else config_params
-    from_args = getattr(args, "deepspeed_config", None)
-    if (config is None) == (from_args is None):
-        raise ValueError(f"pass the DeepSpeed configuration once: config={config!r}, args.deepspeed_config={from_args!r}")
-    config = read_config(config if config is not None else from_args)
-    if zeroth_order_type(config) is not None or isinstance(optimizer, ZerothOrderOptimizer):
-        check_training_data(training_data)
-    config = fill_auto_for_library(
-        config,
-        world_size=launched_world_size(),
-        hidden_size=hidden_size_of(getattr(model, "config", None)),
-        num_examples=len(training_data) if hasattr(training_data, "__len__") else None,
-    )
-    if optimizer is None:
-        check_config(config)
-    elif not isinstance(optimizer, torch.optim.Optimizer):  # DeepSpeed's other form: a function of the parameters
-        optimizer = optimizer(list(model.parameters() if model_parameters is None else model_parameters))
-    init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
-    engine = ZeroOrderEngine(
-        args=args,
-        model=model,
-        optimizer=optimizer,
-        model_parameters=model_parameters,
-        training_data=training_data,
-        lr_scheduler=lr_scheduler,
-        mpu=mpu,
-        dist_init_required=dist_init_required,
-        collate_fn=collate_fn,
-        config=config,
-        config_class=DeepSpeedConfig(config, mpu),
-        loss_fn=loss_fn,
-    )
-    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
-
-
-__all__ = ["StepRecord", "ZeroOrderEngine", "initialize"]

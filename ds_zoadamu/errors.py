@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-from .untrusted import shown
+from .shown import shown
 
 
 class ConfigError(ValueError):
@@ -28,6 +28,10 @@ class CheckpointError(ValueError):
 
 class ReplayError(ValueError):
     """A base model and a journal from which no model can be rebuilt."""
+
+
+class RankError(RuntimeError):
+    """Another rank has failed, has ended or does something else; names it and why."""
 
 
 def unknown_keys_message(where: str, unknown: Iterable[str], known: Iterable[str]) -> str:

@@ -27,7 +27,7 @@ class Evaluator:
         source, whole = _source(batch)
         pairs = self._round(list(islice(source, accumulation)))
         if not pairs:
-            raise StopIteration
+            raise collective.everywhere(StopIteration())
         while whole and (further := self._round(list(islice(source, accumulation)))):
             pairs += further
         return global_means([pairs], device)[0]
@@ -39,7 +39,9 @@ class Evaluator:
         most = max(count for count, _ in counts)
         for rank, (_, can_take_part) in enumerate(counts):
             if most and not can_take_part:
-                raise ValueError(f"rank {rank} has no micro-batch to evaluate, others have {most}; give each rank at least one")
+                raise collective.everywhere(
+                    ValueError(f"rank {rank} has no micro-batch to evaluate, others have {most}; give each rank at least one")
+                )
         # Every forward is one of all ranks: a rank that has no micro-batch left takes part with its last, which counts nothing.
         pairs = [self._loss(micro_batch) for micro_batch in drawn + [self._last] * (most - len(drawn))]
         return pairs[: len(drawn)] + [torch.zeros_like(pair) for pair in pairs[len(drawn) :]]

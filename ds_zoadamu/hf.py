@@ -6,25 +6,25 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import deepspeed
 import torch
-from deepspeed import comm as dist
 from deepspeed.utils import logger
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ds_zoadamu import collective, folders, hf_zero3, nvme
+from ds_zoadamu import agreement, collective, folders, hf_zero3, nvme
 from ds_zoadamu.auto_config import fill_auto_for_library, has_auto, hidden_size_of
 from ds_zoadamu.base_model import check_whole
-from ds_zoadamu.config import check_precision, read_config
+from ds_zoadamu.config import check_precision, read_config, read_json
 from ds_zoadamu.distributed import init_distributed, launched_world_size
+from ds_zoadamu.errors import ConfigError
 from ds_zoadamu.hf_names import FileNames, Group
 from ds_zoadamu.partition import whole_shape
+from ds_zoadamu.waiting import current_limit, limit_waits
 
 _INDEX = "model.safetensors.index.json"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -45,33 +45,48 @@ def load_causal_lm(path: str, config: dict | str | Path, dtype: torch.dtype | No
         The model. Its `generate` and `resize_token_embeddings` know of the partitions; other models are loaded as ever.
 
     Raises:
-        ValueError: the configuration is not of stage 3.
-        ConfigError: a precision or an offload to NVMe that cannot work here; a weights file that is cut short.
-        OSError: from Transformers, when there is no such model.
+        ConfigError: the configuration is not of stage 3, differs between ranks, or has a precision or an offload to NVMe that
+            cannot work here; a weights file that is cut short.
+        OSError: from Transformers, when there is no such model; on other ranks a RankError, where it is there.
     """
     kwargs.setdefault("trust_remote_code", False)  # None: Transformers would ask on the terminal, on every rank
-    config = read_config(config)
-    stage = config.get("zero_optimization", {}).get("stage")
-    if stage != 3:
-        raise ValueError(f"load_causal_lm: zero_optimization.stage is {stage!r}; only stage 3 partitions the weights")
-    if dtype is None:
-        dtype = config_dtype(config)
     init_distributed()
-    if has_auto(config):
-        where = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in kwargs}
-        config = fill_auto_for_library(
-            config,
-            world_size=launched_world_size(),
-            hidden_size=hidden_size_of(AutoConfig.from_pretrained(path, **where)),
-            num_examples=sys.maxsize,  # partitions do not depend on the number of steps
-        )
-    check_precision(config)
-    check_whole(path, kwargs.get("revision"))
-    nvme.prepare(config)
-    with hf_zero3.zero3_known(config) as known:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+    with collective.together("load_causal_lm"):
+        with collective.on_all_ranks(ConfigError):
+            config = read_config(config)
+            _check_stage(config)
+        with collective.on_all_ranks(OSError):
+            config = _filled(path, config, kwargs)
+            dtype = config_dtype(config) if dtype is None else dtype
+        agreement.require_same(agreement.of_config(config) | {"dtype": str(dtype)})
+        check_precision(config)
+        with collective.on_all_ranks(ConfigError):
+            check_whole(path, kwargs.get("revision"))
+        nvme.prepare(config)
+        with hf_zero3.zero3_known(config) as known:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+    limit_waits(current_limit())
     hf_zero3.attach(model, known)
     return model
+
+
+def _check_stage(config: dict) -> None:
+    stage = config.get("zero_optimization", {}).get("stage")
+    if stage != 3:
+        raise ConfigError(f"load_causal_lm: zero_optimization.stage is {stage!r}; only stage 3 partitions the weights")
+
+
+def _filled(path: str, config: dict, kwargs: dict) -> dict:
+    """A configuration without "auto". Raises OSError where there is no such model."""
+    if not has_auto(config):
+        return config
+    where = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in kwargs}
+    return fill_auto_for_library(
+        config,
+        world_size=launched_world_size(),
+        hidden_size=hidden_size_of(AutoConfig.from_pretrained(path, **where)),
+        num_examples=sys.maxsize,  # partitions do not depend on the number of steps
+    )
 
 
 def config_dtype(config: dict) -> torch.dtype:
@@ -101,40 +116,79 @@ def save_pretrained(
         max_shard_size: bytes with a unit, for example "500MB" (decimal units, as in Transformers).
         overwrite: replace what is in `directory`.
 
-    Raises:
-        FileExistsError: `directory` exists, is not empty, and `overwrite` is not set.
+    Raises, on all ranks, after which there is nothing new on the disk:
+        OSError: a file cannot be written, or `directory` exists, is not empty, and `overwrite` is not set.
         TypeError: the model is not a Transformers model.
         ValueError: a malformed `max_shard_size`.
     """
-    model, directory, limit = engine.module, Path(os.path.realpath(directory)), _parse_size(max_shard_size)
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"save_pretrained: the engine's module is a {type(model).__name__}, not a Transformers PreTrainedModel")
-    writes = dist.get_rank() == 0
-    with _on_all_ranks("save_pretrained"):
-        if writes:
-            folders.put_back(directory, _aside(directory))
-        if writes and not overwrite and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise FileExistsError(f"{directory} exists and is not empty; give another folder or overwrite=True")
-    temporary = directory.with_name(f".{directory.name}.writing")
-    with _on_all_ranks("save_pretrained"):
-        if writes:
-            folders.remove(temporary)
-            temporary.mkdir(parents=True)
-            model.config.save_pretrained(temporary)
-            if model.can_generate():
-                model.generation_config.save_pretrained(temporary)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
-    _release_gathered(engine)
-    writer = _ShardWriter(temporary, limit) if writes else None
-    for name, tensor in _full_tensors(model, wanted=writes):
-        if writer is not None:
-            writer.add(name, tensor)
-    with _on_all_ranks("save_pretrained"):
-        if writer is not None:
-            writer.finish()
-            folders.replace(temporary, directory, _aside(directory))
-            folders.remove(_aside(directory))
+    directory, writes = Path(os.path.realpath(directory)), collective.rank() == 0
+    with collective.together("save_pretrained"):
+        with collective.on_all_ranks(OSError):
+            model, limit = engine.module, _parse_size(max_shard_size)
+            if not isinstance(model, PreTrainedModel):
+                raise TypeError(
+                    f"save_pretrained: the engine's module is a {type(model).__name__}, not a Transformers PreTrainedModel"
+                )
+            if writes:
+                folders.put_back(directory, _aside(directory))
+            if writes and not overwrite and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+                raise FileExistsError(f"{directory} exists and is not empty; give another folder or overwrite=True")
+        temporary = directory.with_name(f".{directory.name}.writing")
+        try:
+            with collective.on_all_ranks(OSError):
+                if writes:
+                    _begin(temporary, model, tokenizer)
+            writer = _ShardWriter(temporary, limit)
+            _release_gathered(engine)
+            _write_tensors(model, writer, writes)
+            with collective.on_all_ranks(OSError):
+                if writes:
+                    writer.finish()
+                    folders.replace(temporary, directory, _aside(directory))
+                    folders.remove(_aside(directory))
+        except Exception:
+            if writes:
+                with suppress(OSError):
+                    folders.remove(temporary)
+            raise
+
+
+def _begin(folder: Path, model: PreTrainedModel, tokenizer) -> None:
+    """Makes a new folder with everything but the weights."""
+    folders.remove(folder)
+    folder.mkdir(parents=True)
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _write_tensors(model: PreTrainedModel, writer: "_ShardWriter", writes: bool) -> None:
+    """Gathers each stored tensor on all ranks and hands it to the writer, under its name in files, where `writes`; agrees after
+    each, so that a full disk ends it everywhere."""
+    stored: dict[str, torch.Tensor] = dict(_stored_names(model))
+    # Buffers are not partitioned. state_dict() knows which of them are persistent.
+    persistent = model.state_dict().keys()
+    stored |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    for group in _groups_in_files(model, {name: whole_shape(tensor) for name, tensor in stored.items()}):
+        partitioned = [stored[name] for name in group.given if isinstance(stored[name], torch.nn.Parameter)]
+        with deepspeed.zero.GatheredParameters(partitioned):
+            copies = {n: stored[n].detach().to("cpu", copy=True).contiguous() for n in group.given} if writes else {}
+        with collective.on_all_ranks(OSError):
+            made = group.convert(copies) if writes else {}
+            del copies
+            for key in list(made):  # pieces of a fused tensor get memory of their own: the format allows no other
+                tensor = made.pop(key)
+                writer.add(key, tensor if group.keeps else tensor.clone(memory_format=torch.contiguous_format))
+
+
+def _groups_in_files(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) -> list[Group]:
+    try:
+        return FileNames(model, shapes).to_files()
+    except ValueError as error:
+        logger.warning("the model is saved under its names in memory, since in the format of its files %s", error)
+        return [Group((name,), (name,)) for name in shapes]
 
 
 def load_weights(engine, directory: str | Path) -> None:
@@ -144,32 +198,53 @@ def load_weights(engine, directory: str | Path) -> None:
     model or for starting again. Call it on all ranks.
 
     Raises:
-        ValueError: a parameter is missing in the folder or has another shape there.
+        ValueError: on all ranks, before a weight is changed: a parameter is missing in the folder or has another shape there,
+            or a file cannot be read.
     """
-    model, directory, reads = engine.module, Path(directory), dist.get_rank() == 0
-    stored, groups, files = _stored_names(model), [], {}
-    with _on_all_ranks("load_weights"):
-        if reads:
-            files = _weight_files(directory)
-            groups = FileNames(model, {n: whole_shape(p) for n, p in stored.items()}).from_files(_file_shapes(files))
-            missing = stored.keys() - {name for group in groups for name in group.made}
-            if missing:
-                first = next(name for name in stored if name in missing)
-                raise ValueError(
-                    f"{directory} has no weights for {first!r} ({len(missing)} missing); was it saved from this model?"
-                )
-            _check_shapes(directory, groups, _file_shapes(files), stored)
-    names = json.loads(collective.broadcast_bytes(json.dumps([group.made for group in groups]).encode()))
-    _release_gathered(engine)
-    for index, made in enumerate(names):
-        with deepspeed.zero.GatheredParameters([stored[name] for name in made], modifier_rank=0):
+    directory, reads = Path(directory), collective.rank() == 0
+    with collective.together("load_weights"), ExitStack() as opened:
+        with collective.on_all_ranks(ValueError) as made:
+            stored, groups, files = _stored_names(engine.module), [], {}
             if reads:
-                for name, tensor in groups[index].convert(_read(files, groups[index].given)).items():
+                files = _open_weights(directory, opened)
+                groups = _groups_of(directory, files, engine.module, stored)
+            made.mine = [group.made for group in groups]
+        _release_gathered(engine)
+        for index, names in enumerate(made.all[0]):
+            with collective.on_all_ranks(ValueError):
+                tensors = {}
+                if reads:
+                    tensors = groups[index].convert({key: files[key].get_tensor(key) for key in groups[index].given})
+            with deepspeed.zero.GatheredParameters([stored[name] for name in names], modifier_rank=0):
+                for name, tensor in tensors.items():
                     stored[name].data.copy_(tensor)
 
 
-def _check_shapes(directory: Path, groups: list[Group], shapes: dict, stored: dict[str, torch.nn.Parameter]) -> None:
-    """Raises ValueError where what is read would have another shape than the parameter."""
+def _open_weights(directory: Path, opened: ExitStack) -> dict:
+    """Tensor name -> the open safetensors file in `directory` that holds it. Raises ValueError."""
+    index, path = directory / _INDEX, directory / "model.safetensors"
+    if index.exists():
+        paths = sorted({directory / file for file in read_json(index, f"index {str(index)!r}")["weight_map"].values()})
+    else:
+        paths = [path] if path.exists() else []
+    files = {}
+    for path in paths:
+        try:
+            file = opened.enter_context(safe_open(path, framework="pt"))
+            files |= dict.fromkeys(file.keys(), file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+    return files
+
+
+def _groups_of(directory: Path, files: dict, model: PreTrainedModel, stored: dict[str, torch.nn.Parameter]) -> list[Group]:
+    """How the parameters are made of what is in files. Raises ValueError unless every one is there and has its shape."""
+    shapes = {key: tuple(file.get_slice(key).get_shape()) for key, file in files.items()}
+    groups = FileNames(model, {name: whole_shape(p) for name, p in stored.items()}).from_files(shapes)
+    missing = stored.keys() - {name for group in groups for name in group.made}
+    if missing:
+        first = next(name for name in stored if name in missing)
+        raise ValueError(f"{directory} has no weights for {first!r} ({len(missing)} missing); was it saved from this model?")
     for group in groups:
         made = group.convert({key: torch.empty(shapes[key], device="meta") for key in group.given})
         for name, tensor in made.items():
@@ -178,22 +253,7 @@ def _check_shapes(directory: Path, groups: list[Group], shapes: dict, stored: di
                 raise ValueError(
                     f"{directory} has {name!r} of shape {there}, in this model it is {here}; was it saved from this model?"
                 )
-
-
-def _file_shapes(files: dict[str, Path]) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    for path in set(files.values()):
-        with safe_open(path, framework="pt") as file:
-            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys() if files.get(key) == path}
-    return shapes
-
-
-def _read(files: dict[str, Path], keys: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for key in keys:
-        with safe_open(files[key], framework="pt") as file:
-            tensors[key] = file.get_tensor(key)
-    return tensors
+    return groups
 
 
 class _ShardWriter:
@@ -209,6 +269,8 @@ class _ShardWriter:
         self._shards: list[list[str]] = []
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Takes a tensor on the CPU that nobody else changes; writes those before it, if they fill a file together. Raises
+        OSError."""
         num_bytes = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + num_bytes > self._limit:
             self._flush()
@@ -232,7 +294,11 @@ class _ShardWriter:
         (self._folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def _flush(self) -> None:
-        save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
+        path = self._part(len(self._shards))
+        try:
+            save_file(self._pending, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # safetensors' own for a full disk, without the path
+            raise OSError(f"{path} cannot be written: {error}") from error
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
@@ -250,32 +316,6 @@ def _release_gathered(engine) -> None:
         engine.empty_partition_cache()
 
 
-def _full_tensors(model: PreTrainedModel, wanted: bool) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """Each stored tensor in full under its name in files, as a copy on the CPU where `wanted` and None elsewhere; a collective
-    call."""
-    stored: dict[str, torch.Tensor] = dict(_stored_names(model))
-    # Buffers are not partitioned. state_dict() knows which of them are persistent.
-    persistent = model.state_dict().keys()
-    stored |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    for group in _groups_in_files(model, {name: whole_shape(tensor) for name, tensor in stored.items()}):
-        tensors = [stored[name] for name in group.given]
-        with deepspeed.zero.GatheredParameters([t for t in tensors if isinstance(t, torch.nn.Parameter)]):
-            copies = {n: stored[n].detach().to("cpu", copy=True).contiguous() for n in group.given} if wanted else None
-        made = dict.fromkeys(group.made) if copies is None else group.convert(copies)
-        del copies
-        for key in group.made:  # pieces of a fused tensor have memory of their own: the format allows no other
-            tensor = made.pop(key)
-            yield key, tensor if tensor is None or group.keeps else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _groups_in_files(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) -> list[Group]:
-    try:
-        return FileNames(model, shapes).to_files()
-    except ValueError as error:
-        logger.warning("the model is saved under its names in memory, since in the format of its files %s", error)
-        return [Group((name,), (name,)) for name in shapes]
-
-
 def _stored_names(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     """Parameters by the name of which the stored one is made: of a tied parameter's names, the one that is not tied to
     another."""
@@ -287,37 +327,9 @@ def _stored_names(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     return dict(names.values())
 
 
-def _weight_files(directory: Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file in `directory` that holds it."""
-    if (directory / _INDEX).exists():
-        weight_map = json.loads((directory / _INDEX).read_text())["weight_map"]
-        return {name: directory / file for name, file in weight_map.items()}
-    path = directory / "model.safetensors"
-    if not path.exists():
-        return {}
-    with safe_open(path, framework="pt") as file:
-        return dict.fromkeys(file.keys(), path)
-
-
 def _aside(directory: Path) -> Path:
     """Where a folder lies while another takes its place."""
     return directory.with_name(f".{directory.name}.old")
-
-
-@contextmanager
-def _on_all_ranks(what: str):
-    """Raises on every rank what the body raised on one, so that no rank waits in the next collective for one that is gone."""
-    failure = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    failures = collective.gather_json(None if failure is None else f"{type(failure).__name__}: {failure}")
-    if failure is not None:
-        raise failure
-    for rank, message in enumerate(failures):
-        if message is not None:
-            raise RuntimeError(f"{what} failed on rank {rank}: {message}")
 
 
 def _parse_size(text: str) -> int:

@@ -13,7 +13,7 @@ from .kernels import NOISE_VERSION
 from .partition import canonical_name
 from .rules import origin
 from .safetensors_io import dtype_name
-from .untrusted import printed, shown
+from .shown import printed, shown
 
 # They bound or end a run, or are defaults of others, but no update depends on them: a resume may change them.
 FREE_OPTIONS = ("total_steps", "max_skipped_steps", "momentum.max_window")

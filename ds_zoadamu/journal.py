@@ -34,7 +34,8 @@ from .kernels.types import FP32_MAX, GRAD_BITS, round_grad
 from .locks import LockedFile
 from .safetensors_io import sync_directory
 from .schemas import MAX_COUNT, Header
-from .untrusted import check_shape, parse_json, read_file, shown
+from .shown import shown
+from .untrusted import check_shape, parse_json, read_file
 
 FORMAT = "ds_zoadamu-journal"
 FORMAT_VERSION = 1

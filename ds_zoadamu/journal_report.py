@@ -7,7 +7,7 @@ from typing import Any
 
 from .errors import JournalError
 from .journal import Contents, Record, parse_journal, read_bytes
-from .untrusted import printed, shown
+from .shown import printed, shown
 
 
 def add_arguments(parser: Any) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 
+from .waiting import everywhere
+
 LossFn = Callable[[torch.nn.Module, Any], tuple[torch.Tensor, Any]]
 """(module, batch) -> (mean loss of the micro-batch, its weight). It need not be differentiable."""
 
@@ -100,13 +102,17 @@ def global_means(passes: Sequence[Sequence[torch.Tensor]], device: torch.device)
             for rank in range(world_size):
                 value, weight = by_rank[rank][index][accumulation]
                 if not (0.0 <= weight < math.inf):
-                    raise ValueError(f"loss_fn returned the weight {weight} on rank {rank}; a weight must be finite and >= 0")
+                    raise everywhere(
+                        ValueError(f"loss_fn returned the weight {weight} on rank {rank}; a weight must be finite and >= 0")
+                    )
                 total += value
                 total_weight += weight
         if total_weight == 0.0:
-            raise ValueError(
-                "the micro-batches of this step weigh 0 in total: no label counts (all are -100, or a causal model's sequences "
-                "have one token); check the labels"
+            raise everywhere(
+                ValueError(
+                    "the micro-batches of this step weigh 0 in total: no label counts (all are -100, or a causal model's "
+                    "sequences have one token); check the labels"
+                )
             )
         means.append(total / total_weight)
     return means

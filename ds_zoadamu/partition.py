@@ -22,9 +22,9 @@ from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from .errors import ConfigError
-from .nvme import check_partition_sizes, mapped_zeros, smallest_file_bytes, wants_nvme
+from .nvme import mapped_zeros, smallest_file_bytes, wants_nvme
 
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
+WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Partition:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the whole parameter."""
-        return tuple(self.param.ds_shape)
+        return whole_shape(self.param)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -152,7 +152,7 @@ def _give_buffers_back(params: Iterable[torch.nn.Parameter]) -> None:
 
 def canonical_name(name: str) -> str:
     """A parameter's name without the prefixes that wrappers put before it (DDP, FSDP, torch.compile)."""
-    for prefix in _WRAPPER_PREFIXES:
+    for prefix in WRAPPER_PREFIXES:
         while name.startswith(prefix):
             name = name.removeprefix(prefix)
     return name.replace("._orig_mod.", ".")
@@ -172,53 +172,6 @@ def find_partitions(module: torch.nn.Module, *, frozen: bool = False) -> list[Pa
     return partitions
 
 
-def reject_unusable(module: torch.nn.Module, config: dict) -> None:
-    """Raise ConfigError for a module with parameters that cannot be trained in partitions, before they are partitioned."""
-    _reject_empty(module)
-    _reject_same_names(module)
-    _reject_rescaling(module)
-    _reject_too_large(module, config)
-    _reject_other_dtypes(module, config)
-
-
-def _reject_same_names(module: torch.nn.Module) -> None:
-    """Raise ConfigError for two parameters with one canonical name: they would get the same noise and one place in a file."""
-    names: dict[str, str] = {}
-    for name, _ in module.named_parameters():
-        if (first := names.setdefault(canonical_name(name), name)) != name:
-            raise ConfigError(
-                f"parameters {first!r} and {name!r} of {type(module).__name__} are both {canonical_name(name)!r} without the "
-                f"prefixes of wrappers ({', '.join(_WRAPPER_PREFIXES)}), and the name decides the noise; rename one of them"
-            )
-
-
-def _reject_rescaling(module: torch.nn.Module) -> None:
-    """Raise ConfigError for an RWKV that divides weights of deeper layers in the forward of evaluation: it would divide what is
-    not gathered, and its losses would be wrong."""
-    config = getattr(module, "config", None)
-    if getattr(config, "model_type", None) == "rwkv" and 0 < config.rescale_every < config.num_hidden_layers:
-        raise ConfigError(
-            f"RWKV's rescale_every is {config.rescale_every} and it has {config.num_hidden_layers} layers, whose weights it "
-            "would divide while they are partitioned; set model.config.rescale_every = 0 (in fp16, use bf16)"
-        )
-
-
-class TrainedSet:
-    """Which parameters of a module are trained, as it was when the engine was made."""
-
-    def __init__(self, module: torch.nn.Module):
-        self._trained = [(name, param, param.requires_grad) for name, param in module.named_parameters()]
-
-    def reject_changes(self) -> None:
-        """Raise ConfigError where requires_grad of a parameter was set to something else since."""
-        for name, param, trained in self._trained:
-            if param.requires_grad != trained:
-                raise ConfigError(
-                    f"requires_grad of {name!r} is {param.requires_grad} and was {trained} when the engine was made, which "
-                    "decides what is trained; set it back, or save the model and make a new engine"
-                )
-
-
 def frozen_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The parameters that are not trained by their canonical names; tied ones once."""
     return {canonical_name(name): param for name, param in module.named_parameters() if not param.requires_grad}
@@ -235,33 +188,14 @@ def stored_weight_bytes(module: torch.nn.Module) -> int:
     return sum(p.ds_tensor.ds_numel * p.dtype.itemsize for p in module.parameters())
 
 
-def _reject_empty(module: torch.nn.Module) -> None:
-    """Raise ConfigError for a parameter of 0 elements on several ranks: DeepSpeed 0.19.8 fails in the middle of a gather."""
-    if dist.get_world_size() == 1:
-        return
-    for name, param in module.named_parameters():
-        if getattr(param, "ds_numel", param.numel()) == 0:
-            raise ConfigError(
-                f"parameter {name!r} has 0 elements, which ZeRO-3 cannot gather on {dist.get_world_size()} ranks; remove it "
-                "from the model, or register it as a buffer"
-            )
-
-
-def _reject_too_large(module: torch.nn.Module, config: dict) -> None:
-    """Raise ConfigError where a partition would go to NVMe and is larger than the swap buffers. Before partitioning."""
-    if wants_nvme(config):
-        numels = ((name, getattr(p, "ds_numel", p.numel())) for name, p in module.named_parameters())
-        check_partition_sizes(config, numels, dist.get_world_size())
-
-
-def _reject_other_dtypes(module: torch.nn.Module, config: dict) -> None:
+def reject_other_dtypes(module: torch.nn.Module, config: dict) -> None:
     """Raise ConfigError where a partition would go to NVMe in another dtype than its parameter has. Before partitioning.
 
-    DeepSpeed 0.19.8 stores all of them in the dtype of the model's first parameter; those that stay in memory keep their own.
+    The swap buffers have one dtype, see ``partition_onto_nvme``; partitions that stay in memory keep their own.
     """
     if not wants_nvme(config) or any((config.get(key) or {}).get("enabled") is True for key in ("bf16", "fp16")):
         return  # DeepSpeed casts the parameters to that one
-    stored = next(module.parameters()).dtype
+    stored = torch.float32
     for name, param in module.named_parameters():
         numel = -(-getattr(param, "ds_numel", param.numel()) // dist.get_world_size())
         if param.dtype != stored and numel * stored.itemsize >= smallest_file_bytes(config):

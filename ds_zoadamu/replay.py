@@ -29,8 +29,8 @@ from .locks import LockedFile
 from .replay_base import SLICE, Base, Fused, Tensor, open_base
 from .rules import RULES, Elements, Rule, Update, make_rule
 from .safetensors_io import FlatWriter, dtype_name, raw_bytes, sync_directory, write_durably
+from .shown import printed, shown
 from .stepping import apply_updates, recorded_updates
-from .untrusted import printed, shown
 
 
 @dataclass(frozen=True)

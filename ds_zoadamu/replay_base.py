@@ -18,7 +18,7 @@ from .base_model import weight_files
 from .companions import leads_out
 from .errors import ReplayError
 from .safetensors_io import FlatReader, dtype_from_name, raw_bytes
-from .untrusted import shown
+from .shown import shown
 
 if TYPE_CHECKING:
     from .hf_names import Group

@@ -8,6 +8,7 @@ import torch
 from . import collective
 from .errors import ReplayError
 from .replay import replay
+from .waiting import time_limit
 
 
 def add_arguments(parser: Any) -> None:
@@ -29,7 +30,7 @@ def run(args: Any) -> int:
     """Rebuild the model, on one process or a launcher's ranks; returns the exit status. Raises ReplayError, JournalError."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group("gloo", timeout=time_limit())
     if device == "cuda":
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % max(1, torch.cuda.device_count())}"
     try:

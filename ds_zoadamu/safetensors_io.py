@@ -16,7 +16,8 @@ from typing import Any
 import numpy
 import torch
 
-from .untrusted import is_text, open_file, parse_json, shown
+from .shown import shown
+from .untrusted import is_text, open_file, parse_json
 
 DTYPES = {
     "F64": torch.float64,

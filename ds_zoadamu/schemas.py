@@ -12,7 +12,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from .companions import check_companion
 from .rules.options import MAX_STEP
 from .safetensors_io import dtype_from_name
-from .untrusted import check_file_name, shown
+from .shown import shown
+from .untrusted import check_file_name
 
 MAX_COUNT = 2**63 - 1
 

@@ -118,8 +118,8 @@ def _measure(
     from transformers import AutoModelForCausalLM
 
     from ..distributed import init_distributed
-    from ..engine import initialize
     from ..hf_zero3 import zero3_known
+    from ..initialization import initialize
     from ..partition import stored_weight_bytes
     from ..training.memory import PeakMemory
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError, unknown_keys_message
 from ..kernels.types import Rounding
-from ..untrusted import shown
+from ..shown import shown
 
 Check = Callable[[str, str, Any], Any]
 """(where, key, value) -> the value as it is stored. Raises ConfigError naming the place, the value and the bound."""

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import ConfigError
 from ..kernels.types import Recurrence, fp32
-from ..untrusted import shown
+from ..shown import shown
 from .options import MAX_STEP, RuleConfig, choice, integer, number, option, optional, parse_fields
 from .rule import Rule, Scalars
 from .schedules import Schedule

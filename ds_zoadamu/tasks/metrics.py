@@ -10,6 +10,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 
+from ds_zoadamu import collective
 from ds_zoadamu.tasks.prompts import EncodedExample
 
 
@@ -79,7 +80,15 @@ def evaluate(module, examples: Sequence[EncodedExample], collate: Callable, micr
         examples: at least one.
         collate: a `PromptCollator`.
         micro_batch_size: examples in a forward.
+
+    Raises, on all ranks: what `collate` and the model raise; a RankError where they do on another rank.
     """
+    with collective.together("evaluate"):
+        collective.barrier()  # before a gather waits for a rank that does something else
+        return _evaluate(module, examples, collate, micro_batch_size)
+
+
+def _evaluate(module, examples: Sequence[EncodedExample], collate: Callable, micro_batch_size: int) -> Evaluation:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     starts = range(0, len(examples), micro_batch_size)
     num_rounds = -(-len(starts) // world_size)

@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Callable
 
-from ds_zoadamu.collective import leave
-from ds_zoadamu.errors import CheckpointError, ConfigError, JournalError, NonFiniteWeightsError, ReplayError
+from ds_zoadamu.collective import leave, together
+from ds_zoadamu.errors import CheckpointError, ConfigError, JournalError, NonFiniteWeightsError, RankError, ReplayError
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.plan import ensure_launched, rank
 
@@ -13,18 +13,27 @@ def run_script(body: Callable[[], object]) -> int:
     """Runs a script's body on this rank; returns its exit status, for ``ending.run_command``.
 
     What is wrong with the user's input is printed without a traceback, and the status is 2. Every other error goes on, to end
-    this rank with a traceback and status 1; the launcher then stops the other ranks. So does an exit() somewhere inside,
-    however it was meant: status 0 is of a body that has returned.
+    this rank with a traceback and status 1; the other ranks end with one line that names it. So does an exit() somewhere
+    inside, however it was meant: status 0 is of a body that has returned.
     """
     ensure_launched()
     try:
-        body()
+        with together(sys.argv[0]):
+            _whole(body)
     except (InputError, ConfigError, JournalError, CheckpointError, ReplayError, NonFiniteWeightsError) as error:
         print(f"{sys.argv[0]}: error on rank {rank()}: {error}", file=sys.stderr, flush=True)
         return 2
+    except RankError as error:
+        print(f"{sys.argv[0]}: rank {rank()} ends: {error}", file=sys.stderr, flush=True)
+        return 1
+    leave()
+    return 0
+
+
+def _whole(body: Callable[[], object]) -> None:
+    try:
+        body()
     except SystemExit as error:
         if error.code in (None, 0):
             raise RuntimeError("the run was ended by exit() in the middle; it has no result") from error
         raise
-    leave()
-    return 0

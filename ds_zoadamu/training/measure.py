@@ -16,6 +16,7 @@ from ds_zoadamu.tasks import InputError, evaluate, load_examples, majority_accur
 from ds_zoadamu.training.arguments import check_arguments
 from ds_zoadamu.training.output import environment
 from ds_zoadamu.training.plan import check_stage, rank, read_model_input, world_size
+from ds_zoadamu.waiting import current_limit, limit_waits
 
 # Only these matter without training; without a JSON each rank keeps its ZeRO-3 partition in fp32.
 _SECTIONS = ("zero_optimization", "bf16", "fp16")
@@ -44,6 +45,7 @@ def measure(args: Namespace) -> dict:
     encoded = model_input.encode(examples)
     model = load_causal_lm(args.model_name_or_path, config, trust_remote_code=args.trust_remote_code)
     engine, *_ = deepspeed.initialize(model=model, config=config)
+    limit_waits(current_limit())
     result = evaluate(engine.module, encoded, model_input.collate, args.per_device_eval_batch_size)
     figures = {
         "task": model_input.task.name,

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from ds_zoadamu import collective
 from ds_zoadamu.folders import put_back, remove, replace
 from ds_zoadamu.json_files import dumps, write_json
 from ds_zoadamu.locks import is_locked
@@ -112,11 +111,6 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
     """median, p10 and p90 of at least one number."""
     times = torch.tensor(seconds, dtype=torch.float64)
     return {name: times.quantile(q).item() for name, q in (("median", 0.5), ("p10", 0.1), ("p90", 0.9))}
-
-
-def of_all_ranks(numbers: dict) -> list[dict]:
-    """The numbers of each rank, in the order of ranks. All ranks call it."""
-    return collective.gather_json(numbers)
 
 
 def environment() -> dict:

@@ -15,8 +15,9 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 from ds_zoadamu import kernels
+from ds_zoadamu.collective import gather_json
 from ds_zoadamu.training.memory import PeakMemory, stored_bytes
-from ds_zoadamu.training.output import JOURNAL, PROFILE, OutputDirectory, environment, of_all_ranks, quantiles
+from ds_zoadamu.training.output import JOURNAL, PROFILE, OutputDirectory, environment, quantiles
 from ds_zoadamu.training.plan import make_plan, rank
 from ds_zoadamu.training.steps import Stepper, make_stepper
 
@@ -90,7 +91,7 @@ def profile(args: Namespace) -> dict:
         "steps": args.profile_steps,
         "seconds_a_step": quantiles(seconds),
         "passes_a_step": stepper.passes_a_step,
-        "ranks": of_all_ranks({**memory.report(), **stored_bytes(stepper.engine)}),
+        "ranks": gather_json({**memory.report(), **stored_bytes(stepper.engine)}),
         "split_seconds": _split(stepper, args.profile_steps),
         "collectives": _collectives(stepper, args.profile_steps),
     }

@@ -12,6 +12,7 @@ from deepspeed import comm as dist
 from deepspeed.utils import logger
 from tqdm import tqdm
 
+from ds_zoadamu.collective import gather_json
 from ds_zoadamu.digest import weights_digest
 from ds_zoadamu.divergence import nonfinite_parameter, weights_are_the_reason
 from ds_zoadamu.engine import ZeroOrderEngine
@@ -29,7 +30,6 @@ from ds_zoadamu.training.output import (
     RESULTS,
     OutputDirectory,
     environment,
-    of_all_ranks,
     quantiles,
 )
 from ds_zoadamu.training.plan import Plan, make_plan, rank
@@ -180,7 +180,7 @@ def _results(plan, stepper, before, best_model, last, seconds, peak) -> dict:
         "passes_a_step": stepper.passes_a_step,
         "skipped_steps": stepper.engine.skipped_steps,
         "weights_sha256": weights_digest(stepper.engine) if stepper.journaled else None,
-        "ranks": of_all_ranks({**peak, **stored_bytes(stepper.engine)}),
+        "ranks": gather_json({**peak, **stored_bytes(stepper.engine)}),
         **environment(),
         "command": shlex.join(sys.argv),
         "arguments": vars(args),

@@ -22,7 +22,7 @@ _LINGER = 120.0  # seconds: of a test that has failed already, for its other ran
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # torch._dynamo: the first torch optimizer of a process imports it, in some 3 seconds.
-_CONTEXT.set_forkserver_preload(["deepspeed", "transformers", "torch._dynamo", "ds_zoadamu.engine", "pytest"])
+_CONTEXT.set_forkserver_preload(["deepspeed", "transformers", "torch._dynamo", "ds_zoadamu.initialization", "pytest"])
 
 
 def free_port() -> int:

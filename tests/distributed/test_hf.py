@@ -86,13 +86,13 @@ def test_save_and_load_give_the_same_bits(tmp_path, dtype, shard_size, files):
 
 def _refusals(rank, world_size, source, taken):
     engine, _ = _engine(source, world_size)
-    with pytest.raises((FileExistsError, RuntimeError), match="taken exists and is not empty"):
+    with pytest.raises(OSError, match="taken exists and is not empty"):
         save_pretrained(engine, taken)
     with pytest.raises(ValueError, match="max_shard_size is '5'"):
         save_pretrained(engine, taken, max_shard_size="5")
     from ds_zoadamu.hf import load_weights
 
-    with pytest.raises((ValueError, RuntimeError), match="has no weights for 'model.decoder.embed_tokens.weight'"):
+    with pytest.raises(ValueError, match="has no weights for 'model.decoder.embed_tokens.weight'"):
         load_weights(engine, taken)
     if rank == 0:
         assert [path.name for path in taken.iterdir()] == ["mine.txt"]
@@ -224,14 +224,18 @@ def test_a_partitioned_model_is_resized_and_adapted(tmp_path):
         assert saved and all(shape == (before[1],) for shape in saved)
 
 
+def encoded_examples() -> list:
+    encoder = PromptEncoder(make_tokenizer(), SST2, 32)
+    return [encoder.encode(Example(f"film {'is ' * index}It was", index % 2)) for index in range(5)]
+
+
 def _train_and_score(rank, world_size, source, target):
     """One step and an evaluation on the prompt task."""
     import ds_zoadamu
-    from ds_zoadamu.tasks import SST2, Example, PromptCollator, PromptEncoder, evaluate, prompt_loss
+    from ds_zoadamu.tasks import PromptCollator, evaluate, prompt_loss
 
     config = jobs.config(world_size)
-    encoder = PromptEncoder(make_tokenizer(), SST2, 32)
-    examples = [encoder.encode(Example(f"film {'is ' * index}It was", index % 2)) for index in range(5)]
+    examples = encoded_examples()
     collate = PromptCollator(1)
     model = ds_zoadamu.load_causal_lm(str(source), config=config)
     engine = jobs.engine_for(model, config, loss_fn=prompt_loss)
@@ -253,7 +257,6 @@ def test_another_architecture_trains_on_prompts_and_is_saved(tmp_path):
     assert results[0] == other and loss > 0 and after.loss != start and after.num_examples == 5
     # The saved model scores as the partitioned one did: fp32, other order of summation at most.
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "target").eval()
-    encoder = PromptEncoder(make_tokenizer(), SST2, 32)
-    batch = PromptCollator(1)([encoder.encode(Example(f"film {'is ' * index}It was", index % 2)) for index in range(5)])
+    batch = PromptCollator(1)(encoded_examples())
     with torch.no_grad():
         assert prompt_loss(model, batch)[0].item() == pytest.approx(after.loss, rel=1e-5)

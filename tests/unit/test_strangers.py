@@ -18,9 +18,10 @@ from ds_zoadamu.companions import COMPANIONS
 from ds_zoadamu.errors import CheckpointError, ConfigError, JournalError, ReplayError
 from ds_zoadamu.journal import Journal, Record, header_line, read_journal, record_line
 from ds_zoadamu.replay import replay
+from ds_zoadamu.shown import shown
 from ds_zoadamu.tasks import InputError, load_task
 from ds_zoadamu.training.main import run_script
-from ds_zoadamu.untrusted import MAX_DEPTH, parse_json, read_file, shown
+from ds_zoadamu.untrusted import MAX_DEPTH, parse_json, read_file
 from tests.fuzz import READERS, checkpoint_reader, fuzz, journal_reader
 
 

@@ -1,0 +1,106 @@
+"""From the arguments of ``initialize`` to an engine: checked on each rank, compared between ranks, then set up."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.config import DeepSpeedConfig
+
+from . import agreement, collective
+from .auto_config import fill_auto_for_library, hidden_size_of
+from .config import check_config, check_precision, read_config, zeroth_order_type
+from .data import check_training_data
+from .distributed import init_distributed, launched_world_size
+from .engine import ZeroOrderEngine
+from .errors import ConfigError
+from .losses import LossFn
+from .waiting import current_limit, limit_waits, time_limit
+from .zero3.optimizer import ZerothOrderOptimizer
+
+
+def _checked(model, optimizer, model_parameters, training_data, configs: tuple) -> tuple[dict, torch.optim.Optimizer | None]:
+    """The configuration without "auto", and the optimizer, if the caller brings one. Raises ConfigError."""
+    if not isinstance(model, torch.nn.Module) or isinstance(model, PipelineModule):
+        raise ConfigError(f"model is a {type(model).__name__}; pass a torch.nn.Module that is not a PipelineModule")
+    config, config_params, args = configs
+    config = config if config is not None else config_params
+    from_args = getattr(args, "deepspeed_config", None)
+    if (config is None) == (from_args is None):
+        raise ValueError(f"pass the DeepSpeed configuration once: config={config!r}, args.deepspeed_config={from_args!r}")
+    config = read_config(config if config is not None else from_args)
+    if zeroth_order_type(config) is not None or isinstance(optimizer, ZerothOrderOptimizer):
+        check_training_data(training_data)
+    config = fill_auto_for_library(
+        config,
+        world_size=launched_world_size(),
+        hidden_size=hidden_size_of(getattr(model, "config", None)),
+        num_examples=len(training_data) if hasattr(training_data, "__len__") else None,
+    )
+    if optimizer is None:
+        check_config(config)
+    elif not isinstance(optimizer, torch.optim.Optimizer):  # DeepSpeed's other form: a function of the parameters
+        optimizer = optimizer(list(model.parameters() if model_parameters is None else model_parameters))
+    return config, optimizer
+
+
+def initialize(
+    args=None,
+    model: torch.nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | Callable | None = None,
+    model_parameters=None,
+    training_data: torch.utils.data.Dataset | None = None,
+    lr_scheduler=None,
+    distributed_port: int = 29500,
+    mpu=None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable | None = None,
+    config: dict | str | None = None,
+    config_params: dict | str | None = None,
+    *,
+    loss_fn: LossFn | None = None,
+    timeout: float | timedelta | None = None,
+) -> tuple[ZeroOrderEngine, torch.optim.Optimizer, Any, Any]:
+    """``deepspeed.initialize`` with a zeroth-order optimizer, from the JSON (``"type": "ZOAdaMU"``, ``"MeZO"``) or an object.
+
+    Args: those of deepspeed.initialize; ``loss_fn(module, batch) -> (mean loss, weight)`` in place of the model's own
+    ``.loss``; ``timeout``, seconds that ranks wait for each other at most, see ``waiting.time_limit``; ``training_data`` is a
+    data set (a list will do) or an iterable that is the same on all ranks, such as an IterableDataset. Returns (engine,
+    optimizer, dataloader, lr_scheduler). Raises ConfigError on all ranks for a setting that cannot work or differs between
+    them, before the model is touched. Any other optimizer is set up as DeepSpeed would, so that one script serves both.
+
+    "auto" values of the JSON are filled as launch/finetune.py fills them without arguments: micro-batch 8, lr 1e-6, and as
+    number of steps what the JSON says in another place, else the steps of one epoch of ``training_data``.
+    """
+    failure = None
+    try:
+        limit = None if timeout is None else time_limit(timeout)
+        config, optimizer = _checked(model, optimizer, model_parameters, training_data, (config, config_params, args))
+    except Exception as error:
+        if launched_world_size() == 1:  # there may be nothing to start a process group with
+            raise
+        failure, limit = error, None
+    init_distributed(limit, distributed_port=distributed_port, dist_init_required=dist_init_required)
+    with collective.together("initialize"):
+        with collective.on_all_ranks(ConfigError):
+            if failure is not None:
+                raise failure
+        check_precision(config)
+        agreement.require_same(agreement.of_run(model, config, optimizer, training_data))
+        engine = ZeroOrderEngine(
+            args=args,
+            model=model,
+            optimizer=optimizer,
+            model_parameters=model_parameters,
+            training_data=training_data,
+            lr_scheduler=lr_scheduler,
+            mpu=mpu,
+            dist_init_required=dist_init_required,
+            collate_fn=collate_fn,
+            config=config,
+            config_class=DeepSpeedConfig(config, mpu),
+            loss_fn=loss_fn,
+        )
+        limit_waits(current_limit())
+    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
