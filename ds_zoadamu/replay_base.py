@@ -108,7 +108,7 @@ class Base:
         base = replace(self, folder=folder, readers={})
         try:
             for file in self.readers:
-                base.readers[file] = FlatReader(folder / file)
+                base.readers[file] = FlatReader(folder / file, ReplayError)
         except BaseException:
             base.close()
             raise

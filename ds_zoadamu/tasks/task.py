@@ -64,12 +64,6 @@ class Task:
                 f"task {self.name!r}: template {shown(self.template)} names no column; "
                 'write a column in braces, for example "{sentence} It was"'
             )
-        try:
-            self.template.format(**dict.fromkeys(self.columns, "a"))
-        except (ValueError, LookupError) as error:
-            raise InputError(
-                f"task {self.name!r}: template {self.template!r} cannot be filled with text ({error}); write {{column}} alone"
-            ) from error
         words = list(self.label_words.values())
         if len(words) < 2:
             raise InputError(f"task {self.name!r}: label_words needs at least two labels, got {shown(dict(self.label_words))}")

@@ -298,7 +298,8 @@ def test_refusals(odd_runs, tmp_path):
     of_unknown_base = tmp_path / "unknown.jsonl"
     header = read_journal(journal).header
     header = {k: v for k, v in header.items() if k not in ("format", "version", "fields")}
-    Journal.create(of_unknown_base, header | {"base": {"name": None, "revision": None, "sha256": None, "note": "?"}}).close()
+    unknown = {"name": None, "revision": None, "sha256": None, "files": None, "note": "?"}
+    Journal.create(of_unknown_base, header | {"base": unknown}).close()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("mine")
     (tmp_path / "pickle").mkdir()
