@@ -242,7 +242,7 @@ def check_matches(engine: Any, found: store.Found, weights_only: bool = False, w
         )
     if with_lr_scheduler and not weights_only and scheduler is not None:
         try:
-            _check_scheduler_state(scheduler, saved["state"], len(engine.optimizer.param_groups))
+            _check_scheduler_state(scheduler, scheduler_state_of(found), len(engine.optimizer.param_groups))
         except ValueError as e:
             raise CheckpointError(f"checkpoint {str(found.path)!r} has a state that is none of {names[0]}: {e}") from e
 
