@@ -27,7 +27,7 @@ from .identity import BATCH, differences, own_data, phrase, run_identity
 from .partition import Partition
 from .safetensors_io import FlatReader, FlatWriter, raw_bytes, sync_directory
 from .typed_json import decode, encode, with_integer_keys
-from .untrusted import check_alike, shown
+from .untrusted import check_alike, printed, shown
 
 __all__ = ["load", "save", "weights_digest"]
 
@@ -349,7 +349,8 @@ def _decoded(found: store.Found, value: Any, of_version_1: Callable[[Any], Any] 
     try:
         return (of_version_1 if found.manifest["version"] == 1 else decode)(value)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-        raise CheckpointError(f"checkpoint {str(found.path)!r}: its manifest holds a state that cannot be decoded: {e}") from e
+        what = f"its manifest holds a state that cannot be decoded: {type(e).__name__}: {printed(str(e))}"
+        raise CheckpointError(f"checkpoint {str(found.path)!r}: {what}") from e
 
 
 def data_state_of(found: store.Found) -> Any:

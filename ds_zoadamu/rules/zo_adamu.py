@@ -82,8 +82,8 @@ class ZOAdaMUConfig(RuleConfig):
         super().check(where)
         if self.constant_beta1 == 1.0 and (alpha := self.schedule.alpha(self.t2)) < 1e-12:
             raise ConfigError(
-                f"{where}: alpha falls to {alpha:g} at step t2 = {self.t2} and constant_beta1 is 1, so that nothing is perturbed "
-                "from there on; raise floor"
+                f"{where}: alpha falls to {alpha:g} at step t2 = {self.t2} and constant_beta1 is 1, so that nothing is "
+                "perturbed from there on; raise floor"
             )
         if self.momentum.dtype != "replay":
             return
