@@ -17,7 +17,7 @@ from deepspeed.utils import log_dist, logger
 
 from . import collective, kernels, nvme
 from .auto_config import fill_auto_for_library, hidden_size_of
-from .config import check_config, check_deepspeed_settings, read_config, zeroth_order_type
+from .config import check_config, check_deepspeed_settings, read_config
 from .data import MicroBatchLoader, MicroBatchSampler, MicroBatchStream, check_training_data, is_stream
 from .distributed import init_distributed, launched_world_size
 from .draws import CommonDraws, undrawn
@@ -294,6 +294,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         elif self.client_optimizer is None:
             check_config(config)
         if self._zeroth_order_options() is not None:
+            check_training_data(self.training_data)
             nvme.prepare(config)
         super()._do_sanity_check()
 
@@ -392,12 +393,12 @@ def initialize(
     """``deepspeed.initialize`` with a zeroth-order optimizer, from the JSON (``"type": "ZOAdaMU"``, ``"MeZO"``) or an object.
 
     Args: those of deepspeed.initialize, and ``loss_fn(module, batch) -> (mean loss, weight)`` in place of the model's own
-    ``.loss``; ``training_data`` is a data set (a list will do) or an iterable that is the same on all ranks, such as an
-    IterableDataset. Returns (engine, optimizer, dataloader, lr_scheduler). Raises ConfigError for a setting that cannot work,
-    before the model is touched. Any other optimizer is set up as DeepSpeed would, so that one script serves both.
+    ``.loss``; ``training_data``: a data set, a list, or an iterable that is the same on all ranks. Returns (engine, optimizer,
+    dataloader, lr_scheduler). Raises ConfigError for a setting that cannot work, before the model is touched. Any other
+    optimizer is set up as DeepSpeed would, so that one script serves both.
 
-    "auto" values of the JSON are filled as launch/finetune.py fills them without arguments: micro-batch 8, lr 1e-6, and as
-    number of steps what the JSON says in another place, else the steps of one epoch of ``training_data``.
+    "auto" values of the JSON are filled as launch/finetune.py fills them without arguments: micro-batch 8, lr 1e-6, and the
+    number of steps that stands elsewhere in the JSON, else those of one epoch of ``training_data``.
     """
     if not isinstance(model, torch.nn.Module) or isinstance(model, PipelineModule):
         raise ConfigError(f"model is a {type(model).__name__}; pass a torch.nn.Module that is not a PipelineModule")
@@ -406,8 +407,6 @@ def initialize(
     if (config is None) == (from_args is None):
         raise ValueError(f"pass the DeepSpeed configuration once: config={config!r}, args.deepspeed_config={from_args!r}")
     config = read_config(config if config is not None else from_args)
-    if zeroth_order_type(config) is not None or isinstance(optimizer, ZerothOrderOptimizer):
-        check_training_data(training_data)
     config = fill_auto_for_library(
         config,
         world_size=launched_world_size(),
