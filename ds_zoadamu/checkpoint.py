@@ -26,7 +26,7 @@ from .errors import CheckpointError
 from .identity import BATCH, differences, own_data, phrase, run_identity
 from .partition import Partition
 from .safetensors_io import FlatReader, FlatWriter, raw_bytes, sync_directory
-from .shown import shown
+from .shown import printed, shown
 from .typed_json import decode, encode, with_integer_keys
 from .untrusted import check_alike
 
@@ -250,7 +250,7 @@ def check_matches(engine: Any, found: store.Found, weights_only: bool = False, w
         )
     if with_lr_scheduler and not weights_only and scheduler is not None:
         try:
-            _check_scheduler_state(scheduler, saved["state"], len(engine.optimizer.param_groups))
+            _check_scheduler_state(scheduler, scheduler_state_of(found), len(engine.optimizer.param_groups))
         except ValueError as e:
             raise CheckpointError(f"checkpoint {str(found.path)!r} has a state that is none of {names[0]}: {e}") from e
 
@@ -362,7 +362,8 @@ def _decoded(found: store.Found, value: Any, of_version_1: Callable[[Any], Any] 
     try:
         return (of_version_1 if found.manifest["version"] == 1 else decode)(value)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-        raise CheckpointError(f"checkpoint {str(found.path)!r}: its manifest holds a state that cannot be decoded: {e}") from e
+        what = f"its manifest holds a state that cannot be decoded: {type(e).__name__}: {printed(str(e))}"
+        raise CheckpointError(f"checkpoint {str(found.path)!r}: {what}") from e
 
 
 def data_state_of(found: store.Found) -> Any:

@@ -5,7 +5,6 @@ Ranks, where there are several, share the elements; nothing has to be exchanged 
 """
 
 import json
-import math
 import os
 import re
 import shlex
@@ -30,7 +29,7 @@ from .replay_base import SLICE, Base, Fused, Tensor, open_base
 from .rules import RULES, Elements, Rule, Update, make_rule
 from .safetensors_io import FlatWriter, dtype_name, raw_bytes, sync_directory, write_durably
 from .shown import printed, shown
-from .stepping import apply_updates, recorded_updates
+from .stepping import apply_updates, recorded_options, recorded_updates
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ def _rule_and_updates(contents: Contents, journal: str | Path) -> tuple[Rule, li
         if source is not None and source.isprintable():
             remedy = f"; import {shown(source)} first, if you trust it: ds_zoadamu --import {shlex.quote(source)} replay ..."
         raise ReplayError(f"{where} is of the rule {shown(name)}; known here: {', '.join(RULES)}{remedy}")
-    options = _recorded_options(header["options"])
+    options = recorded_options(header["options"])
     try:
         RULES[name].config_class.parse(options, "options of its header")  # also refuses names that are no options
         rule = make_rule(name, options)
@@ -167,15 +166,6 @@ def _rule_and_updates(contents: Contents, journal: str | Path) -> tuple[Rule, li
     except (ConfigError, ArithmeticError) as e:
         raise ReplayError(f"{where} is of no run that {name} can make: {e}") from e
     return rule, updates
-
-
-def _recorded_options(options: dict) -> dict:
-    """Options of a header without lr and decay, so that a bound which only a new run has does not refuse an old one.
-
-    Each record has the lr of its step, and the header's groups their decay.
-    """
-    used = {key: options.get(key) for key in ("lr", "weight_decay")}
-    return options | {key: 0.0 for key, value in used.items() if isinstance(value, float) and 0.0 <= value < math.inf}
 
 
 def _verify_base(base: Base, header: dict) -> None:

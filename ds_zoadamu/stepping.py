@@ -1,6 +1,7 @@
 """Many recorded steps in one pass over memory: elements do not know of each other, so each is read and written once a block of
 steps."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -65,3 +66,12 @@ def apply_updates(
             rule.update_(w, here, own, update)
         if progress is not None:
             progress((part.stop - part.start) * len(updates))
+
+
+def recorded_options(options: dict) -> dict:
+    """Options of a header without lr and decay, so that a bound which only a new run has does not refuse an old one.
+
+    Each record has the lr of its step, and the header's groups their decay.
+    """
+    used = {key: options.get(key) for key in ("lr", "weight_decay")}
+    return options | {key: 0.0 for key, value in used.items() if isinstance(value, float) and 0.0 <= value < math.inf}

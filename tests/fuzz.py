@@ -41,6 +41,7 @@ from ds_zoadamu.rules import RULES
 from ds_zoadamu.rules.zo_adamu import MOMENTUM_DTYPES
 from ds_zoadamu.safetensors_io import FlatReader, FlatWriter, raw_bytes
 from ds_zoadamu.tasks import InputError, load_examples, load_task
+from ds_zoadamu.typed_json import encode
 
 # --- damage -------------------------------------------------------------------------------------------------------------------
 
@@ -257,7 +258,7 @@ def checkpoint_reader(folder: Path) -> Reader:
         "lrs": [1e-3],
         "lr_scheduler": {"type": "WarmupLR", "state": {"last_batch_iteration": 3}},
         "data_position": [0, 16],
-        "client_state": {"best": float("inf")},
+        "client_state": encode({"best": float("inf"), 3: (1, {2}), "counts": Counter(a=1), "rng": torch.arange(4)}, "it"),
         "journal_checksum": "0" * 16,
         "files": entries,
         "data_state": None,
@@ -295,6 +296,7 @@ def checkpoint_reader(folder: Path) -> Reader:
         found = store.find(folder, store.latest_tag(folder))
         if differing := checkpoint.differences(identity, found.manifest["identity"], ignore=checkpoint.BATCH):
             raise CheckpointError(f"{found.path}: {checkpoint.phrase(differing)}")
+        checkpoint.client_state_of(found), checkpoint.scheduler_state_of(found)
         for entry in found.manifest["files"]:
             store.check_file(found.path, entry)
         readers: dict[str, FlatReader] = {}

@@ -80,6 +80,11 @@ class ZOAdaMUConfig(RuleConfig):
 
     def check(self, where: str) -> None:
         super().check(where)
+        if self.constant_beta1 == 1.0 and (alpha := self.schedule.alpha(self.t2)) < 1e-12:
+            raise ConfigError(
+                f"{where}: alpha falls to {alpha:g} at step t2 = {self.t2} and constant_beta1 is 1, so that nothing is "
+                "perturbed from there on; raise floor"
+            )
         if self.momentum.dtype != "replay":
             return
         window = self.schedule.plateau_window(self.momentum.window_tolerance)

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from ds_zoadamu import ConfigError, check_config
-from ds_zoadamu.replay import _recorded_options
 from ds_zoadamu.rules import ZOAdaMUConfig, make_rule
+from ds_zoadamu.stepping import recorded_options
 
 OK = {"lr": 1e-6, "total_steps": 600}
 
@@ -78,6 +78,10 @@ def test_values_survive():
         ({"num_perturbations": 0}, ["num_perturbations is 0", ">= 1"]),
         ({"num_perturbations": 1.0}, ["num_perturbations is 1.0", "integer"]),
         ({"constant_beta1": 0}, ["constant_beta1 is 0", ">= 1e-06 and <= 1", "zo_eps x beta1"]),
+        (
+            {"constant_beta1": 1, "floor": 0, "t1": 0, "t2": 600},
+            ["alpha falls to 0 at step t2 = 600", "nothing is perturbed", "raise floor"],
+        ),
         ({"constant_beta1": 1e-200}, ["constant_beta1 is 1e-200", ">= 1e-06"]),
     ],
     ids=str,
@@ -131,9 +135,9 @@ def test_without_momentum_replay_needs_one_step():
 
 def test_a_journal_of_an_lr_that_a_new_run_may_not_have_can_be_replayed():
     recorded = {"lr": 100.0, "weight_decay": 20.0, "seed": 3}
-    assert make_rule("MeZO", _recorded_options(recorded)).config.seed == 3
+    assert make_rule("MeZO", recorded_options(recorded)).config.seed == 3
     with pytest.raises(ConfigError, match="lr is inf"):
-        make_rule("MeZO", _recorded_options(recorded | {"lr": float("inf")}))
+        make_rule("MeZO", recorded_options(recorded | {"lr": float("inf")}))
 
 
 def test_check_config_from_a_file(tmp_path):
