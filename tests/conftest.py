@@ -63,7 +63,7 @@ def pytest_collection_finish(session):
     wanted = worker == "gw0" and not session.config.option.collectonly and any(map(_needs_operator, session.items))
     if wanted and not _operator_is_built():
         session.config.stash[_build] = subprocess.Popen(
-            ["nice", "-n", "19", sys.executable, "-c", _BUILD], cwd=session.config.rootpath, start_new_session=True,
+            ["nice", sys.executable, "-c", _BUILD], cwd=session.config.rootpath, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
