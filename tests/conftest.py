@@ -1,7 +1,6 @@
 """The suite's options, its order, and what is built while it runs."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +9,18 @@ import pytest
 
 from .capability import LEVELS
 
-# DeepSpeed's async_io takes minutes to build, once on a machine. SystemExit lets torch remove the lock for the next build.
+# DeepSpeed's async_io takes minutes to build, once on a machine. It ends with the session, however that ends (1 is
+# PR_SET_PDEATHSIG); SystemExit lets torch remove the lock for the next build.
 _BUILD = """
-import signal, sys
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+import ctypes, os, signal, sys
+
+def end(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.killpg(0, signal.SIGTERM)
+    sys.exit(1)
+
+signal.signal(signal.SIGTERM, end)
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 from ds_zoadamu import nvme
 nvme._load_operator()
 """
@@ -63,7 +70,7 @@ def pytest_collection_finish(session):
     wanted = worker == "gw0" and not session.config.option.collectonly and any(map(_needs_operator, session.items))
     if wanted and not _operator_is_built():
         session.config.stash[_build] = subprocess.Popen(
-            ["nice", "-n", "19", sys.executable, "-c", _BUILD], cwd=session.config.rootpath, start_new_session=True,
+            ["nice", sys.executable, "-c", _BUILD], cwd=session.config.rootpath, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
@@ -72,6 +79,6 @@ def pytest_sessionfinish(session, exitstatus):
     build = session.config.stash.get(_build, None)
     if build is None:
         return
-    if exitstatus != pytest.ExitCode.OK and build.poll() is None:
-        os.killpg(build.pid, signal.SIGTERM)  # nobody waits for it any more
+    if exitstatus != pytest.ExitCode.OK:
+        build.terminate()  # nobody waits for it any more
     build.wait()
