@@ -33,7 +33,7 @@ def through_json(value):
     return decode(json.loads(json.dumps(encode(value, "it"), allow_nan=False)))
 
 
-@pytest.mark.parametrize("value", [PLAIN, *VALUES], ids=str)
+@pytest.mark.parametrize("value", [PLAIN, *VALUES])
 def test_what_is_loaded_is_what_was_saved(value):
     back = through_json(value)
     assert back == value and type(back) is type(value) and encode(back, "it") == encode(value, "it")
@@ -70,7 +70,7 @@ def itself():
         (torch.zeros(1, dtype=torch.complex64), "it is a tensor of complex64"),
         (itself(), "it contains itself"),
     ],
-    ids=str,
+    ids=lambda value: None,
 )
 def test_what_cannot_be_kept_is_named(value, message):
     with pytest.raises(TypeError, match=message):
@@ -88,7 +88,7 @@ def test_integer_keys_that_json_has_turned_into_strings():
     assert back == state and type(back["milestones"]) is Counter
 
 
-@pytest.mark.parametrize("state", [{"--3": 1}, {"3": 1, "x": 2}, {"٣": 1}, {"": 1}], ids=str)
+@pytest.mark.parametrize("state", [{"--3": 1}, {"3": 1, "x": 2}, {"٣": 1}, {"": 1}])
 def test_other_keys_stay(state):
     assert with_integer_keys(state) == state
 
@@ -102,7 +102,7 @@ def test_other_keys_stay(state):
         {"$type": "tensor", "value": {"dtype": "int8", "shape": [2**70], "data": "AA=="}},
         {"$type": "tensor", "value": {"dtype": "int32", "shape": [1], "data": "AA=="}},
     ],
-    ids=str,
+    ids=lambda value: None,
 )  # fmt: skip
 def test_what_is_not_of_encode_is_an_error_of_a_checkpoint(value, tmp_path):
     found = Found("tag", tmp_path, {"version": 2, "client_state": value})
