@@ -10,6 +10,7 @@ import torch
 
 from . import collective
 from .config import zeroth_order_type
+from .data import length_of
 from .errors import ConfigError
 from .kernels import NOISE_VERSION
 from .partition import canonical_name, whole_shape
@@ -79,15 +80,12 @@ def of_run(model: torch.nn.Module, config: dict, optimizer: Any, training_data: 
     The parameters are among them for a zeroth-order optimizer: another one may have parallelism of its own.
     """
     settings: dict[str, Any] = {"timeout": current_limit().total_seconds()}
-    if hasattr(training_data, "__len__"):
-        settings["len(training_data)"] = len(training_data)
+    if (length := length_of(training_data)) is not None:
+        settings["len(training_data)"] = length
     settings |= of_config(config)
     if isinstance(optimizer, ZerothOrderOptimizer):
         settings["rule"] = optimizer.rule.name
         settings |= _leaves("options", dataclasses.asdict(optimizer.rule.config))
-        for index, group in enumerate(optimizer.param_groups):
-            values = {"lr": group["lr"], "weight_decay": group["weight_decay"], "parameters": len(group["params"])}
-            settings |= _leaves(f"parameter group {index}", values)
     elif optimizer is not None or zeroth_order_type(config) is None:
         return settings
     names = []
@@ -96,3 +94,14 @@ def of_run(model: torch.nn.Module, config: dict, optimizer: Any, training_data: 
         trained = "trained" if param.requires_grad else "frozen"
         settings[f"parameter {names[-1]!r}"] = f"{list(whole_shape(param))} {param.dtype} {trained}"
     return settings | {"the order of parameters": names, "noise version": NOISE_VERSION}
+
+
+def of_groups(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
+    """The parameter groups of a bound optimizer, however they were given."""
+    names = {id(partition.param): partition.name for partition in optimizer.partitions}
+    settings: dict[str, Any] = {"number of parameter groups": len(optimizer.param_groups)}
+    for index, group in enumerate(optimizer.param_groups):
+        trained = [names[id(param)] for param in group["params"] if id(param) in names]
+        values = {"lr": group["lr"], "weight_decay": group["weight_decay"], "parameters": trained}
+        settings |= _leaves(f"parameter group {index}", values)
+    return settings

@@ -145,7 +145,10 @@ def _fill_scheduler(filler: "_Filler", given: dict) -> None:
             )
         return
     filler.fill("scheduler.params.warmup_min_lr", None, 0.0)
-    filler.fill("scheduler.params.warmup_max_lr", None, filler.get("optimizer.params.lr"))
+    highest = "scheduler.params.warmup_max_lr"
+    # Where the JSON has one, it takes the place of the optimizer's lr.
+    asked = given.get("learning_rate") if filler.get(highest) is not None else None
+    filler.fill(highest, asked, filler.get("optimizer.params.lr"), "--learning_rate")
     filler.fill("scheduler.params.total_num_steps", None, given.get("max_steps"))
     steps, left_open = given.get("warmup_steps"), filler.get("scheduler.params.warmup_num_steps") in (None, "auto")
     # DeepSpeed refuses a warm-up of 0 steps; 1 is what the Trainer takes for "none".

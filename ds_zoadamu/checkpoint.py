@@ -22,7 +22,7 @@ from . import collective
 from ._crash_points import reach
 from .checkpoint_owner import CheckpointOwner
 from .digest import frozen_digests, weights_digest
-from .errors import CheckpointError
+from .errors import CheckpointError, HalfLoadedError
 from .identity import BATCH, differences, own_data, phrase, run_identity
 from .partition import Partition
 from .safetensors_io import FlatReader, FlatWriter, raw_bytes, sync_directory
@@ -121,7 +121,7 @@ def _scheduler_entry(scheduler: Any) -> dict:
 def _encoded(value: Any, what: str) -> Any:
     try:
         return encode(value, what)
-    except TypeError as e:
+    except (TypeError, ValueError, RuntimeError) as e:  # also what Python or torch refuse: endless digits, sparse tensors
         raise CheckpointError(f"a checkpoint cannot hold all of {what}: {e}") from e
 
 
@@ -218,12 +218,17 @@ def load(
                 store.check_file(found.path, entry)
         with collective.on_all_ranks(CheckpointError):
             pieces = [(p, list(_pieces(engine, p, found, readers, weights_only))) for p in engine.optimizer.partitions]
-        with collective.on_all_ranks(CheckpointError), engine._gathers.writing():
-            for partition, wanted in pieces:
-                with partition.writable():
-                    stored = engine.optimizer.stored(partition)
-                    for piece in wanted:
-                        _read(piece, stored[piece.kind])
+        try:
+            with collective.on_all_ranks(CheckpointError), engine._gathers.writing():
+                for partition, wanted in pieces:
+                    with partition.writable():
+                        stored = engine.optimizer.stored(partition)
+                        for piece in wanted:
+                            _read(piece, stored[piece.kind])
+        except CheckpointError as e:
+            raise collective.everywhere(
+                HalfLoadedError(f"{e}. Parts of it are in the engine already: load another one, or begin with a new engine")
+            ) from e
     finally:
         for reader in readers.values():
             reader.close()
@@ -259,6 +264,9 @@ def _check_scheduler_state(scheduler: Any, state: Any, groups: int) -> None:
     """A scheduler takes what it is given as its attributes. Raises ValueError for what cannot be of one like ``scheduler``."""
     own = scheduler.state_dict()
     check_alike(state, own)
+    # Names with an underscore come and go with PyTorch's releases.
+    for key in sorted({key for key in own.keys() ^ state.keys() if not str(key).startswith("_")}, key=str):
+        raise ValueError(f"{shown(key)} is {'missing' if key in own else 'none of its numbers'}")
     for key, value in state.items():
         if key not in own and hasattr(type(scheduler), key):
             raise ValueError(f"{shown(key)} is none of its numbers")

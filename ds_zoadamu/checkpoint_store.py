@@ -241,8 +241,11 @@ def publish(folder: Path, tag: str, manifest: dict, *, save_latest: bool) -> Pat
 
 def prune(directory: Path, limit: int, keep: str, owns: Callable[[Found], bool | None]) -> None:
     """Remove the oldest checkpoints of this run, by step, until at most ``limit`` are left; never the one tagged ``keep``, and
-    none that is not known to be its own. Raises OSError."""
-    others = [found for found in find_all(directory) if found.tag != keep and owns(found)]
+    none that is not known to be its own, or to which another name here is a link: a user keeps it that way. Raises OSError."""
+    names = {path: Path(os.path.realpath(path)) for path in directory.iterdir() if path.is_symlink()}
+    names = {path: target for path, target in names.items() if target.parent == directory}
+    own = [found for found in find_all(directory) if found.path not in names and found.path not in names.values()]
+    others = [found for found in own if found.tag != keep and owns(found)]
     for found in others[max(0, limit - 1) :]:
         removing = directory / (_REMOVING + found.tag)
         os.rename(found.path, removing)  # a kill in the middle leaves nothing that looks like a checkpoint

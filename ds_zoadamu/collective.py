@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from .errors import RankError
-from .waiting import current_limit, everywhere, is_known, tell
+from .waiting import begin_call, current_limit, everywhere, is_known, tell
 
 _HEAD = struct.Struct("<40sq")  # the place, and the length of the data
 _FIRST = 256  # bytes of the first message: head, and data that is short
@@ -61,6 +61,8 @@ def together(place: str) -> Iterator[None]:
     """
     global _place
     outside, _place = _place, place
+    if not outside:
+        begin_call()
     try:
         yield
     except Exception as error:

@@ -6,6 +6,8 @@ position of a step is that of the micro-batches it has taken, however many more 
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -98,15 +100,25 @@ class MicroBatchSampler(torch.utils.data.Sampler[list[int]]):
             yield order[number * self.micro_batch_size : (number + 1) * self.micro_batch_size].tolist()
 
 
+@dataclass
+class _Waiting:
+    """A micro-batch that no step has taken yet; ``refs``: to its tensors."""
+
+    iteration: int
+    position: Position
+    refs: list[weakref.ref]
+    evaluated: bool = False
+
+
 class _HandedOut:
     """The micro-batches that a loader has handed out and no step has taken yet, with their positions.
 
     They are known again by their tensors. A copy, as on another device, is taken for the oldest one of the iteration that the
-    steps are in, or else of those that were gone through to their end and of the newest one.
+    steps are in, or else of those that were gone through to their end and of the newest one; never for one that was evaluated.
     """
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[int, Position, list[weakref.ref]]] = []
+        self._waiting: list[_Waiting] = []
         self._iterations = 0
         self._ended: set[int] = set()
         self._current: int | None = None
@@ -121,26 +133,43 @@ class _HandedOut:
         self._ended.add(iteration)
 
     def add(self, iteration: int, batch: Any, position: Position) -> None:
-        self._waiting.append((iteration, position, [weakref.ref(leaf) for leaf in _leaves(batch)]))
+        self._waiting.append(_Waiting(iteration, position, [weakref.ref(leaf) for leaf in _leaves(batch)]))
 
     def remove(self, batch: Any) -> Position | None:
         """The position of a micro-batch; it and what was handed out before it is waited for no more. None for a strange one."""
         index = self._find(batch)
         if index is None:
+            index = self._oldest()
+        if index is None:
             return None
-        self._current, position, _ = self._waiting[index]
+        found = self._waiting[index]
         del self._waiting[: index + 1]  # in place: another thread may be handing out ahead
-        return position
+        self._current = found.iteration
+        return found.position
+
+    def note_evaluated(self, batch: Any) -> None:
+        """An evaluation has used a micro-batch; a step may still take it."""
+        index = self._find(batch)
+        if index is None:
+            return
+        self._waiting[index].evaluated = True
+        for number in range(index, -1, -1):  # those that are gone cannot come any more
+            waiting = self._waiting[number]
+            if waiting.evaluated and all(ref() is None for ref in waiting.refs):
+                del self._waiting[number]
 
     def _find(self, batch: Any) -> int | None:
         leaves = {id(leaf) for leaf in _leaves(batch)}
         for enough in (all, any):  # any: without those that the user has replaced; not at once, as batches may share a tensor
-            for index, (_, _, refs) in enumerate(self._waiting):
-                if refs and enough((leaf := ref()) is not None and id(leaf) in leaves for ref in refs):
+            for index, waiting in enumerate(self._waiting):
+                if waiting.refs and enough((leaf := ref()) is not None and id(leaf) in leaves for ref in waiting.refs):
                     return index
+        return None
+
+    def _oldest(self) -> int | None:
         for iterations in ({self._current}, self._ended | {self._iterations}):  # not one that was left after a look
-            for index, entry in enumerate(self._waiting):
-                if entry[0] in iterations:
+            for index, waiting in enumerate(self._waiting):
+                if waiting.iteration in iterations and not waiting.evaluated:
                     return index
         return None
 
@@ -178,10 +207,18 @@ class TrainingData:
             self.position = positions[-1]
             self._epochs.leave()
 
-    def pass_by(self, micro_batches: Sequence[Any]) -> None:
-        """An evaluation has used these: no step will take them."""
-        for micro_batch in micro_batches:
-            self._handed_out.remove(micro_batch)
+    def note_evaluated(self, micro_batch: Any) -> None:
+        """An evaluation has used a micro-batch, of here or not; a step may still take it."""
+        self._handed_out.note_evaluated(micro_batch)
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Inside, an evaluation may go through all of the data: the steps' epochs are counted as if it had not."""
+        before = vars(self._epochs).copy()
+        try:
+            yield
+        finally:
+            vars(self._epochs).update(before)
 
     def _hand_out(self, batches: Iterable[Any], begin: Callable[[], Position], world_size: int) -> Iterator[Any]:
         """The batches of an iteration, noted with their positions. ``begin``: asked with the first one for where it began."""
@@ -267,6 +304,14 @@ def is_stream(data: Any) -> bool:
     return hasattr(data, "__iter__") and not (hasattr(data, "__getitem__") and hasattr(data, "__len__"))
 
 
+def length_of(data: Any) -> int | None:
+    """Number of examples; None where the data does not know it."""
+    try:
+        return len(data)
+    except TypeError:  # also of a __len__ that asks others who have none
+        return None
+
+
 def check_training_data(data: Any) -> None:
     """Raises ConfigError, with a remedy, for what cannot be training data. None stands for none."""
     if data is None:
@@ -279,10 +324,10 @@ def check_training_data(data: Any) -> None:
     elif isinstance(data, (torch.Tensor, numpy.ndarray)):
         reason = "wrap it: torch.utils.data.TensorDataset(torch.as_tensor(data))"
     elif hasattr(data, "dataset") and hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
-        reason = "it makes batches already; pass its dataset, or pass it to train_batch and leave training_data out"
+        reason = "it makes batches already; pass its dataset, or leave training_data out and give iter(it) to train_batch"
     elif hasattr(data, "__next__"):
         reason = "it can be gone through only once; pass a list, or an object whose __iter__ begins anew"
-    elif not is_stream(data) and not hasattr(data, "__len__"):
+    elif not is_stream(data) and length_of(data) is None:
         reason = "it has no __len__; give it one, or make it a torch.utils.data.IterableDataset"
     elif not is_stream(data) and len(data) == 0:
         reason = "it is empty"

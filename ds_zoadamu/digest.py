@@ -13,7 +13,7 @@ import deepspeed
 import torch
 
 from . import collective
-from .partition import frozen_parameters, whole_shape
+from .partition import canonical_name, frozen_parameters, whole_shape
 from .safetensors_io import dtype_name, raw_bytes
 
 _SLICE = 1 << 24  # elements hashed at a time: bounds the copy of a tensor that lies on a GPU
@@ -75,10 +75,12 @@ def frozen_digests(engine: Any) -> dict[str, str]:
 
 
 def frozen_digest(engine: Any) -> str | None:
-    """SHA-256 in hex over the frozen weights of an engine, as ``weights_digest`` over the trained ones; None where there are
-    none. Call it on all ranks.
+    """SHA-256 in hex over the frozen weights and the stored buffers of an engine, as ``weights_digest`` over the trained ones;
+    None where there are none. Call it on all ranks.
     """
     digests, frozen = frozen_digests(engine), frozen_parameters(engine.module)
-    if not frozen:
-        return None
-    return combine((name, dtype_name(p.dtype), whole_shape(p), digests[name]) for name, p in frozen.items())
+    entries = [(name, dtype_name(p.dtype), whole_shape(p), digests[name]) for name, p in frozen.items()]
+    stored = engine.module.state_dict().keys()
+    buffers = {canonical_name(name): buffer for name, buffer in engine.module.named_buffers() if name in stored}
+    entries += [(name, dtype_name(b.dtype), tuple(b.shape), tensor_sha256(b)) for name, b in buffers.items()]
+    return combine(entries) if entries else None

@@ -1,5 +1,6 @@
 """What makes a run survive: journal, checkpoints and resume, as methods of the engine."""
 
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -177,6 +178,12 @@ class Durability:
             with collective.on_all_ranks(CheckpointError):
                 if not weights_only and data_state is not None and self.data_source is not None:
                     self.data_source.load_state_dict(data_state)
+        if not weights_only and data_state is not None and self.data_source is None:
+            checkpoint.log_on_rank_0(
+                logging.WARNING,
+                f"checkpoint {str(found.path)!r} holds the state of a data iterator, and this engine has seen none: it begins "
+                "anew. Set engine.data_source = ITERATOR before loading, or use engine.resume(..., data=ITERATOR)",
+            )
         return str(found.path), client_state
 
     # --- called by train_batch ------------------------------------------------------------------------------------------------

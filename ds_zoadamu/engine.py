@@ -3,8 +3,8 @@
 import logging
 import math
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from deepspeed.utils import log_dist, logger
 
 from . import collective, divergence, kernels, nvme
 from .config import check_config, check_deepspeed_settings, read_config
-from .data import MicroBatchLoader, MicroBatchSampler, MicroBatchStream, check_training_data, is_stream
+from .data import MicroBatchLoader, MicroBatchSampler, MicroBatchStream, TrainingData, check_training_data, is_stream
 from .draws import CommonDraws, undrawn
 from .durability import Durability
 from .errors import ConfigError, NonFiniteLossError
@@ -110,7 +110,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             with evaluating(self.module):
                 for evaluation in evaluations:
                     with self._gathers.perturbed(self._fill(evaluation)):
-                        passes.append([self._loss(micro_batch) for micro_batch in draws.before_each(micro_batches)])
+                        passes.append([self._loss(_fresh(batch)) for batch in draws.before_each(micro_batches)])
             record, projected_grads = self._record(evaluations, global_means(passes, self.device))
             if record.skipped and record.step == 1:
                 divergence.refuse_nonfinite_weights(self, record)
@@ -131,13 +131,14 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         have different numbers of them. Raises as ``train_batch`` does.
         """
         self._require_zeroth_order("eval_batch")
-        with collective.together("eval_batch"), evaluating(self.module), undrawn():
+        over_training_data = batch.unchanged() if isinstance(batch, TrainingData) else nullcontext()
+        with collective.together("eval_batch"), evaluating(self.module), undrawn(), over_training_data:
             return self._evaluator.mean(batch, self.gradient_accumulation_steps(), self.device)
 
     def _evaluate(self, micro_batch: Any) -> torch.Tensor:
         if (data := own_data(self)) is not None:
-            data.pass_by([micro_batch])
-        return self._loss(self._to_device(micro_batch))
+            data.note_evaluated(micro_batch)
+        return self._loss(_fresh(self._to_device(micro_batch)))
 
     def backward(self, *args, **kwargs):
         """There is no backward pass: raises RuntimeError naming ``train_batch``."""
@@ -168,13 +169,15 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
 
     def _draw(self, batch: Any) -> list[Any]:
         """This rank's micro-batches of a step, once every rank has its own: before a gather waits for a rank without."""
-        with collective.on_all_ranks(ValueError) as counts:
+        with collective.on_all_ranks(ValueError) as given:
             drawn = self._take(batch)
-            counts.mine = len(drawn)
-        if all(counts.all):
+            given.mine = [len(drawn), *(float(group["lr"]) for group in self.optimizer.param_groups)]
+        self._require_one_lr([lrs for _, *lrs in given.all])
+        counts = [count for count, *_ in given.all]
+        if all(counts):
             return drawn
-        ended = [number for number, count in enumerate(counts.all) if count == 0]
-        if len(ended) < len(counts.all):
+        ended = [number for number, count in enumerate(counts) if count == 0]
+        if len(ended) < len(counts):
             log_dist(
                 f"the iterator of {collective.by_rank(ended)} has ended before those of the others; the epoch ends for all "
                 "ranks, and the others' last micro-batches are not used",
@@ -183,6 +186,14 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             )
         raise collective.everywhere(StopIteration())
 
+    def _require_one_lr(self, of_ranks: list[list[float]]) -> None:
+        by_lrs = collective.grouped(map(tuple, of_ranks))
+        if len(by_lrs) > 1:
+            lrs = ", ".join(f"{'/'.join(map(repr, lrs))} on {collective.by_rank(ranks)}" for lrs, ranks in by_lrs.items())
+            raise collective.everywhere(
+                ConfigError(f"step {self.optimizer.next_step}: the lr is {lrs}; give all ranks the same lr scheduler")
+            )
+
     def _take(self, batch: Any) -> list[Any]:
         """The micro-batches of a step; none where the iterator has ended."""
         count = self.gradient_accumulation_steps()
@@ -190,7 +201,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             if count != 1:
                 raise ValueError(
                     f"gradient_accumulation_steps is {count}, so a step takes {count} micro-batches; pass an iterator: "
-                    "engine.train_batch(iter(dataloader))"
+                    "batches = iter(dataloader), and engine.train_batch(batches) for each step"
                 )
             return [batch]
         drawn = []
@@ -205,15 +216,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         return drawn
 
     def _to_device(self, batch: Any) -> Any:
-        if torch.is_tensor(batch):
-            return batch.to(self.device, non_blocking=True)
-        if hasattr(batch, "items"):
-            return {key: self._to_device(value) for key, value in batch.items()}
-        if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-            return type(batch)(*(self._to_device(value) for value in batch))
-        if isinstance(batch, (list, tuple)):
-            return type(batch)(self._to_device(value) for value in batch)
-        return batch
+        return _mapped(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
 
     def _loss(self, micro_batch: Any) -> torch.Tensor:
         return as_pair(self.loss_fn(self.module, micro_batch), self.device)
@@ -227,7 +230,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
     def _record(self, evaluations: Sequence[Evaluation], losses: list[float]) -> tuple[StepRecord, tuple[float, ...]]:
         """The step's record and its projected gradients, from the losses of its evaluations."""
         optimizer, step = self.optimizer, self.optimizer.next_step
-        grads = optimizer.rule.projected_grads(losses)
+        grads = tuple(map(kernels.round_grad, optimizer.rule.projected_grads(losses)))  # also those of a rule of one's own
         plus = [loss for evaluation, loss in zip(evaluations, losses, strict=True) if evaluation.coefficient > 0.0]
         minus = [loss for evaluation, loss in zip(evaluations, losses, strict=True) if evaluation.coefficient <= 0.0]
         loss_plus, loss_minus = sum(plus) / len(plus), sum(minus) / len(minus)
@@ -365,7 +368,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
     ):
         """DeepSpeed's data loader, except that training data is dealt out by micro-batches in one global order
         (MicroBatchLoader, MicroBatchStream). ``num_local_io_workers``: processes that read ahead (default: none), not for a
-        stream.
+        stream. The loader takes the place of the engine's own where there is none, or one of the same data.
         """
         options = self._zeroth_order_options()
         if options is None or route != ROUTE_TRAIN or data_sampler is not None:
@@ -375,14 +378,20 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         batch_size = batch_size or self.train_micro_batch_size_per_gpu()
         deal = self.gradient_accumulation_steps(), dist.get_rank(), dist.get_world_size()
         if is_stream(dataset):
-            return MicroBatchStream(dataset, collate_fn or torch.utils.data.default_collate, batch_size, *deal)
-        return MicroBatchLoader(
-            dataset,
-            MicroBatchSampler(len(dataset), batch_size, *deal, options.seed),
-            collate_fn=collate_fn,
-            num_workers=kwargs.get("num_local_io_workers") or 0,
-            pin_memory=pin_memory and not get_accelerator().is_synchronized_device(),
-        )
+            loader = MicroBatchStream(dataset, collate_fn or torch.utils.data.default_collate, batch_size, *deal)
+        else:
+            loader = MicroBatchLoader(
+                dataset,
+                MicroBatchSampler(len(dataset), batch_size, *deal, options.seed),
+                collate_fn=collate_fn,
+                num_workers=kwargs.get("num_local_io_workers") or 0,
+                pin_memory=pin_memory and not get_accelerator().is_synchronized_device(),
+            )
+        if (
+            getattr(getattr(self, "training_dataloader", None), "dataset", dataset) is dataset
+        ):  # not where an evaluation's data goes this way
+            self.training_dataloader = loader
+        return loader
 
     def _zeroth_order_options(self) -> RuleConfig | None:
         if self.client_optimizer is not None:
@@ -401,3 +410,21 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             gathers.close()
         if offload := self.__dict__.pop("_offload", None):
             offload.destroy()
+
+
+def _mapped(batch: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A batch with other tensors, in containers of its own."""
+    if torch.is_tensor(batch):
+        return function(batch)
+    if hasattr(batch, "items"):
+        return {key: _mapped(value, function) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_mapped(value, function) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(_mapped(value, function) for value in batch)
+    return batch
+
+
+def _fresh(batch: Any) -> Any:
+    """A copy for one pass: a loss may change its batch in place, and every pass must see the same one."""
+    return _mapped(batch, torch.clone)

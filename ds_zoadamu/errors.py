@@ -26,6 +26,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be saved, found or trusted; raised before anything in memory is changed."""
 
 
+class HalfLoadedError(CheckpointError):
+    """A checkpoint that was found damaged when some of it was in the engine already; another one may still be loaded."""
+
+
 class ReplayError(ValueError):
     """A base model and a journal from which no model can be rebuilt."""
 

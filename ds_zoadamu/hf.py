@@ -38,7 +38,7 @@ def load_causal_lm(path: str, config: dict | str | Path, dtype: torch.dtype | No
     Args:
         path: a folder or a name on the hub, as for `AutoModelForCausalLM.from_pretrained`.
         config: the DeepSpeed configuration, ZeRO stage 3, or its path; "auto" values are filled as by `initialize`.
-        dtype: of the weights; None: as the configuration's bf16 or fp16 section says, else fp32.
+        dtype: of the weights, as the configuration's bf16 or fp16 section says, else fp32; anything else is an error.
         kwargs: passed on to `from_pretrained`; without trust_remote_code a model that brings code of its own is refused.
 
     Returns:
@@ -57,7 +57,11 @@ def load_causal_lm(path: str, config: dict | str | Path, dtype: torch.dtype | No
             _check_stage(config)
         with collective.on_all_ranks(OSError):
             config = _filled(path, config, kwargs)
-            dtype = config_dtype(config) if dtype is None else dtype
+            asked, dtype = dtype, config_dtype(config)
+            if asked not in (None, dtype):
+                raise ConfigError(
+                    f"load_causal_lm: dtype is {asked}, the configuration's weights are {dtype}: set its bf16 or fp16 section"
+                )
         agreement.require_same(agreement.of_config(config) | {"dtype": str(dtype)})
         check_precision(config)
         with collective.on_all_ranks(ConfigError):
@@ -200,7 +204,14 @@ def load_weights(engine, directory: str | Path) -> None:
     Raises:
         ValueError: on all ranks, before a weight is changed: a parameter is missing in the folder or has another shape there,
             or a file cannot be read.
+        RuntimeError: a journal is open, whose steps would not lead to these weights.
     """
+    if getattr(engine, "_journaling", False):
+        raise RuntimeError(
+            "load_weights while a journal is open would make its weights others than those of its steps; call "
+            "engine.close_journal() first"
+        )
+    engine.frozen_sha256s = None  # to be hashed anew
     directory, reads = Path(directory), collective.rank() == 0
     with collective.together("load_weights"), ExitStack() as opened:
         with collective.on_all_ranks(ValueError) as made:

@@ -11,7 +11,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from . import agreement, collective
 from .auto_config import fill_auto_for_library, hidden_size_of
 from .config import check_config, check_precision, read_config, zeroth_order_type
-from .data import check_training_data
+from .data import check_training_data, length_of
 from .distributed import init_distributed, launched_world_size
 from .engine import ZeroOrderEngine
 from .errors import ConfigError
@@ -36,7 +36,7 @@ def _checked(model, optimizer, model_parameters, training_data, configs: tuple) 
         config,
         world_size=launched_world_size(),
         hidden_size=hidden_size_of(getattr(model, "config", None)),
-        num_examples=len(training_data) if hasattr(training_data, "__len__") else None,
+        num_examples=length_of(training_data),
     )
     if optimizer is None:
         check_config(config)
@@ -102,5 +102,7 @@ def initialize(
             config_class=DeepSpeedConfig(config, mpu),
             loss_fn=loss_fn,
         )
+        if isinstance(engine.optimizer, ZerothOrderOptimizer):
+            agreement.require_same(agreement.of_groups(engine.optimizer))
         limit_waits(current_limit())
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler

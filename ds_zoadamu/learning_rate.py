@@ -5,6 +5,7 @@ from typing import Any
 
 from .errors import ConfigError
 from .rules.options import check_shrinking, learning_rate
+from .rules.options import decay as allowed_decay
 
 
 def check_scheduler(scheduler: Any) -> None:
@@ -38,7 +39,8 @@ def check_lrs(optimizer: Any, scheduler: Any) -> None:
     setter = "" if scheduler is None else f", whose lr {type(scheduler).__name__} sets"
     for index, group in enumerate(optimizer.param_groups):
         where = f"step {optimizer.next_step}, parameter group {index}{setter}"
-        check_shrinking(where, learning_rate(where, "lr", float(group["lr"])), float(group["weight_decay"]))
+        decay = allowed_decay(where, "weight_decay", float(group["weight_decay"]))
+        check_shrinking(where, learning_rate(where, "lr", float(group["lr"])), decay)
 
 
 def planned_steps(optimizer: Any, scheduler: Any) -> dict[str, int]:

@@ -10,7 +10,7 @@ long as a parameter is gathered its partition stays in one of a few swap buffers
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import deepspeed
@@ -283,9 +283,17 @@ class PerturbedGathers:
         self._fill = fill
         try:
             yield
-        finally:
-            self._fill = None
+        except BaseException:
+            with suppress(Exception):  # what is in flight cannot be freed where a rank has failed: its error is the one to tell
+                self._end()
+            raise
+        self._end()
+
+    def _end(self) -> None:
+        self._fill = None
+        try:
             self.release()
+        finally:
             self._held.clear()
 
     def release(self) -> None:

@@ -12,10 +12,11 @@ from . import checkpoint, collective
 from . import checkpoint_store as store
 from .base_model import base_folder, base_identity
 from .digest import frozen_digests, partition_digests
-from .errors import CheckpointError, JournalError, ReplayError
+from .errors import CheckpointError, HalfLoadedError, JournalError, ReplayError
 from .identity import differences, own_data, phrase, run_identity, surroundings
 from .journal import Contents, Journal, Record, parse_journal, read_bytes
 from .replay_base import open_base
+from .shown import shown
 from .stepping import apply_updates, recorded_updates
 
 
@@ -56,11 +57,10 @@ def start_journal(
 def _check_task(task: dict | None) -> None:
     """Raise JournalError on all ranks for a task that a header cannot hold, or that is not the same on all ranks."""
     with collective.on_all_ranks(JournalError):
-        known = (str, int, type(None))
-        if task is not None and not (
-            isinstance(task, dict) and all(isinstance(k, str) and isinstance(v, known) for k, v in task.items())
-        ):
-            raise JournalError(f"task is {task!r}; it must be a dict of names to strings, integers or None")
+        if task is not None and not (isinstance(task, dict) and all(map(_is_entry, task, task.values()))):
+            raise JournalError(
+                f"task is {shown(task)}; it must be a dict of names (1 to 500 characters) to text, integers below 2**63, None"
+            )
     first, *others = collective.gather_json(task)
     for number, other in enumerate(others, 1):
         if other != first:
@@ -68,6 +68,13 @@ def _check_task(task: dict | None) -> None:
                 f"rank {number} has another task than rank 0: {phrase(differences({'task': other}, {'task': first}))}. Give "
                 "all nodes the same data"
             )
+
+
+def _is_entry(name: Any, value: Any) -> bool:
+    """Whether a header can hold this of a task, as ``schemas.Header`` has it."""
+    named = isinstance(name, str) and 0 < len(name) <= 500
+    number = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    return named and (value is None or isinstance(value, str) or number)
 
 
 def _header(engine: Any, base: str | Path | None) -> dict:
@@ -196,7 +203,7 @@ def _load_newest(engine: Any, directory: str | Path | None, contents: Contents, 
     """Load the newest whole checkpoint of this run; a damaged one is passed over, for the journal gives the same weights."""
     if directory is None:
         return None
-    listed = []
+    listed, half = [], None
     with collective.on_all_ranks(CheckpointError):
         if collective.rank() == 0:
             listed = [{"tag": f.tag, "path": str(f.path), "manifest": f.manifest} for f in store.find_all(Path(directory))]
@@ -208,6 +215,8 @@ def _load_newest(engine: Any, directory: str | Path | None, contents: Contents, 
                 f"{found.step}: it is of another run, or the journal has lost its end. Restore the journal, or move the "
                 "checkpoint away to take the steps again"
             )
+        if found.step == 0 and found.manifest["journal_checksum"] is None:
+            continue  # saved before the journal was opened: the weights that the run began with
         if found.manifest["journal_checksum"] != contents.checksums[found.step]:
             raise JournalError(
                 f"checkpoint {str(found.path)!r} was not saved by the run of journal {str(path)!r} (their checksums at step "
@@ -216,11 +225,14 @@ def _load_newest(engine: Any, directory: str | Path | None, contents: Contents, 
         try:
             checkpoint.load(engine, found)
         except CheckpointError as e:
+            half = e if isinstance(e, HalfLoadedError) else half
             checkpoint.log_on_rank_0(
                 logging.WARNING, f"{e}. It is passed over; an older one and the journal give the same weights"
             )
             continue
         return found
+    if half is not None:  # no older one has put the engine right again
+        raise half
     return None
 
 

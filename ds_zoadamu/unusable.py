@@ -62,10 +62,19 @@ class TrainedSet:
     """Which parameters of a module are trained, as it was when the engine was made."""
 
     def __init__(self, module: torch.nn.Module):
+        self._module = module
         self._trained = [(name, param, param.requires_grad) for name, param in module.named_parameters()]
 
     def reject_changes(self) -> None:
-        """Raise ConfigError where requires_grad of a parameter was set to something else since."""
+        """Raise ConfigError where requires_grad of a parameter was set to something else since, or parameters were added, taken
+        away or replaced."""
+        now = dict(self._module.named_parameters())
+        changed = {name for name, param, _ in self._trained if now.pop(name, None) is not param} | now.keys()
+        if changed:
+            raise ConfigError(
+                f"parameter {min(changed)!r} was added, taken away or replaced after the engine was made; save the model and "
+                "make a new engine"
+            )
         for name, param, trained in self._trained:
             if param.requires_grad != trained:
                 raise ConfigError(

@@ -69,15 +69,25 @@ def _groups() -> list:
 # --- a rank that fails alone --------------------------------------------------------------------------------------------------
 
 
+_calls = 0
+
+
+def begin_call() -> None:
+    """A call begins in which all ranks do something together: what was known of an exception in an earlier one holds no more,
+    for the same object may be raised again by one rank alone."""
+    global _calls
+    _calls += 1
+
+
 def everywhere(error: _Error) -> _Error:
     """Mark an exception that every rank raises at this place: nobody needs to be told."""
-    error._on_all_ranks = True
+    error._on_all_ranks = _calls
     return error
 
 
 def is_known(error: BaseException) -> bool:
     """Whether the other ranks know of an exception: every one raises it, or they have been told."""
-    return isinstance(error, RankError) or getattr(error, "_on_all_ranks", False)
+    return isinstance(error, RankError) or getattr(error, "_on_all_ranks", None) == _calls
 
 
 def tell(error: Exception, place: str) -> Exception:
@@ -103,15 +113,20 @@ def tell(error: Exception, place: str) -> Exception:
 
 
 def _all_fail(store: dist.Store, place: str) -> bool:
-    """Whether every rank comes here, for instance since all were given the same bad batch."""
+    """Whether every rank comes here, for instance since all were given the same bad batch. The same answer on all of them: who
+    is last, or gives up, decides, and the first decision stands."""
     times = store.add(f"{place}, rank {dist.get_rank()}", 1)
     key, end = f"{place}, time {times}", time.monotonic() + _patience()
-    store.add(key, 1)
-    while store.add(key, 0) < dist.get_world_size():
-        if store.check(["first"]) or time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True
+    arrived, decision = store.add(key, 1), ""
+    while not decision:
+        if arrived >= dist.get_world_size():
+            decision = "all"
+        elif store.check(["first"]) or time.monotonic() > end:
+            decision = "alone"
+        else:
+            time.sleep(0.02)
+            arrived = store.add(key, 0)
+    return store.compare_set(f"{key}, decision", "", decision) == b"all"
 
 
 def _break_connections() -> None:

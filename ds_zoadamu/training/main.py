@@ -2,11 +2,13 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from ds_zoadamu.collective import leave, together
+from ds_zoadamu.collective import describe, leave, together
 from ds_zoadamu.errors import CheckpointError, ConfigError, JournalError, NonFiniteWeightsError, RankError, ReplayError
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.plan import ensure_launched, rank
+from ds_zoadamu.waiting import is_known
 
 
 def run_script(body: Callable[[], object]) -> int:
@@ -18,11 +20,16 @@ def run_script(body: Callable[[], object]) -> int:
     """
     ensure_launched()
     try:
-        with together(sys.argv[0]):
+        with together(Path(sys.argv[0]).name):  # nodes may have it under different paths
             _whole(body)
     except (InputError, ConfigError, JournalError, CheckpointError, ReplayError, NonFiniteWeightsError) as error:
         print(f"{sys.argv[0]}: error on rank {rank()}: {error}", file=sys.stderr, flush=True)
         return 2
+    except OSError as error:
+        if not is_known(error):
+            raise
+        print(f"{sys.argv[0]}: error on rank {rank()}: {describe(error)}", file=sys.stderr, flush=True)
+        return 1
     except RankError as error:
         print(f"{sys.argv[0]}: rank {rank()} ends: {error}", file=sys.stderr, flush=True)
         return 1

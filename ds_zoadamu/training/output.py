@@ -11,7 +11,7 @@ import torch
 from ds_zoadamu.folders import put_back, remove, replace
 from ds_zoadamu.json_files import dumps, write_json
 from ds_zoadamu.locks import is_locked
-from ds_zoadamu.safetensors_io import write_durably
+from ds_zoadamu.safetensors_io import naming, write_durably
 from ds_zoadamu.tasks import InputError
 
 METRICS, RESULTS, CURVES, SEARCH, BEST, MODEL = "metrics.jsonl", "results.json", "curves.png", "find_lr.json", "best", "model"
@@ -38,7 +38,7 @@ class OutputDirectory:
 
     def __init__(self, path: str, *, writes: bool, overwrite: bool, resume: bool = False):
         self.path = Path(path)
-        self._writes = writes
+        self._writes, self._overwrite = writes, overwrite
         present = [name for name in _OURS if (self.path / name).exists()]
         if overwrite and resume:
             raise InputError("--resume goes on with a run and --overwrite_output_dir replaces it; give one of the two")
@@ -66,16 +66,22 @@ class OutputDirectory:
         """Makes the folder and removes an earlier run's results, which the constructor was allowed to overwrite."""
         if not self._writes:
             return
+        if is_locked(self.path / JOURNAL) or (not self._overwrite and any((self.path / name).exists() for name in _OURS)):
+            raise InputError(f"--output_dir {self.path}: another run has begun there meanwhile; give this one another folder")
         self.path.mkdir(parents=True, exist_ok=True)
         for name in _OURS:
             for each in (name, *(f".{name}.{what}" for what in ("writing", "old", "creating"))):  # what kills have left, too
                 remove(self.path / each)
 
     def log(self, record: dict) -> None:
-        """Appends one line to metrics.jsonl; complete even if the run is stopped later."""
+        """Appends one line to metrics.jsonl; complete even if the run is stopped later. An evaluation is made durable: from it
+        follows which model is kept as the best."""
         if self._writes:
-            with open(self.path / METRICS, "a", encoding="utf-8") as file:
+            with naming(self.path / METRICS), open(self.path / METRICS, "a", encoding="utf-8") as file:
                 file.write(dumps(record) + "\n")
+                if record["kind"] == "eval":
+                    file.flush()
+                    os.fsync(file.fileno())
 
     def records(self) -> list[dict]:
         """The lines of metrics.jsonl; without one that a kill left unfinished at the end."""

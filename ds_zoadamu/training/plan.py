@@ -132,6 +132,11 @@ def encode_splits(args: Namespace, config: dict, model_input: ModelInput) -> Pla
     """
     data_seed = args.seed if args.data_seed is None else args.data_seed
     splits = load_splits(model_input.task, args.data_dir, num_train=args.num_train, num_dev=args.num_dev, seed=data_seed)
+    for name, examples in (("training", splits.train), ("development", splits.dev)):
+        absent = set(range(model_input.task.num_labels)) - {example.label for example in examples}
+        if absent and rank() == 0:
+            words = ", ".join(repr(model_input.task.words[label]) for label in sorted(absent))
+            logger.warning(f"no {name} example has the label of {words}: scores on that set say nothing of it")
     return Plan(
         args=args,
         config=config,

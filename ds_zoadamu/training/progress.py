@@ -98,6 +98,11 @@ def _progress(step: int, lines: list[dict]) -> Progress:
     progress = Progress(step)
     for line in lines:
         if line["kind"] == "eval":
+            if line["split"] == "dev" and line["step"] and line["loss"] is None and "num_nonfinite" not in line:
+                raise InputError(
+                    f"--resume: an earlier release has evaluated step {line['step']}, whose loss is not finite, and may have "
+                    "kept it as the best; rebuild a model of an earlier step with ds_zoadamu replay --until STEP"
+                )
             progress.evaluations[line["split"], line["step"]] = _evaluation(line)
         elif "seconds" in line:
             progress.seconds.append(line["seconds"])

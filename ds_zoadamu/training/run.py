@@ -64,6 +64,8 @@ def finetune(args: Namespace) -> dict:
     last = progress.evaluations.get(("test", args.max_steps)) or _evaluate(plan, stepper, output, "test", args.max_steps)
     after = last
     if best_step != args.max_steps:
+        if stepper.journaled:
+            stepper.engine.close_journal()  # the run is over
         load_weights(stepper.engine, output.best)
         after = _evaluate(plan, stepper, output, "test", step=best_step)
     dist.barrier()  # rank 0 may have been the one to read the best model: all have it before it is renamed

@@ -69,7 +69,18 @@ def filtered(loader):
     return (batch for batch in plain(loader) if int(batch["input_ids"].sum()) % 3)
 
 
-WAYS = {way.__name__: way for way in (plain, read_ahead, copies_read_ahead, filtered)}
+def evaluated_too(loader):
+    """Each batch is evaluated before it is taken, others are between, and at times all of the data."""
+    engine, others = evaluated_too.engine, [{"input_ids": ids[None], "labels": ids[None]} for ids in runs.Sentences(3).ids]
+    for number, batch in enumerate(plain(loader)):
+        engine.eval_batch(iter([batch]))
+        engine.eval_batch(iter([others[number % 3]]))
+        if number % 5 == 4:
+            engine.eval_batch(loader)
+        yield batch
+
+
+WAYS = {way.__name__: way for way in (plain, read_ahead, copies_read_ahead, filtered, evaluated_too)}
 
 
 def _run(rank, world_size, folder, data, way, steps, resume=False, workers=0):
@@ -85,6 +96,7 @@ def _run(rank, world_size, folder, data, way, steps, resume=False, workers=0):
         engine.resume(Path(folder) / "journal.jsonl", folder)
     else:
         engine.open_journal(Path(folder) / "journal.jsonl")
+    evaluated_too.engine = engine
     batches = way(loader)
     runs.train(engine, batches, steps, save_every=3, folder=Path(folder))
     state = runs.state(engine), [record.data_position for record in _records(folder)]
@@ -119,7 +131,7 @@ def test_a_resumed_run_reads_what_the_uninterrupted_one_reads(tmp_path):
         assert whole == resumed, way
     positions = results["list", "plain"][0][1]
     assert positions == [(0, 4), (0, 8), (0, 12), (1, 4), (1, 8), (1, 12), (2, 4), (2, 8)]
-    for way in (("list", "read_ahead"), ("list", "copies_read_ahead")):
+    for way in (("list", "read_ahead"), ("list", "copies_read_ahead"), ("list", "evaluated_too")):
         assert results[way] == results["list", "plain"], way
     assert len({str(results[data, "plain"][0][0]["weights"]) for data in DATA}) == len(DATA)
 

@@ -94,3 +94,25 @@ def _evaluations_between(rank, world_size, evaluating):
 
 def test_an_evaluation_does_not_change_what_later_steps_draw():
     assert run_ranks(1, _evaluations_between, True) == run_ranks(1, _evaluations_between, False)
+
+
+def _in_place(rank, world_size, changing):
+    """g of a loss that changes its batch, or a copy of it, before it is used."""
+
+    def loss_fn(module, batch):
+        if not changing:
+            batch = {"x": batch["x"].clone()}
+        x = batch.pop("x")
+        x[:, ::2] += x[:, 1::2]
+        return module(x).sum(), 1.0
+
+    settings = config(world_size, 1) | {"optimizer": {"type": "MeZO", "params": {"lr": 1e-2, "zo_eps": ZO_EPS, "seed": 5}}}
+    engine = engine_for(torch.nn.Linear(WIDTH, 1, bias=False), settings, loss_fn=loss_fn)
+    batch = {"x": torch.ones(1, WIDTH)}
+    engine.train_batch(batch)
+    assert torch.equal(batch["x"], torch.ones(1, WIDTH))  # the user's own is as it was
+    return engine.last_step.loss_plus, engine.last_step.loss_minus
+
+
+def test_a_loss_that_changes_its_batch_in_place_sees_the_same_one_in_every_pass():
+    assert run_ranks(1, _in_place, True) == run_ranks(1, _in_place, False)

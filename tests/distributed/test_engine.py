@@ -415,6 +415,12 @@ def _requires_grad_in_the_middle(rank, world_size):
         param.requires_grad_(value)
         errors.append(_raised(engine.train_batch, batch))
         param.requires_grad_(not value)
+    engine.module.extra = torch.nn.Parameter(torch.zeros(3))
+    errors.append(_raised(engine.train_batch, batch))
+    del engine.module.extra
+    engine.optimizer.param_groups[0]["weight_decay"] = math.nan
+    errors.append(_raised(engine.train_batch, batch))
+    engine.optimizer.param_groups[0]["weight_decay"] = 0.0
     engine.train_batch(batch)
     return errors, engine.global_steps
 
@@ -423,6 +429,10 @@ def test_requires_grad_cannot_change_in_the_middle_of_a_run():
     for errors, steps in run_ranks(2, _requires_grad_in_the_middle):
         assert errors[0].startswith("ConfigError: requires_grad of 'mix.bias' is False and was True when the engine was made")
         assert errors[1].startswith("ConfigError: requires_grad of 'frozen.weight' is True and was False")
+        assert errors[2].startswith(
+            "ConfigError: parameter 'extra' was added, taken away or replaced after the engine was made"
+        )
+        assert errors[3].startswith("ConfigError: step 2, parameter group 0: weight_decay is nan")
         assert steps == 2
 
 

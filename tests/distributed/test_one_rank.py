@@ -379,3 +379,55 @@ def test_a_script_whose_rank_0_fails_between_collectives(tmp_path):
     assert codes == [1, "[Errno 28] No space left on device: 'metrics.jsonl'"]
     (line,) = (tmp_path / "stderr-0").read_text().splitlines()
     assert "rank 0 ends: rank 1, at " in line and line.endswith("[Errno 28] No space left on device: 'metrics.jsonl'")
+
+
+def _groups_and_lrs(rank, world_size):
+    import ds_zoadamu
+
+    outcomes = {}
+    for key, value in (("weight_decay", 0.5), ("lr", 0.05)):
+        model = OddModel()
+        groups = [{"params": [p for p in model.parameters() if p.requires_grad], key: value if rank else 0.01}]
+        outcomes[key] = _outcome(ds_zoadamu.initialize, model=model, model_parameters=groups, config=jobs.config(world_size))
+
+    def scheduler(optimizer):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step == 0 or rank == 0 else 0.5)
+
+    engine = jobs.engine_for(OddModel(), jobs.config(world_size), lr_scheduler=scheduler)
+    batch = odd_batches(1)[0]
+    engine.train_batch(batch)
+    outcomes["scheduler"] = _outcome(engine.train_batch, batch)
+    return outcomes, engine.optimizer.step_count
+
+
+def test_parameter_groups_and_lrs_that_differ_between_ranks_are_named():
+    for outcomes, steps in run_ranks(2, _groups_and_lrs):
+        assert "parameter group 0.weight_decay is 0.01 on rank 0, 0.5 on rank 1" in outcomes["weight_decay"]
+        assert "parameter group 0.lr is 0.01 on rank 0, 0.05 on rank 1" in outcomes["lr"]
+        assert outcomes["scheduler"] == (
+            "ConfigError: step 2: the lr is 0.01 on rank 0, 0.005 on rank 1; give all ranks the same lr scheduler"
+        )
+        assert steps == 1
+
+
+def _raised_again(rank, world_size):
+    """The same exception object, first on all ranks, then on one: as of a reader that keeps its error."""
+    kept = LookupError("no more rows")
+
+    def broken():
+        raise kept
+        yield
+
+    def of_a_kind(failing):
+        return broken() if failing else iter(odd_batches(1))
+
+    engine = jobs.engine_for(OddModel(), jobs.config(world_size))
+    _limited()
+    first = _outcome(engine.train_batch, of_a_kind(True))
+    return first, _outcome(engine.eval_batch, of_a_kind(rank == 1))
+
+
+def test_an_exception_object_that_is_raised_again_by_one_rank_alone_is_told():
+    (first, second), (other, again) = run_ranks(2, _raised_again)
+    assert first == other == again == "LookupError: no more rows"
+    assert second == "RankError: rank 1, at eval_batch: LookupError: no more rows"

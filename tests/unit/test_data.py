@@ -153,7 +153,7 @@ def test_batches_that_are_looked_at_evaluated_or_left_out(kind, changed):
     taken, evaluated, third = next(batches), next(batches), next(batches)
     loader.take([changed(taken)])
     assert loader.position == (1, 1)
-    loader.pass_by([changed(evaluated)])
+    loader.note_evaluated(evaluated)
     next(iter(loader))  # a look in between, into epoch 2
     loader.take([changed(third)])
     assert loader.position == (1, 3)
