@@ -265,10 +265,10 @@ def _check_scheduler_state(scheduler: Any, state: Any, groups: int) -> None:
     own = scheduler.state_dict()
     check_alike(state, own)
     # Names with an underscore come and go with PyTorch's releases.
-    for key in sorted({key for key in own.keys() ^ state.keys() if not str(key).startswith("_")}, key=str):
-        raise ValueError(f"{shown(key)} is {'missing' if key in own else 'none of its numbers'}")
+    if missing := sorted(key for key in own.keys() - state.keys() if not key.startswith("_")):
+        raise ValueError(f"{shown(missing[0])} is missing")
     for key, value in state.items():
-        if key not in own and hasattr(type(scheduler), key):
+        if key not in own and hasattr(scheduler, key):
             raise ValueError(f"{shown(key)} is none of its numbers")
         if key in ("base_lrs", "_last_lr") and (not isinstance(value, list) or len(value) != groups):
             raise ValueError(f"{key} is {shown(value)} for {groups} parameter groups")

@@ -61,7 +61,8 @@ def load_splits(task: Task, data_dir: str | None, *, num_train: int, num_dev: in
     if len(train) < num_train or len(dev) < num_dev:
         raise InputError(
             f"too few examples: the training split of task {task.name!r} has {len(pool)}, which gives {len(train)} for "
-            f"training and {len(dev)} for development whose texts are others; asked for --num_train {num_train} and --num_dev {num_dev}"
+            f"training and {len(dev)} for development whose texts are others; asked for "
+            f"--num_train {num_train} and --num_dev {num_dev}"
         )
     return Splits(train=train, dev=dev, test=test)
 

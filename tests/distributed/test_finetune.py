@@ -60,8 +60,16 @@ def start(script, *arguments, ranks=2):
     )  # fmt: skip
 
 
+def _run(main):
+    status = main()
+    assert not status, f"exit status {status}"
+
+
 def _script(rank, world_size, script, arguments):
+    from ds_zoadamu import ending
+
     sys.argv = [str(REPOSITORY / "launch" / script), *arguments]
+    ending.run_command = _run  # the process goes on
     with contextlib.redirect_stdout(io.StringIO()) as stdout:
         runpy.run_path(sys.argv[0], run_name="__main__")
     return stdout.getvalue()

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from ds_zoadamu._crash_points import VARIABLE
-from ds_zoadamu.journal import Journal
+from ds_zoadamu.locks import LockedFile
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.output import OutputDirectory
 
@@ -29,10 +29,10 @@ def test_overwriting_removes_links_and_leftovers_and_nothing_behind_a_link(tmp_p
 
 
 def test_a_run_that_has_not_ended_is_not_overwritten(tmp_path):
-    journal = Journal.create(tmp_path / "journal.jsonl", {})
+    journal = LockedFile(tmp_path / "journal.jsonl")
     with pytest.raises(InputError, match="another run is writing its journal.jsonl now; wait until that has ended, stop it"):
         output(tmp_path, overwrite=True)
-    journal.close()
+    journal.release()
     output(tmp_path, overwrite=True).begin()
     assert os.listdir(tmp_path) == []
 

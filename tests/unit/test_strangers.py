@@ -173,6 +173,14 @@ def test_manifests(tmp_path, keys, value, message):
     assert store.find_all(tmp_path) == []
 
 
+def test_a_state_of_a_scheduler_that_lacks_a_number():
+    scheduler = torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1), 5)
+    state = scheduler.state_dict()
+    del state["gamma"], state["_last_lr"]
+    with pytest.raises(ValueError, match="'gamma' is missing"):
+        _check_scheduler_state(scheduler, state, 1)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -180,6 +188,7 @@ def test_manifests(tmp_path, keys, value, message):
         ({"base_lrs": [0.1, 0.1]}, "base_lrs is .* for 1 parameter groups"),
         ({"_last_lr": ["x"]}, "'_last_lr' holds 'x' in the place of 0.1"),
         ({"last_epoch": {}}, "'last_epoch' holds {} in the place of 0"),
+        ({"optimizer": 5}, "'optimizer' is none of its numbers"),
         ({"last_epoch": 7, "of_another_release": True, "verbose": False}, None),
     ],
 )

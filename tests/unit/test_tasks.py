@@ -59,7 +59,7 @@ def test_repeated_texts_do_not_reach_the_development_set(tmp_path):
 
 def test_too_few_examples_names_the_counts(tmp_path):
     with pytest.raises(
-        InputError, match="has 60, which gives 50 for training and 10 others .* --num_train 50 and --num_dev 20"
+        InputError, match="has 60, which gives 50 for training and 10 for development .* --num_train 50 and --num_dev 20"
     ):
         load_splits(SST2, str(write_data(tmp_path)), num_train=50, num_dev=20, seed=0)
 
