@@ -114,7 +114,7 @@ def _enabled(section: Any) -> bool:
 def check_deepspeed_settings(config: dict) -> None:
     """Refuse every DeepSpeed setting under which a zeroth-order step would be wrong, or that it would ignore."""
     check_scheduler_section(config)
-    if _enabled(config.get("bf16")) and _enabled(config.get("fp16")):
+    if all((config.get(key) or {}).get("enabled") is True for key in ("bf16", "fp16")):
         raise ConfigError("bf16.enabled and fp16.enabled are both true; weights have one dtype: set one of them to false")
     zero = config.get("zero_optimization", {})
     if not isinstance(zero, dict):

@@ -47,6 +47,7 @@ def _journaled(rank, world_size, folder, frozen):
         engine.train_batch(batch)
     ds_zoadamu.save_pretrained(engine, folder / "saved", max_shard_size="20KB")
     ours = whole_model(engine), ds_zoadamu.weights_digest(engine), engine.eval_batch(batch)
+    engine.close_journal()
     load_weights(engine, folder / "base")
     start = whole_model(engine)
     load_weights(engine, folder / "saved")

@@ -83,12 +83,16 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best():
     assert Progress(6, {("dev", 2): nan}).best() == (0, None)
 
 
-def test_a_run_of_an_older_release_with_null_for_a_loss_goes_on():
+def test_a_run_of_an_older_release_that_may_have_kept_such_a_model_is_refused():
     from ds_zoadamu.training.progress import _progress
 
     line = {"kind": "eval", "split": "dev", "step": 0, "accuracy": 0.5, "loss": 0.7, "num_examples": 8}
-    progress = _progress(2, [line, {**line, "split": "test"}, {**line, "step": 2, "accuracy": 0.9, "loss": None}])
-    assert progress.best() == (0, None) and progress.evaluations["dev", 0] == Evaluation(0.5, 0.7, 8)
+    before = [line, {**line, "split": "test"}]
+    assert _progress(2, before).evaluations["dev", 0] == Evaluation(0.5, 0.7, 8)
+    with pytest.raises(
+        InputError, match="an earlier release has evaluated step 2, whose loss is not finite, .* replay --until"
+    ):
+        _progress(2, [*before, {**line, "step": 2, "accuracy": 0.9, "loss": None}])
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------------------

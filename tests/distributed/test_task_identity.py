@@ -107,7 +107,7 @@ def test_a_run_goes_on_with_its_own_task_only(folder):
         assert "is of another run" in said["--num_dev 12"] and "the encoded development examples" in said["--num_dev 12"]
         assert said["old"] == ""
         assert "rank 1 has another task than rank 0: task.data is '1' here and '0' there" in said["ranks"]
-        assert "strings, integers or None" in said["kind"]
+        assert "to text, integers below 2**63, None" in said["kind"]
     assert not (folder / "ranks.jsonl").exists()
     records = read_journal(folder / "out" / "journal.jsonl").records
     assert [record.lr for record in records] == [1e-4, 1e-4]  # no step of the JSON's WarmupDecayLR is lost to its warm-up

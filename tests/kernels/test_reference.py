@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from ds_zoadamu import schedules
 from ds_zoadamu.kernels import reference
 from ds_zoadamu.kernels.types import Recurrence, Rounding, fp32
+from ds_zoadamu.rules import schedules
 from tests.reference_numpy import Hyper64, anneal64, direction64, zo_adamu_step64
 
 from .common import KEY
