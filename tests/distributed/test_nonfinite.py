@@ -84,14 +84,13 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best():
 
 
 def test_a_run_of_an_older_release_that_may_have_kept_such_a_model_is_refused():
+    from ds_zoadamu.tasks import InputError
     from ds_zoadamu.training.progress import _progress
 
     line = {"kind": "eval", "split": "dev", "step": 0, "accuracy": 0.5, "loss": 0.7, "num_examples": 8}
     before = [line, {**line, "split": "test"}]
     assert _progress(2, before).evaluations["dev", 0] == Evaluation(0.5, 0.7, 8)
-    with pytest.raises(
-        InputError, match="an earlier release has evaluated step 2, whose loss is not finite, .* replay --until"
-    ):
+    with pytest.raises(InputError, match="an earlier release has evaluated step 2, whose loss .* replay --until"):
         _progress(2, [*before, {**line, "step": 2, "accuracy": 0.9, "loss": None}])
 
 
