@@ -7,18 +7,18 @@ __version__ = "0.1.0"
 # Resolved on first use: importing DeepSpeed takes seconds, and not everything needs it.
 _EXPORTS = {
     "initialize": "initialization",
-    "StepRecord": "engine",
-    "ZeroOrderEngine": "engine",
+    "StepRecord": "zero3.engine",
+    "ZeroOrderEngine": "zero3.engine",
     "ZOAdaMU": "zero3.optimizer",
     "MeZO": "zero3.optimizer",
     "Rule": "rules",
     "register": "rules",
     "anneal": "rules.schedules",
     "noise": "rules.noise",
-    "check_config": "config",
-    "weights_digest": "digest",
-    "frozen_digest": "digest",
-    "read_journal": "journal",
+    "check_config": "config.settings",
+    "weights_digest": "durability.digest",
+    "frozen_digest": "durability.digest",
+    "read_journal": "durability.journal",
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "JournalError": "errors",
@@ -26,8 +26,8 @@ _EXPORTS = {
     "NonFiniteWeightsError": "errors",
     "RankError": "errors",
     "ReplayError": "errors",
-    "load_causal_lm": "hf",
-    "save_pretrained": "hf",
+    "load_causal_lm": "hf.models",
+    "save_pretrained": "hf.models",
 }
 
 __all__ = ["__version__", *_EXPORTS]

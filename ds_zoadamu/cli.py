@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .collective import describe, leave
-from .ending import run_command
+from .distributed.collective import describe, leave
+from .distributed.ending import run_command
 from .errors import CheckpointError, ConfigError, JournalError, RankError, ReplayError
 
 # name -> (module, one line of help); imported when it is called, for some of them import DeepSpeed

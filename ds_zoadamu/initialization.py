@@ -8,15 +8,16 @@ import torch
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from . import agreement, collective
-from .auto_config import fill_auto_for_library, hidden_size_of
-from .config import check_config, check_precision, read_config, zeroth_order_type
-from .data import check_training_data, length_of
-from .distributed import init_distributed, launched_world_size
-from .engine import ZeroOrderEngine
+from .config.auto import fill_auto_for_library, hidden_size_of
+from .config.settings import check_config, check_precision, read_config, zeroth_order_type
+from .distributed import collective
+from .distributed.start import init_distributed, launched_world_size
+from .distributed.waiting import current_limit, limit_waits, time_limit
 from .errors import ConfigError
-from .losses import LossFn
-from .waiting import current_limit, limit_waits, time_limit
+from .zero3 import agreement
+from .zero3.data import check_training_data, length_of
+from .zero3.engine import ZeroOrderEngine
+from .zero3.losses import LossFn
 from .zero3.optimizer import ZerothOrderOptimizer
 
 

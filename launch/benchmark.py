@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ds_zoadamu.benchmark.arguments import benchmark_parser
 from ds_zoadamu.benchmark.main import benchmark
-from ds_zoadamu.ending import run_command
+from ds_zoadamu.distributed.ending import run_command
 from ds_zoadamu.errors import ConfigError
 from ds_zoadamu.tasks import InputError
 

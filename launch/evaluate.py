@@ -4,7 +4,7 @@ python launch/evaluate.py --model_name_or_path facebook/opt-125m --task sst2
 deepspeed --num_gpus 2 launch/evaluate.py --model_name_or_path outputs/sst2/model --task sst2 --output_file accuracy.json
 """
 
-from ds_zoadamu.ending import run_command
+from ds_zoadamu.distributed.ending import run_command
 from ds_zoadamu.training.arguments import evaluate_parser
 from ds_zoadamu.training.main import run_script
 from ds_zoadamu.training.measure import measure

@@ -6,7 +6,7 @@
 The JSON's optimizer decides: "ZOAdaMU" trains with forward passes only, "AdamW" with DeepSpeed's ZeRO-3 and backward passes.
 """
 
-from ds_zoadamu.ending import run_command
+from ds_zoadamu.distributed.ending import run_command
 from ds_zoadamu.training.arguments import finetune_parser
 from ds_zoadamu.training.main import run_script
 from ds_zoadamu.training.profile import profile

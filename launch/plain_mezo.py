@@ -14,7 +14,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from ds_zoadamu.benchmark.plain import run_plain
-from ds_zoadamu.ending import run_command
+from ds_zoadamu.distributed.ending import run_command
 from ds_zoadamu.tasks import prompt_loss
 from ds_zoadamu.training.arguments import finetune_parser
 from ds_zoadamu.training.main import run_script

@@ -14,12 +14,12 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import ds_zoadamu
-from ds_zoadamu.auto_config import fill_auto
-from ds_zoadamu.config import read_config
-from ds_zoadamu.data import MicroBatchSampler, repeat
-from ds_zoadamu.ending import run_command
+from ds_zoadamu.config.auto import fill_auto
+from ds_zoadamu.config.settings import read_config
+from ds_zoadamu.distributed.ending import run_command
 from ds_zoadamu.training.main import run_script
 from ds_zoadamu.training.plan import rank, world_size
+from ds_zoadamu.zero3.data import MicroBatchSampler, repeat
 
 HIDDEN_SIZE = 128
 

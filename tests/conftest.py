@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .capability import LEVELS
+from .helpers.capability import LEVELS
 
 # DeepSpeed's async_io takes minutes to build, once on a machine. It ends with the session, however that ends (1 is
 # PR_SET_PDEATHSIG); SystemExit lets torch remove the lock for the next build.
@@ -21,7 +21,7 @@ def end(*_):
 
 signal.signal(signal.SIGTERM, end)
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-from ds_zoadamu import nvme
+from ds_zoadamu.zero3 import nvme
 nvme._load_operator()
 """
 _build = pytest.StashKey[subprocess.Popen]()
@@ -36,6 +36,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "ranks: starts processes of its own, several seconds")
     config.addinivalue_line("markers", "quick: of the thin path over ranks that --quick takes")
     config.addinivalue_line("markers", "nvme: needs DeepSpeed's async_io operator; runs last, as it is built meanwhile")
     if config.option.capability:
@@ -51,8 +52,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _is_quick(item) -> bool:
-    folder = item.path.relative_to(item.config.rootpath / "tests").parts[0]
-    return folder in ("unit", "kernels", "rules") or item.get_closest_marker("quick") is not None
+    return item.get_closest_marker("ranks") is None or item.get_closest_marker("quick") is not None
 
 
 def _needs_operator(item) -> bool:

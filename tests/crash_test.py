@@ -16,10 +16,10 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from tests.distributed import runs
-from tests.distributed.crashes import Ranks
-from tests.distributed.harness import run_ranks
-from tests.distributed.models import OddModel
+from tests.helpers import runs
+from tests.helpers.crashes import Ranks
+from tests.helpers.harness import run_ranks
+from tests.helpers.models import OddModel
 
 STEPS_A_KILL, SAVE_EVERY = 8, 4
 
@@ -31,7 +31,7 @@ def go_on(rank: int, world_size: int, folder: str, steps: int, settings: dict) -
 
 
 def replay_run(rank: int, world_size: int, folder: str, base: str) -> str:
-    from ds_zoadamu.replay import replay
+    from ds_zoadamu.durability.replay import replay
 
     return replay(base, f"{folder}/journal.jsonl", f"{folder}/replayed", show_progress=False).sha256
 

@@ -28,20 +28,20 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from ds_zoadamu import checkpoint
-from ds_zoadamu import checkpoint_store as store
-from ds_zoadamu.base_model import base_identity
-from ds_zoadamu.digest import tensor_sha256
+from ds_zoadamu.durability import checkpoint
+from ds_zoadamu.durability import checkpoint_store as store
+from ds_zoadamu.durability.base_model import base_identity
+from ds_zoadamu.durability.digest import tensor_sha256
+from ds_zoadamu.durability.journal import Journal, Record, parse_journal, read_bytes
+from ds_zoadamu.durability.journal_report import summary
+from ds_zoadamu.durability.replay import replay
 from ds_zoadamu.errors import CheckpointError, JournalError, ReplayError
-from ds_zoadamu.journal import Journal, Record, parse_journal, read_bytes
-from ds_zoadamu.journal_report import summary
+from ds_zoadamu.files.safetensors_io import FlatReader, FlatWriter, raw_bytes
+from ds_zoadamu.files.typed_json import encode
 from ds_zoadamu.kernels.types import round_grad
-from ds_zoadamu.replay import replay
 from ds_zoadamu.rules import RULES
 from ds_zoadamu.rules.zo_adamu import MOMENTUM_DTYPES
-from ds_zoadamu.safetensors_io import FlatReader, FlatWriter, raw_bytes
 from ds_zoadamu.tasks import InputError, load_examples, load_task
-from ds_zoadamu.typed_json import encode
 
 # --- damage -------------------------------------------------------------------------------------------------------------------
 

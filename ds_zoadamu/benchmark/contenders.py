@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
-from ds_zoadamu.config import read_config, zeroth_order_type
+from ds_zoadamu.config.settings import read_config, zeroth_order_type
 from ds_zoadamu.rules import RULES
 from ds_zoadamu.rules.zo_adamu import MOMENTUM_DTYPES
 from ds_zoadamu.tasks import InputError

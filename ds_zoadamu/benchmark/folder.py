@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ds_zoadamu.json_files import write_json
+from ds_zoadamu.files.json_files import write_json
 from ds_zoadamu.tasks import InputError
 
 SETTINGS, _LOCK = "settings.json", ".lock"

@@ -19,8 +19,8 @@ from ds_zoadamu.benchmark.plots import draw_cost, draw_curves
 from ds_zoadamu.benchmark.report import markdown
 from ds_zoadamu.benchmark.runs import Runner
 from ds_zoadamu.benchmark.settings import check_settings
-from ds_zoadamu.json_files import write_json
-from ds_zoadamu.safetensors_io import write_durably
+from ds_zoadamu.files.json_files import write_json
+from ds_zoadamu.files.safetensors_io import write_durably
 
 RESULTS, REPORT = "results.json", "report.md"
 _ENVIRONMENT = ("versions", "platform", "processor", "num_cpus", "accelerator")

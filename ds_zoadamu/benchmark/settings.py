@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from deepspeed.accelerator import get_accelerator
 
-from ds_zoadamu.auto_config import DEFAULT_MICRO_BATCH_SIZE, fill_auto
 from ds_zoadamu.benchmark.arguments import shared_arguments
 from ds_zoadamu.benchmark.contenders import Contender
 from ds_zoadamu.benchmark.grid import Point
-from ds_zoadamu.config import check_config, check_precision
+from ds_zoadamu.config.auto import DEFAULT_MICRO_BATCH_SIZE, fill_auto
+from ds_zoadamu.config.settings import check_config, check_precision
 from ds_zoadamu.errors import ConfigError
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.arguments import check_arguments, finetune_parser

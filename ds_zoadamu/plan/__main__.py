@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from ..collective import leave
-from ..ending import run_command
+from ..distributed.collective import leave
+from ..distributed.ending import run_command
 from ..errors import ConfigError
 from .command import add_arguments, run
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import read_json
+from ..config.settings import read_json
 from ..errors import ConfigError
 
 

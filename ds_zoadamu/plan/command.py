@@ -4,10 +4,10 @@ import argparse
 import math
 import os
 
-from ..auto_config import hidden_size_of
-from ..config import read_config
+from ..config.auto import hidden_size_of
+from ..config.settings import read_config
 from ..errors import ConfigError
-from ..nvme import check_partition_sizes
+from ..zero3.nvme import check_partition_sizes
 from .adapters import read_adapter
 from .choose import Choice, Request, choose
 from .configs import dtype_of, matching_config, options_of, read_for_plan, write_config

@@ -4,11 +4,11 @@ import json
 from argparse import Namespace
 from typing import Any
 
-from ..auto_config import fill_auto
-from ..config import check_config, check_deepspeed_settings, read_config, zeroth_order_type
+from ..config.auto import fill_auto
+from ..config.settings import check_config, check_deepspeed_settings, read_config, zeroth_order_type
 from ..errors import ConfigError
+from ..files.safetensors_io import write_durably
 from ..rules import RULES, RuleConfig
-from ..safetensors_io import write_durably
 from .choose import Choice
 from .memory import Model
 

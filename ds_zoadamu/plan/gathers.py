@@ -1,7 +1,7 @@
 """ZeRO-3's gathers, followed on paper: which parameters, buffers and perturbed temporaries are live at once.
 
 The rules are those of DeepSpeed 0.19.8's ``PartitionedParameterCoordinator`` (fetch, prefetch, release) and of
-ds_zoadamu.partition (one temporary of a partition's size for each trained parameter in a gather). Three of them decide the
+``zero3/partition.py`` (one temporary of a partition's size for each trained parameter in a gather). Three of them decide the
 peak:
 
 - ``stage3_max_live_parameters`` and the prefetch bucket limit *prefetching* only; what a module needs is gathered in any case,
@@ -17,8 +17,8 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
-from ..chunks import CHUNK_ON_GPU
 from ..errors import ConfigError
+from ..zero3.chunks import CHUNK_ON_GPU
 from .sizes import ParameterSize
 from .trace import ForwardTrace
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .. import nvme
+from ..zero3 import nvme
 from .adapters import with_adapter
 from .gathers import GatherSettings, copied_numel, gather_use
 from .sizes import (

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..config import read_json
+from ..config.settings import read_json
 from ..errors import ConfigError
 
 # name -> (hidden size, layers, attention heads). Source: Zhang et al. 2022 (arXiv 2205.01068), Table 1, and the config.json

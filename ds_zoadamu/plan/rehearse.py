@@ -11,10 +11,10 @@ import ctypes
 import os
 from dataclasses import dataclass, replace
 
-from .. import nvme
-from ..auto_config import hidden_size_of
-from ..config import check_precision
+from ..config.auto import hidden_size_of
+from ..config.settings import check_precision
 from ..errors import ConfigError
+from ..zero3 import nvme
 from .adapters import read_adapter, with_adapter
 from .choose import Choice, Request, plan_for
 from .configs import dtype_of, place_offload, read_for_plan, set_momentum
@@ -117,11 +117,11 @@ def _measure(
     from deepspeed.accelerator import get_accelerator
     from transformers import AutoModelForCausalLM
 
-    from ..distributed import init_distributed
-    from ..hf_zero3 import zero3_known
+    from ..distributed.start import init_distributed
     from ..initialization import initialize
-    from ..partition import stored_weight_bytes
     from ..training.memory import PeakMemory
+    from ..zero3.hf import zero3_known
+    from ..zero3.partition import stored_weight_bytes
 
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29512")

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from ..errors import ConfigError, unknown_keys_message
+from ..errors import ConfigError, shown, unknown_keys_message
 from ..kernels.types import Rounding
-from ..shown import shown
 
 Check = Callable[[str, str, Any], Any]
 """(where, key, value) -> the value as it is stored. Raises ConfigError naming the place, the value and the bound."""

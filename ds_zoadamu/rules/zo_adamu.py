@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..kernels.types import Recurrence, fp32
-from ..shown import shown
 from .options import MAX_STEP, RuleConfig, choice, integer, number, option, optional, parse_fields
 from .rule import Rule, Scalars
 from .schedules import Schedule

@@ -5,7 +5,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ds_zoadamu.shown import printed, shown
+from ds_zoadamu.errors import printed, shown
 from ds_zoadamu.tasks.errors import InputError, check_text
 from ds_zoadamu.tasks.tables import read_rows
 from ds_zoadamu.tasks.task import Task

@@ -10,7 +10,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 
-from ds_zoadamu import collective
+from ds_zoadamu.distributed import collective
 from ds_zoadamu.tasks.prompts import EncodedExample
 
 

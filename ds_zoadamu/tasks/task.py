@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from ds_zoadamu.errors import unknown_keys_message
-from ds_zoadamu.shown import printed, shown
+from ds_zoadamu.errors import printed, shown, unknown_keys_message
+from ds_zoadamu.files.untrusted import is_text, parse_json, read_file
 from ds_zoadamu.tasks.errors import InputError, check_text
-from ds_zoadamu.untrusted import is_text, parse_json, read_file
 
 _MAX_BYTES = 1 << 24
 _TASK_KEYS = ("name", "template", "label_words", "label_column", "train_file", "validation_file", "hub_path", "hub_name")

@@ -4,11 +4,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ds_zoadamu.collective import describe, leave, together
+from ds_zoadamu.distributed.collective import describe, leave, together
+from ds_zoadamu.distributed.waiting import is_known
 from ds_zoadamu.errors import CheckpointError, ConfigError, JournalError, NonFiniteWeightsError, RankError, ReplayError
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.plan import ensure_launched, rank
-from ds_zoadamu.waiting import is_known
 
 
 def run_script(body: Callable[[], object]) -> int:

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import deepspeed
 
-from ds_zoadamu.auto_config import fill_auto
-from ds_zoadamu.config import check_precision, read_config
-from ds_zoadamu.hf import load_causal_lm
-from ds_zoadamu.json_files import write_json
+from ds_zoadamu.config.auto import fill_auto
+from ds_zoadamu.config.settings import check_precision, read_config
+from ds_zoadamu.distributed.waiting import current_limit, limit_waits
+from ds_zoadamu.files.json_files import write_json
+from ds_zoadamu.hf.models import load_causal_lm
 from ds_zoadamu.tasks import InputError, evaluate, load_examples, majority_accuracy
 from ds_zoadamu.training.arguments import check_arguments
 from ds_zoadamu.training.output import environment
 from ds_zoadamu.training.plan import check_stage, rank, read_model_input, world_size
-from ds_zoadamu.waiting import current_limit, limit_waits
 
 # Only these matter without training; without a JSON each rank keeps its ZeRO-3 partition in fp32.
 _SECTIONS = ("zero_optimization", "bf16", "fp16")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from ds_zoadamu.partition import find_partitions
+from ds_zoadamu.zero3.partition import find_partitions
 
 
 class PeakMemory:

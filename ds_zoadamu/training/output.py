@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from ds_zoadamu.folders import put_back, remove, replace
-from ds_zoadamu.json_files import dumps, write_json
-from ds_zoadamu.locks import is_locked
-from ds_zoadamu.safetensors_io import naming, write_durably
+from ds_zoadamu.files.folders import put_back, remove, replace
+from ds_zoadamu.files.json_files import dumps, write_json
+from ds_zoadamu.files.locks import is_locked
+from ds_zoadamu.files.safetensors_io import naming, write_durably
 from ds_zoadamu.tasks import InputError
 
 METRICS, RESULTS, CURVES, SEARCH, BEST, MODEL = "metrics.jsonl", "results.json", "curves.png", "find_lr.json", "best", "model"

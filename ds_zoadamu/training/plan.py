@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from deepspeed.utils import logger
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from ds_zoadamu.auto_config import STEPS_OF_A_RUN, fill_auto, hidden_size_of, value_at
-from ds_zoadamu.config import check_config, check_precision, read_config
+from ds_zoadamu.config.auto import STEPS_OF_A_RUN, fill_auto, hidden_size_of, value_at
+from ds_zoadamu.config.settings import check_config, check_precision, read_config
 from ds_zoadamu.rules import import_modules
 from ds_zoadamu.tasks import (
     EncodedExample,

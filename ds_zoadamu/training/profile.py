@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 from ds_zoadamu import kernels
-from ds_zoadamu.collective import gather_json
+from ds_zoadamu.distributed.collective import gather_json
 from ds_zoadamu.training.memory import PeakMemory, stored_bytes
 from ds_zoadamu.training.output import JOURNAL, PROFILE, OutputDirectory, environment, quantiles
 from ds_zoadamu.training.plan import make_plan, rank

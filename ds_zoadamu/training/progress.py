@@ -4,8 +4,8 @@ import json
 import math
 from dataclasses import dataclass, field
 
-from ds_zoadamu import collective
-from ds_zoadamu.journal import read_journal
+from ds_zoadamu.distributed import collective
+from ds_zoadamu.durability.journal import read_journal
 from ds_zoadamu.tasks import Evaluation, InputError
 from ds_zoadamu.training.output import CHECKPOINTS, JOURNAL, OutputDirectory
 from ds_zoadamu.training.plan import Plan

@@ -12,12 +12,10 @@ from deepspeed import comm as dist
 from deepspeed.utils import logger
 from tqdm import tqdm
 
-from ds_zoadamu.collective import gather_json
-from ds_zoadamu.digest import weights_digest
-from ds_zoadamu.divergence import nonfinite_parameter, weights_are_the_reason
-from ds_zoadamu.engine import ZeroOrderEngine
+from ds_zoadamu.distributed.collective import gather_json
+from ds_zoadamu.durability.digest import weights_digest
 from ds_zoadamu.errors import CheckpointError, NonFiniteLossError
-from ds_zoadamu.hf import load_weights, save_pretrained
+from ds_zoadamu.hf.models import load_weights, save_pretrained
 from ds_zoadamu.tasks import Evaluation, InputError, evaluate
 from ds_zoadamu.training.curves import draw_curves
 from ds_zoadamu.training.memory import PeakMemory, stored_bytes
@@ -36,6 +34,8 @@ from ds_zoadamu.training.plan import Plan, make_plan, rank
 from ds_zoadamu.training.progress import Progress, begin, better, resume
 from ds_zoadamu.training.steps import Stepper, make_stepper
 from ds_zoadamu.training.summary import scores, summary
+from ds_zoadamu.zero3.divergence import nonfinite_parameter, weights_are_the_reason
+from ds_zoadamu.zero3.engine import ZeroOrderEngine
 
 
 def finetune(args: Namespace) -> dict:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 from deepspeed import comm as dist
 
-from ds_zoadamu.config import check_config, zeroth_order_type
+from ds_zoadamu.config.settings import check_config, zeroth_order_type
 from ds_zoadamu.errors import NonFiniteLossError, NonFiniteWeightsError
 from ds_zoadamu.tasks import InputError, evaluate
 from ds_zoadamu.training.output import SEARCH, OutputDirectory, environment

@@ -7,12 +7,12 @@ import torch
 from deepspeed import comm as dist
 
 import ds_zoadamu
-from ds_zoadamu.config import zeroth_order_type
-from ds_zoadamu.data import MicroBatchSampler, repeat
-from ds_zoadamu.hf import load_causal_lm
-from ds_zoadamu.losses import as_pair, global_means
+from ds_zoadamu.config.settings import zeroth_order_type
+from ds_zoadamu.hf.models import load_causal_lm
 from ds_zoadamu.tasks import prompt_loss
 from ds_zoadamu.training.plan import Plan
+from ds_zoadamu.zero3.data import MicroBatchSampler, repeat
+from ds_zoadamu.zero3.losses import as_pair, global_means
 
 
 class Stepper(Protocol):

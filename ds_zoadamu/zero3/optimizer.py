@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from .._crash_points import reach
-from ..chunks import chunks_on
 from ..errors import ConfigError, unknown_keys_message
-from ..partition import Partition
+from ..files.crash_points import reach
 from ..rules import Elements, Evaluation, Rule, Update
 from ..rules import MeZO as MeZORule
 from ..rules import ZOAdaMU as ZOAdaMURule
 from ..rules.options import check_shrinking, decay, learning_rate
+from .chunks import chunks_on
+from .partition import Partition
 
 _GROUP_KEYS = {"params", "lr", "weight_decay"}
 

@@ -2,7 +2,9 @@
 
 import pytest
 
-from .harness import run_ranks
+from ..helpers.harness import run_ranks
+
+pytestmark = pytest.mark.ranks
 
 
 def _outcome(function, *args) -> str:
@@ -13,7 +15,7 @@ def _outcome(function, *args) -> str:
 
 
 def _messages(rank, world_size):
-    from ds_zoadamu import collective
+    from ds_zoadamu.distributed import collective
 
     texts = ["ä" * 300 * r for r in range(world_size)]  # rank 0's fits the first message, those of the others do not
     data = bytes(range(256)) * 5
@@ -31,7 +33,7 @@ def test_messages_of_any_length_arrive_whole():
 
 
 def _agreements(rank, world_size, failures):
-    from ds_zoadamu import collective
+    from ds_zoadamu.distributed import collective
 
     outcomes = []
     for failing in failures:
@@ -69,7 +71,7 @@ def test_what_one_rank_raises_is_caught_on_all_ranks_or_on_none():
 
 
 def _different_places(rank, world_size):
-    from ds_zoadamu import collective
+    from ds_zoadamu.distributed import collective
 
     with collective.together("saving" if rank == 1 else "training"):
         outcome = _outcome(collective.gather_json, "x" * 1000 * rank)
@@ -83,7 +85,7 @@ def test_ranks_that_do_different_things_are_told_so_and_can_go_on():
 
 
 def _all_alike(rank, world_size):
-    from ds_zoadamu import collective
+    from ds_zoadamu.distributed import collective
 
     outcomes = []
     for attempt in range(2):
@@ -111,8 +113,8 @@ def _alone(rank, world_size, failing, how):
     import torch
     import torch.distributed as dist
 
-    from ds_zoadamu import collective
-    from ds_zoadamu.waiting import limit_waits, time_limit
+    from ds_zoadamu.distributed import collective
+    from ds_zoadamu.distributed.waiting import limit_waits, time_limit
 
     beside, store = dist.new_group(), dist.group.WORLD.get_group_store()
     limit_waits(time_limit(4.0 if how == "hangs" else 12.0))

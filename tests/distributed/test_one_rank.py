@@ -10,20 +10,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.tiny_lm import save_model
+from tests.helpers.tiny_lm import save_model
 
-from . import jobs, runs
-from .disks import file_size_limit
-from .harness import run_ranks
-from .models import OddModel, odd_batches
-from .test_hf import encoded_examples
+from ..helpers import jobs, runs
+from ..helpers.disks import file_size_limit
+from ..helpers.harness import run_ranks
+from ..helpers.models import OddModel, odd_batches
+from ..hf.test_models import encoded_examples
+
+pytestmark = pytest.mark.ranks
 
 LIMIT = 12.0
 """Seconds that ranks wait for each other at most where one fails alone: it gives the others a quarter of it to fail alike."""
 
 
 def _limited() -> None:
-    from ds_zoadamu.waiting import limit_waits, time_limit
+    from ds_zoadamu.distributed.waiting import limit_waits, time_limit
 
     limit_waits(time_limit(LIMIT))
 
@@ -154,7 +156,7 @@ def test_a_loss_that_raises_on_one_rank(method, failing, call):
 
 def _saving_and_loading(rank, world_size, source, folder):
     import ds_zoadamu
-    from ds_zoadamu.hf import load_weights, save_pretrained
+    from ds_zoadamu.hf.models import load_weights, save_pretrained
 
     config = jobs.config(world_size)
     model = ds_zoadamu.load_causal_lm(str(source), config=config)
@@ -219,7 +221,7 @@ def test_a_model_that_one_rank_cannot_save_load_or_evaluate(tmp_path):
 
 
 def _newest_cannot_be_read(rank, world_size, folder):
-    from ds_zoadamu import safetensors_io
+    from ds_zoadamu.files import safetensors_io
 
     folder = Path(folder)
     engine, batches = runs.make_engine(world_size)
@@ -327,7 +329,7 @@ def test_settings_that_differ_between_ranks_are_named_before_the_model_is_touche
 def _limits(rank, world_size):
     import torch.distributed as dist
 
-    from ds_zoadamu import waiting
+    from ds_zoadamu.distributed import waiting
 
     def seconds():
         groups = dist.distributed_c10d._world.pg_map
@@ -354,7 +356,7 @@ def test_all_process_groups_have_the_time_limit():
 def _script(rank, world_size, folder):
     import sys
 
-    from ds_zoadamu import collective
+    from ds_zoadamu.distributed import collective
     from ds_zoadamu.training.main import run_script
 
     _limited()

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from tests.distributed.harness import run_ranks
+from tests.helpers.harness import run_ranks
 
 from .runs import CASES, DIGESTS, RECORDED, RECORDED_STEP, STEPS, engine_of, run_cases
 

@@ -66,7 +66,7 @@ def exact_loss(module, numbers):
 def engine_of(case: str, world_size: int, large: bool = True):
     """(engine, endless iterator) of a case on one rank with two micro-batches a step, or on two."""
     import ds_zoadamu
-    from ds_zoadamu.data import repeat
+    from ds_zoadamu.zero3.data import repeat
 
     rule, _, dtype = case.rpartition("-")
     params = {"lr": 3e-2, "zo_eps": 1e-2, "seed": 11, "weight_decay": 0.1}
@@ -94,7 +94,7 @@ def record_bodies_sha256(journal: Path) -> str:
 
 
 def run_cases(rank: int, world_size: int, folder: str, cases: list[str]) -> dict[str, dict]:
-    """What each case's run comes to: {"weights", "records"}, SHA-256 in hex."""
+    """What each case's run comes to: {"weights", "records", "journal"}, SHA-256 in hex."""
     from ds_zoadamu import weights_digest
 
     results = {}
@@ -106,7 +106,8 @@ def run_cases(rank: int, world_size: int, folder: str, cases: list[str]) -> dict
             engine.train_batch(batches)
         weights = weights_digest(engine)
         engine.destroy()
-        results[case] = {"weights": weights, "records": record_bodies_sha256(journal)}
+        sha256 = hashlib.sha256(journal.read_bytes()).hexdigest()
+        results[case] = {"weights": weights, "records": record_bodies_sha256(journal), "journal": sha256}
     return results
 
 

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.harness import run_ranks
+from tests.helpers.harness import run_ranks
 
 from .record import RECORDED_CASE
 from .runs import CASES, RECORDED, RECORDED_STEP, STEPS, digests, engine_of, run_cases
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.quick), 2])
 def test_bits_of_before(tmp_path, world_size):
     for results in run_ranks(world_size, run_cases, str(tmp_path), CASES):
@@ -30,6 +31,7 @@ def resume(rank: int, world_size: int, folder: str) -> dict:
     return results
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_journals_and_checkpoints_of_before_are_read(tmp_path, world_size):
     folder = shutil.copytree(RECORDED, tmp_path / "run")

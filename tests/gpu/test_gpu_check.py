@@ -1,4 +1,4 @@
-"""launch/gpu_check by itself: where there is no GPU, and when a section fails."""
+"""benchmarks/gpu_check by itself: where there is no GPU, and when a section fails."""
 
 import json
 import os
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.harness import HANG
+from tests.helpers.harness import HANG
 
-SCRIPT = Path(__file__).parents[2] / "launch" / "gpu_check"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check"
 
 
 def check(*options: str, **environment: str) -> subprocess.CompletedProcess:

@@ -9,7 +9,7 @@ from ds_zoadamu import kernels
 from ds_zoadamu.kernels import reference, triton
 from ds_zoadamu.kernels.types import Rounding, fp32
 
-from ..distributed.harness import run_ranks
+from ..helpers.harness import run_ranks
 from ..kernels import triton_checks as checks
 from ..kernels.common import KEY, MOMENTUM_DTYPES, WEIGHT_DTYPES, assert_same_bits, momenta, weights
 
@@ -268,8 +268,8 @@ def _train(rank: int, world_size: int, backend: str, storage: str, offload: str)
     os.environ["DS_ZOADAMU_KERNELS"] = backend
     import ds_zoadamu
 
-    from ..distributed.jobs import as_bytes, config, whole_model
-    from ..distributed.models import tiny_opt
+    from ..helpers.jobs import as_bytes, config, whole_model
+    from ..helpers.models import tiny_opt
 
     zero = {"offload_param": {"device": offload}, "stage3_param_persistence_threshold": 0}
     engine = ds_zoadamu.initialize(

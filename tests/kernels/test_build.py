@@ -11,7 +11,7 @@ import torch
 
 from ds_zoadamu import kernels
 from ds_zoadamu.kernels import build, reference
-from tests.distributed.harness import HANG
+from tests.helpers.harness import HANG
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -11,17 +11,7 @@ from ds_zoadamu import kernels
 from ds_zoadamu.kernels import build, cpu, reference
 from ds_zoadamu.kernels.types import Recurrence, Rounding, fp32
 
-from .common import (
-    KEY,
-    MOMENTUM_DTYPES,
-    WEIGHT_DTYPES,
-    assert_same_bits,
-    direction,
-    momenta,
-    scalars,
-    special_values,
-    weights,
-)
+from .common import KEY, MOMENTUM_DTYPES, WEIGHT_DTYPES, assert_same_bits, direction, momenta, scalars, special_values, weights
 
 try:
     WIDTHS = cpu.available_simd()

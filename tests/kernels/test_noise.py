@@ -9,7 +9,7 @@ import torch
 
 from ds_zoadamu.kernels import reference
 from ds_zoadamu.rules.noise import NOISE_VERSION, noise, parameter_key, parameter_keys
-from tests.reference_numpy import noise64, philox4x32
+from tests.helpers.reference_numpy import noise64, philox4x32
 
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.layers.0.norm.bias"
 

@@ -7,7 +7,7 @@ import torch
 from ds_zoadamu.kernels import reference
 from ds_zoadamu.kernels.types import Recurrence, Rounding, fp32
 from ds_zoadamu.rules import schedules
-from tests.reference_numpy import Hyper64, anneal64, direction64, zo_adamu_step64
+from tests.helpers.reference_numpy import Hyper64, anneal64, direction64, zo_adamu_step64
 
 from .common import KEY
 

@@ -22,7 +22,7 @@ import torch
 from ds_zoadamu import kernels
 from ds_zoadamu.kernels import reference, triton
 from ds_zoadamu.kernels.types import Rounding
-from tests.distributed.harness import HANG
+from tests.helpers.harness import HANG
 
 from . import triton_checks as checks
 from .common import KEY, MOMENTUM_DTYPES, WEIGHT_DTYPES

@@ -1,0 +1,1 @@
+"""The DeepSpeed JSON: its "auto" values, the options of the rules, and what is refused."""

@@ -1,0 +1,1 @@
+"""What makes a run survive and be made again: journal, replay, checkpoints, resume."""

@@ -1,0 +1,1 @@
+"""Models of Transformers on partitions: loading and saving."""
