@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "initialize": "initialization",
     "StepRecord": "zero3.engine",
-    "ZeroOrderEngine": "zero3.engine",
+    "ZerothOrderEngine": "zero3.engine",
     "ZOAdaMU": "zero3.optimizer",
     "MeZO": "zero3.optimizer",
     "Rule": "rules",

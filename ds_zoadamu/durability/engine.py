@@ -17,7 +17,7 @@ from .resume import Resumed
 
 
 class Durability:
-    """Mixed into ``ZeroOrderEngine``. For an optimizer that is not zeroth-order the methods are DeepSpeed's own."""
+    """Mixed into ``ZerothOrderEngine``. For an optimizer that is not zeroth-order the methods are DeepSpeed's own."""
 
     data_source: Any = None
     """The user's data iterator, where it has ``state_dict`` and ``load_state_dict``: noted by ``train_batch``, saved in
@@ -211,14 +211,13 @@ class Durability:
             raise JournalError(
                 f"step {record.step}: weight_decay of a parameter group was changed; the journal's header fixes it for the run"
             )
-        lrs = tuple(float(group["lr"]) for group in groups)
         data = own_data(self)
         return Record(
             step=record.step,
             loss_plus=record.loss_plus,
             loss_minus=record.loss_minus,
-            projected_grad=record.projected_grad,
-            lr=lrs[0] if len(set(lrs)) == 1 else lrs,
+            projected_grads=record.projected_grads,
+            lrs=record.lrs,
             skipped=record.skipped,
             data_position=None if data is None else data.position,
         )

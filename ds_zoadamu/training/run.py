@@ -35,7 +35,7 @@ from ds_zoadamu.training.progress import Progress, begin, better, resume
 from ds_zoadamu.training.steps import Stepper, make_stepper
 from ds_zoadamu.training.summary import scores, summary
 from ds_zoadamu.zero3.divergence import nonfinite_parameter, weights_are_the_reason
-from ds_zoadamu.zero3.engine import ZeroOrderEngine
+from ds_zoadamu.zero3.engine import ZerothOrderEngine
 
 
 def finetune(args: Namespace) -> dict:
@@ -134,7 +134,7 @@ def _check_finite(before: dict[str, Evaluation], stepper: Stepper) -> None:
         )
 
 
-def _save_checkpoint(engine: ZeroOrderEngine, output: OutputDirectory, step: int, limit: int) -> None:
+def _save_checkpoint(engine: ZerothOrderEngine, output: OutputDirectory, step: int, limit: int) -> None:
     """Saves a checkpoint, or warns: the journal has every step, a checkpoint only makes a resume faster."""
     try:
         engine.save_checkpoint(output.path / CHECKPOINTS, save_total_limit=limit)

@@ -47,22 +47,22 @@ from .unusable import TrainedSet, reject_unusable
 class StepRecord:
     """One step of training, the same on all ranks.
 
-    ``loss`` is the mean of ``loss_plus`` and ``loss_minus``, ``projected_grad`` their difference over 2 zo_eps; with several
-    perturbations a step the losses are means over them, and ``projected_grad`` has one entry each. ``figures``: what the rule
-    logs, by name (ZO-AdaMU: alpha, beta1, beta2, effective_zo_eps).
+    ``loss`` is the mean of ``loss_plus`` and ``loss_minus``, ``projected_grads`` their difference over 2 zo_eps; with several
+    perturbations a step the losses are means over them, and ``projected_grads`` has one entry each. ``lrs``: one a parameter
+    group. ``figures``: what the rule logs, by name (ZO-AdaMU: alpha, beta1, beta2, effective_zo_eps).
     """
 
     step: int
     loss: float
     loss_plus: float
     loss_minus: float
-    projected_grad: float | tuple[float, ...]
-    lr: float
+    projected_grads: tuple[float, ...]
+    lrs: tuple[float, ...]
     skipped: bool
     figures: dict[str, float]
 
 
-class ZeroOrderEngine(Durability, DeepSpeedEngine):
+class ZerothOrderEngine(Durability, DeepSpeedEngine):
     """A DeepSpeedEngine with ``train_batch`` and ``eval_batch`` for a zeroth-order optimizer on ZeRO-3 partitions.
 
     JSON scheduler, monitor, counters, batch arithmetic and ``engine.module`` are DeepSpeed's. The parameters are partitioned
@@ -113,11 +113,11 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
                 for evaluation in evaluations:
                     with self._gathers.perturbed(self._fill(evaluation)):
                         passes.append([self._loss(_fresh(batch)) for batch in draws.before_each(micro_batches)])
-            record, projected_grads = self._record(evaluations, global_means(passes, self.device))
+            record = self._record(evaluations, global_means(passes, self.device))
             if record.skipped and record.step == 1:
                 divergence.refuse_nonfinite_weights(self, record)
             self._before_update(record, batch, drawn)
-            self.optimizer.observe(None if record.skipped else projected_grads)
+            self.optimizer.observe(None if record.skipped else record.projected_grads)
             with self._gathers.writing():
                 self._step_and_count()
             self.last_step = record
@@ -229,24 +229,23 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             return None
         return partial(self.optimizer.perturb_into, evaluation=evaluation)
 
-    def _record(self, evaluations: Sequence[Evaluation], losses: list[float]) -> tuple[StepRecord, tuple[float, ...]]:
-        """The step's record and its projected gradients, from the losses of its evaluations."""
+    def _record(self, evaluations: Sequence[Evaluation], losses: list[float]) -> StepRecord:
+        """The step's record, from the losses of its evaluations."""
         optimizer, step = self.optimizer, self.optimizer.next_step
         grads = tuple(map(kernels.round_grad, optimizer.rule.projected_grads(losses)))  # also those of a rule of one's own
         plus = [loss for evaluation, loss in zip(evaluations, losses, strict=True) if evaluation.coefficient > 0.0]
         minus = [loss for evaluation, loss in zip(evaluations, losses, strict=True) if evaluation.coefficient <= 0.0]
         loss_plus, loss_minus = sum(plus) / len(plus), sum(minus) / len(minus)
-        record = StepRecord(
+        return StepRecord(
             step=step,
             loss=(loss_plus + loss_minus) / 2.0,
             loss_plus=loss_plus,
             loss_minus=loss_minus,
-            projected_grad=grads[0] if len(grads) == 1 else grads,
-            lr=float(optimizer.param_groups[0]["lr"]),
+            projected_grads=grads,
+            lrs=tuple(float(group["lr"]) for group in optimizer.param_groups),
             skipped=not all(map(math.isfinite, grads)),
             figures=optimizer.rule.figures(step),
         )
-        return record, grads
 
     def _step_and_count(self) -> None:
         # DeepSpeed counts one micro-step for each call of step(), and steps on the last one of an accumulation.
@@ -267,18 +266,19 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             return
         coinciding = self.optimizer.coinciding_share()
         if printing:
-            grads = record.projected_grad if isinstance(record.projected_grad, tuple) else (record.projected_grad,)
             log_dist(
-                f"step={record.step} loss={record.loss:.6g} projected_grad={','.join(f'{g:.6g}' for g in grads)} "
-                f"lr={record.lr:.4g} {' '.join(f'{name}={value:.4g}' for name, value in record.figures.items())} "
+                f"step={record.step} loss={record.loss:.6g} projected_grad={','.join(f'{g:.6g}' for g in record.projected_grads)} "
+                f"lr={record.lrs[0]:.4g} {' '.join(f'{name}={value:.4g}' for name, value in record.figures.items())} "
                 f"coinciding={coinciding:.4g} skipped={self.skipped_steps}",
                 ranks=[0],
             )
         if self.monitor.enabled:
-            grads = record.projected_grad if isinstance(record.projected_grad, tuple) else (record.projected_grad,)
             values = {
                 "train_loss": record.loss,
-                **{f"projected_grad_{index}" if index else "projected_grad": grad for index, grad in enumerate(grads)},
+                **{
+                    f"projected_grad_{index}" if index else "projected_grad": grad
+                    for index, grad in enumerate(record.projected_grads)
+                },
                 **record.figures,
                 "coinciding_share": coinciding,
                 "skipped_steps": self.skipped_steps,

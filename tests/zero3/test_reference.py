@@ -47,7 +47,7 @@ def _own(rank, world_size):
     gradients = []
     for step in range(STEPS):
         engine.train_batch(my_share(batches, step, accumulation, rank, world_size))
-        gradients.append(engine.last_step.projected_grad)
+        gradients += engine.last_step.projected_grads
     return gradients, _displacement(engine, _start())
 
 
