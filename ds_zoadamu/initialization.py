@@ -13,10 +13,10 @@ from .config.settings import check_config, check_precision, read_config, zeroth_
 from .distributed import collective
 from .distributed.start import init_distributed, launched_world_size
 from .distributed.waiting import current_limit, limit_waits, time_limit
+from .durability.engine import ZerothOrderEngine
 from .errors import ConfigError
 from .zero3 import agreement
 from .zero3.data import check_training_data, length_of
-from .zero3.engine import ZerothOrderEngine
 from .zero3.losses import LossFn
 from .zero3.optimizer import ZerothOrderOptimizer
 

@@ -336,8 +336,8 @@ class Journal:
             )
         if not all(map(math.isfinite, record.lrs)):  # no reader takes such a record
             raise JournalError(
-                f"journal {str(self.path)!r}: step {record.step} has the lr {_shown(record.lrs)}, which is not finite; the step was not "
-                "taken: mend the lr scheduler"
+                f"journal {str(self.path)!r}: step {record.step} has the lr {_shown(record.lrs)}, which is not finite; the "
+                "step was not taken: mend the lr scheduler"
             )
         line, checksum = record_line(record, self.checksum)
         reach("before_append", record.step)

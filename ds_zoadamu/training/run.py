@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ds_zoadamu.distributed.collective import gather_json
 from ds_zoadamu.durability.digest import weights_digest
+from ds_zoadamu.durability.engine import ZerothOrderEngine
 from ds_zoadamu.errors import CheckpointError, NonFiniteLossError
 from ds_zoadamu.hf.models import load_weights, save_pretrained
 from ds_zoadamu.tasks import Evaluation, InputError, evaluate
@@ -35,7 +36,6 @@ from ds_zoadamu.training.progress import Progress, begin, better, resume
 from ds_zoadamu.training.steps import Stepper, make_stepper
 from ds_zoadamu.training.summary import scores, summary
 from ds_zoadamu.zero3.divergence import nonfinite_parameter, weights_are_the_reason
-from ds_zoadamu.zero3.engine import ZerothOrderEngine
 
 
 def finetune(args: Namespace) -> dict:

@@ -99,7 +99,7 @@ def _parameter_groups(rank, world_size, as_function):
     optimizer = (lambda _: ds_zoadamu.ZOAdaMU(groups, **options)) if as_function else ds_zoadamu.ZOAdaMU(groups, **options)
     engine = engine_for(model, settings, optimizer=optimizer)
     engine.optimizer.observe([0.0])  # the decay alone moves a weight
-    with engine._gathers.writing():
+    with engine.gathers.writing():
         engine._step_and_count()
     end = whole_model(engine)
     return {n: (end[n], start[n]) for n in start}

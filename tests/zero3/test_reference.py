@@ -35,7 +35,7 @@ def _given(rank, world_size):
     engine = engine_for(OddModel(), _settings(world_size))
     for g in GIVEN:
         engine.optimizer.observe([g])
-        with engine._gathers.writing():
+        with engine.gathers.writing():
             engine._step_and_count()
     return _displacement(engine, _start())
 

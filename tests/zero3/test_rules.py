@@ -37,7 +37,7 @@ def _given(rank, world_size):
         engine = engine_for(OddModel(), _settings(rule, world_size, count, **options))
         for grads in GIVEN:
             engine.optimizer.observe(grads[:count])
-            with engine._gathers.writing():
+            with engine.gathers.writing():
                 engine._step_and_count()
         found[case] = {name: value.double().numpy().ravel() for name, value in whole_model(engine).items()}
         engine.destroy()
@@ -270,7 +270,7 @@ def _signs(rank, world_size):
         engine.optimizer.step = probe
         [g] = engine.last_step.projected_grads
         engine.optimizer.observe([float(g > 0) - float(g < 0)])
-        with engine._gathers.writing():
+        with engine.gathers.writing():
             engine.optimizer.step()
     return as_bytes(whole_model(engine))
 
