@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ds_zoadamu.config.auto import fill_auto_for_library, has_auto, hidden_size_of
 from ds_zoadamu.config.settings import check_precision, read_config, read_json
 from ds_zoadamu.distributed import collective
-from ds_zoadamu.distributed.start import init_distributed, launched_world_size
+from ds_zoadamu.distributed.start import launched_world_size
 from ds_zoadamu.distributed.waiting import current_limit, limit_waits
 from ds_zoadamu.durability.base_model import check_whole
 from ds_zoadamu.errors import ConfigError
@@ -28,6 +28,7 @@ from ds_zoadamu.files.hf_names import FileNames, Group
 from ds_zoadamu.zero3 import agreement, nvme
 from ds_zoadamu.zero3 import hf as hf_zero3
 from ds_zoadamu.zero3.partition import whole_shape
+from ds_zoadamu.zero3.start import init_distributed
 
 _INDEX = "model.safetensors.index.json"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

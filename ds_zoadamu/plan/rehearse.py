@@ -117,11 +117,11 @@ def _measure(
     from deepspeed.accelerator import get_accelerator
     from transformers import AutoModelForCausalLM
 
-    from ..distributed.start import init_distributed
     from ..initialization import initialize
     from ..training.memory import PeakMemory
     from ..zero3.hf import zero3_known
     from ..zero3.partition import stored_weight_bytes
+    from ..zero3.start import init_distributed
 
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29512")
