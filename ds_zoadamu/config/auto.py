@@ -4,12 +4,14 @@ import copy
 import json
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
 from ..rules import RULES
 from ..rules.options import reject_unknown
-from .settings import check_warmup, zeroth_order_type
+from .learning_rate import check_warmup
+from .sections import batch_of, value_at
 
 DEFAULT_MICRO_BATCH_SIZE = 8
 DEFAULT_LEARNING_RATE = 5e-5
@@ -29,7 +31,19 @@ _OBJECTS = {
 _WARMUPS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 
 
-def fill_auto(config: dict, args: Namespace, *, world_size: int, hidden_size: int | None) -> dict:
+@dataclass(frozen=True)
+class Library:
+    """Where no command line is: its defaults, and as many steps as the JSON says or one epoch of the data has.
+
+    ``num_examples``: of the training data; None: unknown, then the number of steps must be given.
+    """
+
+    num_examples: int | None = None
+
+
+def fill(
+    config: dict, overrides: Namespace | Library, *, rule: str | None, world_size: int, hidden_size: int | None
+) -> dict[str, Any]:
     """A copy of a DeepSpeed configuration without "auto" values.
 
     A value of "auto" takes its argument or the argument's default. An argument that was given also fills a key that the
@@ -37,57 +51,51 @@ def fill_auto(config: dict, args: Namespace, *, world_size: int, hidden_size: in
 
     Args:
         config: the JSON.
-        args: of `finetune_parser` or some of them; None or absent stands for "not given".
+        overrides: a command line, of `finetune_parser` or some of it; None or absent stands for "not given".
+        rule: the zeroth-order rule that the JSON asks for.
         world_size: number of ranks.
-        hidden_size: of the model, for ZeRO's bucket sizes; None: unknown.
+        hidden_size: of the model, for ZeRO's bucket sizes; None: unknown, then the library leaves them to DeepSpeed.
 
     Raises:
         ConfigError: an argument contradicts the JSON, or an "auto" that nothing fills.
     """
-    _check_objects(config)
-    filler, given = _Filler(copy.deepcopy(config)), vars(args)
-    rule = zeroth_order_type(config)
+    config, in_library = copy.deepcopy(config), isinstance(overrides, Library)
+    if in_library and not has_auto(config):
+        return config
+    filler, given = _Filler(config), {} if in_library else vars(overrides)
+    filler.check_objects()
     _fill_batches(filler, given, world_size)
+    if in_library:
+        given = {"seed": 0, "max_steps": _steps_of_library(config, overrides.num_examples, world_size)}
     _fill_optimizer(filler, given, rule is not None)
     _fill_scheduler(filler, given)
-    for section, wanted in (("bf16", given.get("bf16")), ("fp16", given.get("fp16"))):
-        filler.fill(f"{section}.enabled", wanted or None, False, f"--{section}")
+    for section in ("bf16", "fp16"):
+        filler.fill(f"{section}.enabled", given.get(section) or None, False, f"--{section}")
     if hidden_size is not None:
-        filler.fill("zero_optimization.reduce_bucket_size", None, hidden_size * hidden_size)
-        filler.fill("zero_optimization.stage3_prefetch_bucket_size", None, int(0.9 * hidden_size * hidden_size))
-        filler.fill("zero_optimization.stage3_param_persistence_threshold", None, 10 * hidden_size)
+        for key, size in bucket_sizes(hidden_size).items():
+            filler.fill(f"zero_optimization.{key}", None, size)
+    elif in_library and (zero := config.get("zero_optimization")):
+        config["zero_optimization"] = {key: value for key, value in zero.items() if value != "auto"}
     if rule is not None:  # for what nobody reads no value would do
         reject_unknown("optimizer.params", filler.get("optimizer.params") or {}, RULES[rule].config_class.names())
-    for path in _auto_paths(filler.config):
+    for path in _auto_paths(config):
         raise ConfigError(
             f'the DeepSpeed JSON has {path} = "auto", which nothing here fills; leave it out for its default, or give a value'
         )
-    return filler.config
+    return config
 
 
-def fill_auto_for_library(config: dict, *, world_size: int, hidden_size: int | None, num_examples: int | None) -> dict:
-    """``fill_auto`` where no command line is: its defaults, and as many steps as the JSON says or one epoch of the data has.
-
-    Args:
-        num_examples: of the training data; None: unknown, then the number of steps must be given.
-        hidden_size: None: DeepSpeed's own defaults stand where the JSON has "auto" for ZeRO's bucket sizes.
-
-    Raises:
-        ConfigError: an "auto" that nothing fills.
-    """
-    if not has_auto(config):
-        return config
-    _check_objects(config)
-    config = copy.deepcopy(config)
-    if hidden_size is None:
-        zero = config.get("zero_optimization", {})
-        config["zero_optimization"] = {key: value for key, value in zero.items() if value != "auto"}
-    options = {"world_size": world_size, "hidden_size": hidden_size}
-    steps = _steps_of_library(config, num_examples, options)
-    return fill_auto(config, Namespace(max_steps=steps, seed=0), **options)
+def bucket_sizes(hidden_size: int) -> dict[str, int]:
+    """What "auto" stands for in zero_optimization."""
+    square = hidden_size * hidden_size
+    return {
+        "reduce_bucket_size": square,
+        "stage3_prefetch_bucket_size": int(0.9 * square),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
 
 
-def _steps_of_library(config: dict, num_examples: int | None, options: dict) -> int | None:
+def _steps_of_library(config: dict, num_examples: int | None, world_size: int) -> int | None:
     """The number of steps for "auto": what the JSON has for the run, else those of one epoch; None where nothing needs it."""
     asking = [path for path in STEPS_OF_A_RUN if value_at(config, path) == "auto"]
     given = [value_at(config, path) for path in STEPS_OF_A_RUN if isinstance(value_at(config, path), int)]
@@ -98,28 +106,16 @@ def _steps_of_library(config: dict, num_examples: int | None, options: dict) -> 
             f'{asking[0]} is "auto"; it is filled with the steps of an epoch where training_data has a length. Give the number '
             "of steps, or pass training_data"
         )
-    filled = fill_auto(config, Namespace(max_steps=1, seed=0), **options)
-    micro, accumulation = (filled.get(key, 1) for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"))
-    batch = filled.get("train_batch_size", micro * accumulation * options["world_size"])
-    return max(1, num_examples // batch)
+    batch = batch_of(config, world_size)
+    return max(1, num_examples // (batch.train or batch.accumulation * world_size))
 
 
 def _fill_batches(filler: "_Filler", given: dict, world_size: int) -> None:
-    micro = filler.fill(
-        "train_micro_batch_size_per_gpu",
-        given.get("per_device_train_batch_size"),
-        DEFAULT_MICRO_BATCH_SIZE,
-        "--per_device_train_batch_size",
-    )
-    total = filler.get("train_batch_size")
-    accumulation = 1
-    if micro is not None and isinstance(total, int):
-        accumulation = max(1, total // (micro * world_size))
-    accumulation = filler.fill(
-        "gradient_accumulation_steps", given.get("gradient_accumulation_steps"), accumulation, "--gradient_accumulation_steps"
-    )
-    if micro is not None:
-        filler.fill("train_batch_size", None, micro * (accumulation or 1) * world_size)
+    micro, accumulation = "per_device_train_batch_size", "gradient_accumulation_steps"
+    filler.fill("train_micro_batch_size_per_gpu", given.get(micro), DEFAULT_MICRO_BATCH_SIZE, f"--{micro}")
+    filler.fill(accumulation, given.get(accumulation), batch_of(filler.config, world_size).accumulation, f"--{accumulation}")
+    if (train := batch_of(filler.config, world_size).train) is not None:
+        filler.fill("train_batch_size", None, train)
 
 
 def _fill_optimizer(filler: "_Filler", given: dict, zeroth_order: bool) -> None:
@@ -173,16 +169,6 @@ def _leave_out_warmup(filler: "_Filler") -> None:
             filler.set(path, 0)
 
 
-def value_at(config: dict, path: str) -> Any:
-    """The value at a dotted path of a configuration; None where it or a section above it is absent."""
-    value: Any = config
-    for key in path.split("."):
-        if not isinstance(value, dict) or key not in value:
-            return None
-        value = value[key]
-    return value
-
-
 class _Filler:
     def __init__(self, config: dict):
         self.config = config
@@ -212,14 +198,12 @@ class _Filler:
             node = node.setdefault(section, {})
         node[key] = value
 
-
-def _check_objects(config: dict) -> None:
-    """Raises ConfigError for a section that is filled and is no object."""
-    filler = _Filler(config)
-    for path, example in _OBJECTS.items():
-        value = filler.get(path)
-        if value is not None and not isinstance(value, dict):
-            raise ConfigError(f"{path} is {json.dumps(value)}; it must be an object, for example {example}")
+    def check_objects(self) -> None:
+        """Raises ConfigError for a section that is filled and is no object."""
+        for path, example in _OBJECTS.items():
+            value = self.get(path)
+            if value is not None and not isinstance(value, dict):
+                raise ConfigError(f"{path} is {json.dumps(value)}; it must be an object, for example {example}")
 
 
 def has_auto(config: dict) -> bool:

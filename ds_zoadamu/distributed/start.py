@@ -1,6 +1,7 @@
-"""Start of torch.distributed through DeepSpeed."""
+"""Start of torch.distributed through DeepSpeed, and what the launcher's environment says of it."""
 
 import os
+import socket
 from datetime import timedelta
 
 import deepspeed
@@ -52,3 +53,18 @@ def _bandwidths(comm_op: str, size: float, duration: float) -> tuple[float, floa
 def launched_world_size() -> int:
     """Number of ranks, from the launcher's environment where there is no process group yet; 1 without a launcher."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    """This process's rank, from the launcher's environment; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def ensure_launched() -> None:
+    """Without a launcher, describe a group of one rank in the environment, as the launcher would for one device."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
