@@ -9,7 +9,6 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from .config import Config, load
-from .config.auto import Library
 from .config.settings import check_precision, read_config, zeroth_order_type
 from .distributed import collective
 from .distributed.start import init_distributed, launched_world_size
@@ -41,7 +40,7 @@ def _checked(model, optimizer, model_parameters, training_data, configs) -> tupl
         source,
         world_size=launched_world_size(),
         model_info=getattr(model, "config", None),
-        overrides=Library(length_of(training_data)),
+        num_examples=length_of(training_data),
         optimizer=optimizer,
     )
     return loaded, optimizer

@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..files.json_files import read_json
 from ..rules import RULES, Rule, RuleConfig
 from ..rules.options import reject_unknown
-from .auto import Library, fill, hidden_size_of
+from .auto import fill, hidden_size_of
 from .offload import Offload
 from .refusals import check_deepspeed_settings
 from .sections import DTYPES, Batch, batch_of, precision_of, value_at
@@ -59,7 +59,8 @@ def load(
     *,
     world_size: int = 1,
     model_info: Any = None,
-    overrides: Namespace | Library | None = None,
+    overrides: Namespace | None = None,
+    num_examples: int | None = None,
     optimizer: Any = None,
 ) -> Config:
     """The one way from a DeepSpeed JSON to what is done with it.
@@ -68,7 +69,8 @@ def load(
         source: the JSON, its path, or a Config, which is returned as it is.
         world_size: number of ranks.
         model_info: a Transformers configuration, or whatever else has a ``hidden_size``, for ZeRO's bucket sizes.
-        overrides: what fills "auto": a command line, or the library's defaults; see ``auto.fill``.
+        overrides: a command line that fills "auto"; None: the library's defaults. See ``auto.fill``.
+        num_examples: of the library's training data; None: unknown, then the number of steps must be given.
         optimizer: an object that takes the place of the JSON's optimizer.
 
     Raises:
@@ -78,7 +80,8 @@ def load(
         return source
     given = read_config(source)
     name, options = zeroth_order_type(given), None
-    filled = fill(given, overrides or Library(), rule=name, world_size=world_size, hidden_size=hidden_size_of(model_info))
+    sizes = {"world_size": world_size, "hidden_size": hidden_size_of(model_info), "num_examples": num_examples}
+    filled = fill(given, overrides, rule=name, **sizes)
     if optimizer is None:
         options = check_config(filled)
     else:
@@ -153,11 +156,9 @@ def check_precision(config: Config) -> None:
     Call it on all ranks, before a model is loaded. It is no part of ``load``, which also serves plans for another machine.
     Raises ConfigError on all ranks.
     """
-    accelerator, mine = get_accelerator(), config.precision
-    supported = {"fp32": lambda: True, "fp16": accelerator.is_fp16_supported, "bf16": accelerator.is_bf16_supported}
+    accelerator, mine, other = get_accelerator(), config.precision, "fp16" if config.precision == "bf16" else "bf16"
     with collective.on_all_ranks(ConfigError):
-        if not supported[mine]():
-            other = "fp16" if mine == "bf16" else "bf16"
+        if mine != "fp32" and not getattr(accelerator, f"is_{mine}_supported")():
             raise ConfigError(
                 f"{mine}.enabled is true, and DeepSpeed has no {mine} on this machine ({accelerator.device_name()}, "
                 f'{platform.machine()}): set it to false and use "{other}" (--{other}), or neither for fp32'

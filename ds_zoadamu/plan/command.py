@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     given = None if args.config is None else read_config(args.config)
     model, request, choice, hardware = make_plan(args, given)
     if args.rehearse:
-        return _rehearse(args, given, request, choice)
+        return _rehearse(args, given, model, request, choice)
     print(full_report(model, request, choice, _step_time(model, request, choice, hardware), hardware))
     if args.write:
         if not choice.fits:
@@ -98,11 +98,11 @@ def run(args: argparse.Namespace) -> int:
     return 0 if choice.fits else 3
 
 
-def _rehearse(args: argparse.Namespace, given: dict | None, request: Request, choice: Choice) -> int:
+def _rehearse(args: argparse.Namespace, given: dict | None, model: Model, request: Request, choice: Choice) -> int:
     """0: weights and momentum are as planned on this rank, to the byte; 3: they are not."""
     from .rehearse import rehearse
 
-    result = rehearse(args, given, request, choice, integer("--rehearse-layers", args.rehearse_layers, 1, 10_000))
+    result = rehearse(args, given, model, request, choice, integer("--rehearse-layers", args.rehearse_layers, 1, 10_000))
     if launched_rank() == 0:
         print(result.text(), flush=True)
     return 0 if result.exact else 3

@@ -10,14 +10,14 @@ import copy
 import ctypes
 from dataclasses import dataclass, replace
 
-from ..config import Config, load
+from ..config import Config
 from ..config.settings import check_precision
 from ..distributed.start import ensure_launched, init_distributed, launched_rank, launched_world_size
 from ..errors import ConfigError
 from ..zero3 import nvme
 from .adapters import read_adapter, with_adapter
 from .choose import Choice, Request, plan_for
-from .configs import load_for_plan, place_offload, set_momentum
+from .configs import load_for_plan, matching_config
 from .memory import GB, MemoryPlan, Model
 from .models import load_config
 from .sizes import buffer_bytes, momentum_bytes, weight_bytes
@@ -73,7 +73,7 @@ def reduced(config, layers: int):
 
 
 def rehearse(
-    args: argparse.Namespace, given: dict | None, request: Request, choice: Choice, layers: int, steps: int = 2
+    args: argparse.Namespace, given: dict | None, model: Model, request: Request, choice: Choice, layers: int, steps: int = 2
 ) -> Rehearsal:
     """Build, step and measure; on all ranks of a launcher. Raises ConfigError where their number is not ``--gpus``."""
     from deepspeed.accelerator import get_accelerator
@@ -85,7 +85,10 @@ def rehearse(
             f"deepspeed --num_gpus {request.world_size} --module ds_zoadamu.plan ..."
         )
     model_config = reduced(load_config(args.model), layers)
-    config = _config(args, given, choice, model_config, world_size)
+    config = load_for_plan(  # the JSON that --write would write
+        matching_config(given, model, choice), args.config, world_size=world_size, model_info=model_config,
+        steps=int(args.steps), dtype=model.dtype, micro_batch=None,
+    )  # fmt: skip
     adapter = None if args.adapter is None else read_adapter(args.adapter)
     small = Model.build(args.model, model_config, config.precision, adapter)
     here = replace(request, gloo=get_accelerator().device_name() == "cpu")  # on a CPU gathers go through gloo
@@ -97,18 +100,6 @@ def rehearse(
     }
     measured, kind, losses = _measure(model_config, adapter, config, plan, steps)
     return Rehearsal(plan, expected, measured, kind, losses)
-
-
-def _config(args: argparse.Namespace, given: dict | None, choice: Choice, model_info, world_size: int) -> Config:
-    """The JSON that is given, or the one that --write would write; filled as launch/finetune.py does."""
-    steps, batch = int(args.steps), choice.plan.micro_batch
-    config = load_for_plan(
-        given, args.config, world_size=world_size, model_info=model_info, steps=steps, dtype=args.dtype, micro_batch=batch
-    )
-    decided = copy.deepcopy(config.deepspeed)
-    set_momentum(decided, choice.plan.momentum_mode)
-    place_offload(decided, choice)
-    return load(decided, world_size=world_size)
 
 
 def _measure(

@@ -9,7 +9,7 @@ import torch
 
 import ds_zoadamu
 from ds_zoadamu.config import load
-from ds_zoadamu.config.auto import Library, fill
+from ds_zoadamu.config.auto import fill
 from ds_zoadamu.config.settings import check_config, zeroth_order_type
 from ds_zoadamu.errors import ConfigError
 from ds_zoadamu.tasks import InputError
@@ -27,8 +27,8 @@ def filled(config, *given, world_size=2):
     return fill_by(arguments(*given), config, world_size=world_size)
 
 
-def fill_by(overrides, config, world_size=2, hidden_size=64):
-    return fill(config, overrides, rule=zeroth_order_type(config), world_size=world_size, hidden_size=hidden_size)
+def fill_by(overrides, config, world_size=2, hidden_size=64, **data):
+    return fill(config, overrides, rule=zeroth_order_type(config), world_size=world_size, hidden_size=hidden_size, **data)
 
 
 def zeroth_order(**params):
@@ -205,7 +205,7 @@ def test_what_the_message_advises_works(change, message, path, remedy):
         with pytest.raises(ConfigError, match=message):
             filled(config, *given)
     with pytest.raises(ConfigError, match=message):
-        fill_by(Library(num_examples=100), config)
+        fill_by(None, config, num_examples=100)
     check_config(filled(remedied(config, path, remedy)))
 
 
@@ -244,7 +244,7 @@ def test_number_of_steps_in_the_library(given, scheduled, batch, steps):
         config["optimizer"]["params"]["total_steps"] = given
     if scheduled is not None:
         config["scheduler"] = {"type": "WarmupDecayLR", "params": {"total_num_steps": scheduled}}
-    filled = fill_by(Library(num_examples=40), config, hidden_size=None)
+    filled = fill_by(None, config, hidden_size=None, num_examples=40)
     params, scheduler = filled["optimizer"]["params"], filled.get("scheduler", {"params": {}})["params"]
     assert (params.get("total_steps"), scheduler.get("total_num_steps")) == steps
 
