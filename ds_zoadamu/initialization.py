@@ -13,10 +13,10 @@ from .config.settings import check_precision, read_config, zeroth_order_type
 from .distributed import collective
 from .distributed.start import init_distributed, launched_world_size
 from .distributed.waiting import current_limit, limit_waits, time_limit
+from .durability.engine import ZerothOrderEngine
 from .errors import ConfigError
 from .zero3 import agreement
 from .zero3.data import check_training_data, length_of
-from .zero3.engine import ZeroOrderEngine
 from .zero3.losses import LossFn
 from .zero3.optimizer import ZerothOrderOptimizer
 
@@ -62,7 +62,7 @@ def initialize(
     *,
     loss_fn: LossFn | None = None,
     timeout: float | timedelta | None = None,
-) -> tuple[ZeroOrderEngine, torch.optim.Optimizer, Any, Any]:
+) -> tuple[ZerothOrderEngine, torch.optim.Optimizer, Any, Any]:
     """``deepspeed.initialize`` with a zeroth-order optimizer, from the JSON (``"type": "ZOAdaMU"``, ``"MeZO"``) or an object.
 
     Args: those of deepspeed.initialize; ``loss_fn(module, batch) -> (mean loss, weight)`` in place of the model's own
@@ -89,7 +89,7 @@ def initialize(
                 raise failure
         check_precision(config)
         agreement.require_same(agreement.of_run(model, config, optimizer, training_data))
-        engine = ZeroOrderEngine(
+        engine = ZerothOrderEngine(
             args=args,
             model=model,
             optimizer=optimizer,

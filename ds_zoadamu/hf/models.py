@@ -195,7 +195,7 @@ def load_weights(engine, directory: str | Path) -> None:
             or a file cannot be read.
         RuntimeError: a journal is open, whose steps would not lead to these weights.
     """
-    if getattr(engine, "_journaling", False):
+    if getattr(engine, "journaling", False):
         raise RuntimeError(
             "load_weights while a journal is open would make its weights others than those of its steps; call "
             "engine.close_journal() first"

@@ -9,7 +9,7 @@ from ds_zoadamu.durability.journal import read_journal
 from ds_zoadamu.tasks import Evaluation, InputError
 from ds_zoadamu.training.output import CHECKPOINTS, JOURNAL, OutputDirectory
 from ds_zoadamu.training.plan import Plan
-from ds_zoadamu.training.steps import Stepper
+from ds_zoadamu.training.steps import Stepper, step_scalars
 
 
 @dataclass
@@ -78,7 +78,6 @@ def _repaired(output: OutputDirectory, step: int) -> list[dict]:
     known = {line["step"] for line in lines if line["kind"] == "step"}
     for record in read_journal(output.path / JOURNAL, until=step).records:
         if record.step not in known:
-            lr = record.lr[0] if isinstance(record.lr, tuple) else record.lr
             lines.append(
                 {
                     "kind": "step",
@@ -86,8 +85,7 @@ def _repaired(output: OutputDirectory, step: int) -> list[dict]:
                     "loss": (record.loss_plus + record.loss_minus) / 2.0,
                     "loss_plus": record.loss_plus,
                     "loss_minus": record.loss_minus,
-                    "projected_grad": record.projected_grad,
-                    "lr": lr,
+                    **step_scalars(record),
                     "skipped": record.skipped,
                 }
             )

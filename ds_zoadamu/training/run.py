@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ds_zoadamu.distributed.collective import gather_json
 from ds_zoadamu.distributed.start import launched_rank as rank
 from ds_zoadamu.durability.digest import weights_digest
+from ds_zoadamu.durability.engine import ZerothOrderEngine
 from ds_zoadamu.errors import CheckpointError, NonFiniteLossError
 from ds_zoadamu.hf.models import load_weights, save_pretrained
 from ds_zoadamu.tasks import Evaluation, InputError, evaluate
@@ -36,7 +37,6 @@ from ds_zoadamu.training.progress import Progress, begin, better, resume
 from ds_zoadamu.training.steps import Stepper, make_stepper
 from ds_zoadamu.training.summary import scores, summary
 from ds_zoadamu.zero3.divergence import nonfinite_parameter, weights_are_the_reason
-from ds_zoadamu.zero3.engine import ZeroOrderEngine
 
 
 def finetune(args: Namespace) -> dict:
@@ -135,7 +135,7 @@ def _check_finite(before: dict[str, Evaluation], stepper: Stepper) -> None:
         )
 
 
-def _save_checkpoint(engine: ZeroOrderEngine, output: OutputDirectory, step: int, limit: int) -> None:
+def _save_checkpoint(engine: ZerothOrderEngine, output: OutputDirectory, step: int, limit: int) -> None:
     """Saves a checkpoint, or warns: the journal has every step, a checkpoint only makes a resume faster."""
     try:
         engine.save_checkpoint(output.path / CHECKPOINTS, save_total_limit=limit)

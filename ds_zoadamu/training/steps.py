@@ -18,7 +18,7 @@ from ds_zoadamu.zero3.losses import as_pair, global_means
 class Stepper(Protocol):
     """An engine and how it makes a step."""
 
-    engine: "ds_zoadamu.ZeroOrderEngine"
+    engine: "ds_zoadamu.ZerothOrderEngine"
     journaled: bool
     """Whether its steps can be written to a journal."""
     passes_a_step: dict[str, int]
@@ -63,7 +63,8 @@ class _ForwardOnly:
     def step(self) -> dict:
         self.engine.train_batch(self._batches)
         record = asdict(self.engine.last_step)
-        return record | record.pop("figures")
+        del record["projected_grads"], record["lrs"]
+        return record | record.pop("figures") | step_scalars(self.engine.last_step)
 
 
 class _WithBackward:
@@ -96,6 +97,12 @@ class _WithBackward:
             "grad_norm": None if grad_norm is None else float(grad_norm),
             "skipped": False,
         }
+
+
+def step_scalars(record) -> dict:
+    """Of a step's record, as metrics.jsonl has them: a number, a list for several directions; the first group's lr."""
+    grads = record.projected_grads
+    return {"projected_grad": grads[0] if len(grads) == 1 else list(grads), "lr": record.lrs[0]}
 
 
 def _dataloader(engine, examples, collate, seed) -> torch.utils.data.DataLoader:
