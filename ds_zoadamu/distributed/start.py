@@ -1,6 +1,7 @@
-"""What the launcher says of this process."""
+"""What the launcher says of this process, and what it would say of a group of one rank."""
 
 import os
+import socket
 
 from deepspeed import comm as dist
 
@@ -8,3 +9,18 @@ from deepspeed import comm as dist
 def launched_world_size() -> int:
     """Number of ranks, from the launcher's environment where there is no process group yet; 1 without a launcher."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    """This process's rank, from the launcher's environment; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def ensure_launched() -> None:
+    """Without a launcher, describe a group of one rank in the environment, as the launcher would for one device."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

@@ -14,9 +14,10 @@ from deepspeed.accelerator import get_accelerator
 
 from ds_zoadamu import kernels
 from ds_zoadamu.distributed.collective import gather_json
+from ds_zoadamu.distributed.start import launched_rank as rank
 from ds_zoadamu.training.memory import PeakMemory
 from ds_zoadamu.training.output import JOURNAL, PROFILE, OutputDirectory, environment, quantiles
-from ds_zoadamu.training.plan import make_plan, rank
+from ds_zoadamu.training.plan import make_plan
 from ds_zoadamu.training.steps import Stepper, make_stepper
 from ds_zoadamu.zero3.instruments import GATHER, collectives_of
 from ds_zoadamu.zero3.memory import stored_bytes
@@ -97,12 +98,12 @@ def profile(args: Namespace) -> dict:
     }
     results = {
         **measured,
-        "optimizer": plan.config["optimizer"]["type"],
+        "optimizer": plan.config.optimizer,
         "world_size": dist.get_world_size(),
         **environment(),
         "command": shlex.join(sys.argv),
         "arguments": vars(args),
-        "config": plan.config,
+        "config": plan.config.deepspeed,
     }
     output.write_json(PROFILE, results)
     if rank() == 0:

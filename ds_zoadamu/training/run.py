@@ -13,6 +13,7 @@ from deepspeed.utils import logger
 from tqdm import tqdm
 
 from ds_zoadamu.distributed.collective import gather_json
+from ds_zoadamu.distributed.start import launched_rank as rank
 from ds_zoadamu.durability.digest import weights_digest
 from ds_zoadamu.durability.engine import ZerothOrderEngine
 from ds_zoadamu.errors import CheckpointError, NonFiniteLossError
@@ -31,7 +32,7 @@ from ds_zoadamu.training.output import (
     environment,
     quantiles,
 )
-from ds_zoadamu.training.plan import Plan, make_plan, rank
+from ds_zoadamu.training.plan import Plan, make_plan
 from ds_zoadamu.training.progress import Progress, begin, better, resume
 from ds_zoadamu.training.steps import Stepper, make_stepper
 from ds_zoadamu.training.summary import scores, summary
@@ -74,7 +75,7 @@ def finetune(args: Namespace) -> dict:
     results = _results(plan, stepper, before, (best_step, best, after), last, seconds, peak)
     output.write_json(RESULTS, results)
     if rank() == 0:
-        title = f"{plan.model_input.task.name}, {args.model_name_or_path}, {plan.config['optimizer']['type']}"
+        title = f"{plan.model_input.task.name}, {args.model_name_or_path}, {plan.config.optimizer}"
         if not draw_curves(output.records(), output.path / CURVES, title, plan.dev_majority):
             logger.warning(f"no {CURVES}: Matplotlib is not installed (pip install ds_zoadamu[plots])")
         if best.accuracy <= before["dev"].accuracy:
@@ -173,7 +174,7 @@ def _results(plan, stepper, before, best_model, last, seconds, peak) -> dict:
     return {
         "task": plan.model_input.task.name,
         "model": args.model_name_or_path,
-        "optimizer": plan.config["optimizer"]["type"],
+        "optimizer": plan.config.optimizer,
         "world_size": dist.get_world_size(),
         "max_steps": args.max_steps,
         "best_step": best_step,
@@ -187,5 +188,5 @@ def _results(plan, stepper, before, best_model, last, seconds, peak) -> dict:
         **environment(),
         "command": shlex.join(sys.argv),
         "arguments": vars(args),
-        "config": plan.config,
+        "config": plan.config.deepspeed,
     }
