@@ -30,11 +30,9 @@ nvme_swapper
     aio_read_handle     frees the page-locked buffers then
     buffers             which DeepSpeed would keep
 engine
-    client_optimizer    an optimizer that was passed as an object
     basic_optimizer     takes ours beside engine.optimizer
     tput_timer          takes our timer
     micro_steps         counted up to the last micro-batch of a step
-    optimizer_name      of the JSON
     optimizer_params    of the JSON
     _config             timers_config
     _do_sanity_check    the first that sees the configuration: before it, ours
