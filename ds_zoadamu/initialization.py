@@ -11,7 +11,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from .config import Config, load
 from .config.settings import check_precision, read_config, zeroth_order_type
 from .distributed import collective
-from .distributed.start import init_distributed, launched_world_size
+from .distributed.start import launched_world_size
 from .distributed.waiting import current_limit, limit_waits, time_limit
 from .durability.engine import ZerothOrderEngine
 from .errors import ConfigError
@@ -19,6 +19,7 @@ from .zero3 import agreement
 from .zero3.data import check_training_data, length_of
 from .zero3.losses import LossFn
 from .zero3.optimizer import ZerothOrderOptimizer
+from .zero3.start import init_distributed
 
 
 def _checked(model, optimizer, model_parameters, training_data, configs) -> tuple[Config, torch.optim.Optimizer | None]:

@@ -13,7 +13,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM
 
-from ds_zoadamu.distributed.start import init_distributed, launched_world_size
+from ds_zoadamu.distributed.start import launched_world_size
 from ds_zoadamu.errors import NonFiniteLossError
 from ds_zoadamu.tasks import Evaluation, InputError, evaluate
 from ds_zoadamu.training.arguments import check_arguments
@@ -23,6 +23,7 @@ from ds_zoadamu.training.plan import encode_splits, read_model_input
 from ds_zoadamu.training.progress import better
 from ds_zoadamu.training.summary import scores
 from ds_zoadamu.zero3.data import MicroBatchSampler, repeat
+from ds_zoadamu.zero3.start import init_distributed
 
 _WARM_UP, _MAX_SKIPPED = 3, 10
 

@@ -20,7 +20,7 @@ from ds_zoadamu.config.auto import has_auto
 from ds_zoadamu.config.sections import check_stage
 from ds_zoadamu.config.settings import check_precision, read_config
 from ds_zoadamu.distributed import collective
-from ds_zoadamu.distributed.start import init_distributed, launched_world_size
+from ds_zoadamu.distributed.start import launched_world_size
 from ds_zoadamu.distributed.waiting import current_limit, limit_waits
 from ds_zoadamu.durability.base_model import check_whole
 from ds_zoadamu.errors import ConfigError
@@ -30,6 +30,7 @@ from ds_zoadamu.files.json_files import read_json
 from ds_zoadamu.zero3 import agreement, nvme
 from ds_zoadamu.zero3 import hf as hf_zero3
 from ds_zoadamu.zero3.partition import whole_shape
+from ds_zoadamu.zero3.start import init_distributed
 
 _INDEX = "model.safetensors.index.json"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from ..config import Config
 from ..config.settings import check_precision
-from ..distributed.start import ensure_launched, init_distributed, launched_rank, launched_world_size
+from ..distributed.start import ensure_launched, launched_rank, launched_world_size
 from ..errors import ConfigError
 from ..zero3 import nvme
 from .adapters import read_adapter, with_adapter
@@ -113,6 +113,7 @@ def _measure(
     from ..training.memory import PeakMemory
     from ..zero3.hf import zero3_known
     from ..zero3.partition import stored_weight_bytes
+    from ..zero3.start import init_distributed
 
     ensure_launched()
     init_distributed()

@@ -20,7 +20,7 @@ from ds_zoadamu.errors import CheckpointError, NonFiniteLossError
 from ds_zoadamu.hf.models import load_weights, save_pretrained
 from ds_zoadamu.tasks import Evaluation, InputError, evaluate
 from ds_zoadamu.training.curves import draw_curves
-from ds_zoadamu.training.memory import PeakMemory, stored_bytes
+from ds_zoadamu.training.memory import PeakMemory
 from ds_zoadamu.training.output import (
     BEST,
     CHECKPOINTS,
@@ -37,6 +37,7 @@ from ds_zoadamu.training.progress import Progress, begin, better, resume
 from ds_zoadamu.training.steps import Stepper, make_stepper
 from ds_zoadamu.training.summary import scores, summary
 from ds_zoadamu.zero3.divergence import nonfinite_parameter, weights_are_the_reason
+from ds_zoadamu.zero3.memory import stored_bytes
 
 
 def finetune(args: Namespace) -> dict:
