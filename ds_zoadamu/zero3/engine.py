@@ -3,8 +3,8 @@
 import logging
 import math
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from .data import MicroBatchLoader, MicroBatchSampler, MicroBatchStream, Trainin
 from .draws import CommonDraws, undrawn
 from .evaluation import Evaluator, evaluating
 from .losses import LossFn, as_pair, global_means, model_loss
+from .micro_batches import drawn_of, fresh, mapped
 from .optimizer import ZerothOrderOptimizer
 from .partition import (
     Fill,
@@ -67,12 +68,13 @@ class ForwardOnlyEngine(DeepSpeedEngine):
 
     # --- one step
 
-    def train_batch(self, batch: Any) -> float:
+    def train_batch(self, batch: Any = None, *, micro_batches: Sequence[Any] | None = None) -> float:
         """One zeroth-order step; returns the mean of loss_plus and loss_minus, the same on all ranks.
 
         Args: ``batch``: an iterator, from which gradient_accumulation_steps micro-batches are drawn, or one micro-batch where
-        that is 1. The model runs in eval mode (no dropout) and without gradients; the same micro-batches, and the same random
-        numbers drawn by the loss, serve all perturbations, and the same perturbation both signs.
+        that is 1; or in its place ``micro_batches``, any number of them, as many on each rank. The model runs in eval mode (no
+        dropout) and without gradients; the same micro-batches, and the same random numbers drawn by the loss, serve all
+        perturbations, and the same perturbation both signs.
 
         Raises, on all ranks: StopIteration when a rank's iterator is empty; ValueError for one that ends within a step, and for
         weights that sum to 0; ConfigError where requires_grad of a parameter was changed; NonFiniteLossError after
@@ -84,18 +86,9 @@ class ForwardOnlyEngine(DeepSpeedEngine):
         with collective.together(f"train_batch of step {self.optimizer.next_step}"):
             self._trained_set.reject_changes()
             self._check_lrs()
-            drawn = self._draw(batch)
-            micro_batches = [self._to_device(micro_batch) for micro_batch in drawn]
+            drawn = self._draw(batch, micro_batches)
             self.tput_timer.begin_step()
-            evaluations = self.optimizer.rule.evaluations(self.optimizer.next_step)
-            passes, draws = [], CommonDraws()
-            with evaluating(self.module):
-                for evaluation in evaluations:
-                    with self.gathers.perturbed(self._fill(evaluation)):
-                        passes.append([self._loss(_fresh(batch)) for batch in draws.before_each(micro_batches)])
-            record = self._record(evaluations, global_means(passes, self.device))
-            if record.skipped and record.step == 1:
-                divergence.refuse_nonfinite_weights(self, record)
+            record = self._recorded_step() or self._evaluated_step(drawn)
             self._before_update(record, batch, drawn)
             self.optimizer.observe(None if record.skipped else record.projected_grads)
             with self.gathers.writing():
@@ -104,6 +97,24 @@ class ForwardOnlyEngine(DeepSpeedEngine):
             self._report(record)
         self._stop_if_diverged(record)
         return record.loss
+
+    def _recorded_step(self) -> StepRecord | None:
+        """What is known of the next step without forwards."""
+        return None
+
+    def _evaluated_step(self, drawn: Sequence[Any]) -> StepRecord:
+        """The next step's losses, by two forwards for each perturbation."""
+        micro_batches = [self._to_device(micro_batch) for micro_batch in drawn]
+        evaluations = self.optimizer.rule.evaluations(self.optimizer.next_step)
+        passes, draws = [], CommonDraws()
+        with evaluating(self.module):
+            for evaluation in evaluations:
+                with self.gathers.perturbed(self._fill(evaluation)):
+                    passes.append([self._loss(fresh(batch)) for batch in draws.before_each(micro_batches)])
+        record = self._record(evaluations, global_means(passes, self.device))
+        if record.skipped and record.step == 1:
+            divergence.refuse_nonfinite_weights(self, record)
+        return record
 
     def eval_batch(self, batch: Any) -> float:
         """The loss at the unperturbed parameters, reduced as in ``train_batch``; changes nothing. The same on all ranks.
@@ -120,7 +131,7 @@ class ForwardOnlyEngine(DeepSpeedEngine):
     def _evaluate(self, micro_batch: Any) -> torch.Tensor:
         if (data := self.own_data) is not None:
             data.note_evaluated(micro_batch)
-        return self._loss(_fresh(self._to_device(micro_batch)))
+        return self._loss(fresh(self._to_device(micro_batch)))
 
     # --- where the run is
 
@@ -195,14 +206,18 @@ class ForwardOnlyEngine(DeepSpeedEngine):
         if self.own_data is not None:
             self.own_data.take(micro_batches)
 
-    def _draw(self, batch: Any) -> list[Any]:
+    def _draw(self, batch: Any, micro_batches: Sequence[Any] | None) -> list[Any]:
         """This rank's micro-batches of a step, once every rank has its own: before a gather waits for a rank without."""
         with collective.on_all_ranks(ValueError) as given:
-            drawn = self._take(batch)
+            drawn = drawn_of(batch, micro_batches, self.gradient_accumulation_steps())
             given.mine = [len(drawn), *(float(group["lr"]) for group in self.optimizer.param_groups)]
         self._require_one_lr([lrs for _, *lrs in given.all])
         counts = [count for count, *_ in given.all]
         if all(counts):
+            if len(set(counts)) > 1:
+                by_count = collective.grouped(counts)
+                found = ", ".join(f"{count} on {collective.by_rank(ranks)}" for count, ranks in by_count.items())
+                raise collective.everywhere(ValueError(f"the micro-batches of a step are {found}; give all ranks as many"))
             return drawn
         ended = [number for number, count in enumerate(counts) if count == 0]
         if len(ended) < len(counts):
@@ -222,29 +237,8 @@ class ForwardOnlyEngine(DeepSpeedEngine):
                 ConfigError(f"step {self.optimizer.next_step}: the lr is {lrs}; give all ranks the same lr scheduler")
             )
 
-    def _take(self, batch: Any) -> list[Any]:
-        """The micro-batches of a step; none where the iterator has ended."""
-        count = self.gradient_accumulation_steps()
-        if not hasattr(batch, "__next__"):
-            if count != 1:
-                raise ValueError(
-                    f"gradient_accumulation_steps is {count}, so a step takes {count} micro-batches; pass an iterator: "
-                    "batches = iter(dataloader), and engine.train_batch(batches) for each step"
-                )
-            return [batch]
-        drawn = []
-        with suppress(StopIteration):
-            while len(drawn) < count:
-                drawn.append(next(batch))
-        if 0 < len(drawn) < count:
-            raise ValueError(
-                f"the iterator ended after {len(drawn)} of the {count} micro-batches of a step (gradient_accumulation_steps); "
-                "let it end between steps"
-            )
-        return drawn
-
     def _to_device(self, batch: Any) -> Any:
-        return _mapped(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
+        return mapped(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
 
     def _loss(self, micro_batch: Any) -> torch.Tensor:
         return as_pair(self.loss_fn(self.module, micro_batch), self.device)
@@ -414,21 +408,3 @@ class ForwardOnlyEngine(DeepSpeedEngine):
             gathers.close()
         if offload := self.__dict__.pop("_offload", None):
             offload.destroy()
-
-
-def _mapped(batch: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A batch with other tensors, in containers of its own."""
-    if torch.is_tensor(batch):
-        return function(batch)
-    if hasattr(batch, "items"):
-        return {key: _mapped(value, function) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_mapped(value, function) for value in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(_mapped(value, function) for value in batch)
-    return batch
-
-
-def _fresh(batch: Any) -> Any:
-    """A copy for one pass: a loss may change its batch in place, and every pass must see the same one."""
-    return _mapped(batch, torch.clone)
