@@ -10,7 +10,9 @@ import logging
 from argparse import Namespace
 from typing import Any
 
+from accelerate.utils import DeepSpeedPlugin
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
@@ -161,15 +163,14 @@ def _share(config: dict[str, Any], args: TrainingArguments) -> None:
 
 def _start(args: TrainingArguments, config: dict[str, Any]) -> None:
     """The process group, and the arguments' own DeepSpeed plugin of ``config``."""
-    alone = not dist.is_initialized() or not args.deepspeed
     ensure_launched()
     init_distributed()
-    config = copy.deepcopy(config)
-    if alone:  # the arguments were made before there was a group, or for another kind of one
+    config, on_cpu = copy.deepcopy(config), get_accelerator().device_name() == "cpu"
+    if not args.deepspeed or args.world_size != dist.get_world_size() or (on_cpu and not args.use_cpu):
+        # They were made before there was a group, or for another kind; accelerate sees CPU ranks with use_cpu only.
+        args.use_cpu = args.use_cpu or on_cpu
         vars(args).update(vars(dataclasses.replace(args, deepspeed=config)))
         return
-    from accelerate.utils import DeepSpeedPlugin
-
     args.hf_deepspeed_config = HfTrainerDeepSpeedConfig(config)
     args.hf_deepspeed_config.trainer_config_process(args)
     args.deepspeed_plugin = DeepSpeedPlugin(hf_ds_config=args.hf_deepspeed_config)
