@@ -70,7 +70,7 @@ class RunJournal(TrainerCallback):
             step = engine.optimizer.step_count
             say(
                 f"resumed behind step {step}: {due} steps are taken from journal {str(self.path)!r} without forward passes",
-                logging.INFO,
+                logging.WARNING,
             )
         elif engine.optimizer.step_count:
             say(f"there is no journal {str(self.path)!r} of the steps before: this run goes on without one")
