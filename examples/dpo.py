@@ -3,10 +3,10 @@
     python examples/dpo.py
     deepspeed --num_gpus 2 examples/dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --lora --learning_rate 1e-5 --max_steps 1000
 
-The reference's log-probabilities are worked out once, before training, and not in both passes of every step.
+The reference's log-probabilities are worked out once, before training, and not in both passes of every step. TRL
+shares them between ranks in the data set's cache, so the data set has to be one from disk.
 """
 
-import datasets
 import tiny
 from trl import DPOConfig
 
@@ -33,7 +33,7 @@ model, tokenizer = tiny.load(options.model, options.lora)
 trainer = ZODPOTrainer(
     model=model,
     args=args,
-    train_dataset=datasets.Dataset.from_list(pairs),
+    train_dataset=tiny.on_disk(pairs, options.output_dir),
     processing_class=tokenizer,
     zo=ZOAdaMUConfig(zo_eps=1e-3),
 )

@@ -2,8 +2,13 @@
 texts."""
 
 import argparse
+import json
+import os
 import random
+import tempfile
+from pathlib import Path
 
+import datasets
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
@@ -78,3 +83,16 @@ def load(name: str | None, lora: bool):
         torch.manual_seed(1)
         loaded = get_peft_model(loaded, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     return loaded, processor
+
+
+def on_disk(rows: list[dict], folder: str) -> datasets.Dataset:
+    """A data set in a file. Each rank writes the same one, and none reads half of it."""
+    path = Path(folder) / "data.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    if path.exists():
+        os.unlink(file.name)
+    else:
+        os.replace(file.name, path)
+    return datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(path.with_name("data_cache")))
