@@ -1,5 +1,4 @@
-"""What the examples have in common: their command line, and what they train when no model is named, a tiny OPT and a few made-up
-texts."""
+"""What the examples have in common: their command line, and what they train when no model is named: a tiny OPT, a few texts."""
 
 import argparse
 import json

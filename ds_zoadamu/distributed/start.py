@@ -16,9 +16,13 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+# Of launchers that DeepSpeed asks for the group by itself.
+_OTHER_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "AZUREML_EXPERIMENT_ID", "DLTS_JOB_ID")
+
+
 def ensure_launched() -> None:
     """Without a launcher, describe a group of one rank in the environment, as the launcher would for one device."""
-    if "WORLD_SIZE" in os.environ:
+    if "WORLD_SIZE" in os.environ or any(name in os.environ for name in _OTHER_LAUNCHERS):
         return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

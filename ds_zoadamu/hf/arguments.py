@@ -21,7 +21,7 @@ from ..config import Config, load
 from ..config.auto import hidden_size_of
 from ..config.sections import value_at
 from ..config.settings import check_precision, read_config, zeroth_order_type
-from ..distributed.start import ensure_launched, launched_world_size
+from ..distributed.start import launched_world_size
 from ..errors import ConfigError, shown
 from ..zero3.start import init_distributed
 from .options import options_of
@@ -163,7 +163,6 @@ def _share(config: dict[str, Any], args: TrainingArguments) -> None:
 
 def _start(args: TrainingArguments, config: dict[str, Any]) -> None:
     """The process group, and the arguments' own DeepSpeed plugin of ``config``."""
-    ensure_launched()
     init_distributed()
     config, on_cpu = copy.deepcopy(config), get_accelerator().device_name() == "cpu"
     if not args.deepspeed or args.world_size != dist.get_world_size() or (on_cpu and not args.use_cpu):
