@@ -7,6 +7,7 @@ The Trainer fills the "auto" values that it knows when the arguments are made; t
 import copy
 import dataclasses
 import logging
+import os
 from argparse import Namespace
 from typing import Any
 
@@ -46,6 +47,8 @@ _REFUSED = (
     ("fsdp", "parameters are partitioned by ZeRO-3: leave it out"),
     ("neftune_noise_alpha", "its noise is for training mode, and a zeroth-order step runs in eval mode: leave it out"),
 )  # fmt: skip
+_LAUNCHED_WITH = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+"""Of `accelerate launch`. A plugin alone is no sign of it: accelerate leaves its environment to a process's next trainer."""
 _OFF = (None, False, 0, "", [], {})
 
 
@@ -53,8 +56,9 @@ def check_arguments(args: TrainingArguments) -> None:
     """Raises ConfigError for an argument that cannot work, before a model is touched."""
     for name, why in _REFUSED:
         value, default = getattr(args, name, None), _default(args, name)
+        value = getattr(value, "value", value)  # of an enumeration
         if value != default and value not in _OFF:
-            raise ConfigError(f"{name} is {shown(str(value) if name == 'optim' else value)} in the training arguments; {why}")
+            raise ConfigError(f"{name} is {shown(value)} in the training arguments; {why}")
 
 
 def prepare_arguments(args: TrainingArguments, zo: Any, model: Any) -> dict[str, Any]:
@@ -129,7 +133,7 @@ def _default(args: TrainingArguments, name: str) -> Any:
 def _source(args: TrainingArguments, zo: Any) -> dict[str, Any]:
     """The DeepSpeed JSON as it was given, with the rule's section. Raises ConfigError."""
     given = args.deepspeed
-    if not given and args.deepspeed_plugin is not None:  # of `accelerate launch` or `accelerate config`
+    if not given and os.environ.get(_LAUNCHED_WITH, "none") != "none":
         given = args.deepspeed_plugin.hf_ds_config.config
     if not given:
         if zo is None:
