@@ -73,6 +73,8 @@ def prepare_arguments(args: TrainingArguments, zo: Any, model: Any) -> dict[str,
     args.average_tokens_across_devices = False  # the engine takes the mean over the labels of all ranks by itself
     if args.data_seed is None:
         args.data_seed = args.seed  # else the order of the data depends on who called torch.manual_seed last
+    if args.accelerator_config.dispatch_batches is None:
+        args.accelerator_config.dispatch_batches = False  # else batches of a stream must have one length on all ranks
     for name in ("gradient_checkpointing", "activation_checkpointing"):
         if getattr(args, name, False):
             say(f"{name} is switched off: a zeroth-order step keeps no activations", logging.INFO)

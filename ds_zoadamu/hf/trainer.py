@@ -85,7 +85,11 @@ class ZOTrainerMixin:
                 raise ValueError(
                     f"there is neither a whole checkpoint nor a journal in {self.args.output_dir!r} to resume from"
                 )
-        return super().train(None if not resume else str(resume), *args, **kwargs)
+        try:
+            return super().train(None if not resume else str(resume), *args, **kwargs)
+        finally:
+            if self._engine is not None:  # a notebook may go on with the run in another trainer
+                self._engine.close_journal()
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Keep a micro-batch; with the last of a step take it. The step's loss, 0 before."""
