@@ -54,8 +54,9 @@ class ZerothOrderEngine(ForwardOnlyEngine):
         Args: ``path``: of the new journal; ``base``: folder or hub name of the model the run starts from, whose files are hashed
         once (default: where the model says it was loaded from; False: it is in no files, and the run can be resumed, not
         replayed); ``fsync_every``: the journal is made durable every so many steps. With 1 not even a power failure loses a
-        step; with more it may lose the last few, which are then taken again. A killed process loses none. ``task``: what else makes the run this run and the engine cannot see, names to strings or
-        integers, such as {"data_sha256": ...}; the same on all ranks, and a resume must give the same.
+        step; with more it may lose the last few, which are then taken again. A killed process loses none. ``task``: what else
+        makes the run this run and the engine cannot see, names to strings or integers, such as {"data_sha256": ...}; the same
+        on all ranks, and a resume must give the same.
 
         Raises JournalError on all ranks where the file exists, is being written by another run, or cannot be written;
         ReplayError where the run could not be rebuilt from the base: a parameter is not in its files, or in another shape.
