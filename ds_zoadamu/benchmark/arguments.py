@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from ds_zoadamu.tasks import InputError
-from ds_zoadamu.training.arguments import add_task_arguments
+from ds_zoadamu.training.arguments import add_set_arguments, add_task_arguments
 
 # Arguments that launch/finetune.py knows too; they are the same for every run.
 _SHARED = (
@@ -52,11 +52,8 @@ def benchmark_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--trial_steps", type=int, help="length of a trial (default: a quarter of the contender's budget)")
     group = parser.add_argument_group("examples and batches")
-    group.add_argument("--num_train", type=int, default=1000, help="training examples (default: %(default)s)")
-    group.add_argument("--num_dev", type=int, default=500, help="development examples (default: %(default)s)")
+    add_set_arguments(group)
     group.add_argument("--data_seed", type=int, help="seed of their draw (default: each run's seed)")
-    group.add_argument("--per_device_train_batch_size", type=int, help="examples in a micro-batch (default: 8)")
-    group.add_argument("--gradient_accumulation_steps", type=int, help="micro-batches a rank takes in a step (default: 1)")
     group.add_argument("--eval_steps", type=int, help="steps between evaluations (default: a tenth of the budget)")
     group.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each; trials use the first (%(default)s)"
@@ -65,7 +62,7 @@ def benchmark_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--profile_steps", type=int, default=10, help="steps measured for time, memory, collectives (%(default)s)"
     )
-    group.add_argument("--target_accuracy", type=float, help="report the seconds until the development accuracy is this high")
+    group.add_argument("--target", type=float, help="report the seconds until the metric on the development set is this good")
     group.add_argument("--master_port", type=int, help="of every run's process group (default: a free one each time)")
     group.add_argument("--output_dir", required=True, help="a run's folder each, results.json, report.md and the plots")
     return parser
@@ -87,8 +84,6 @@ def check_numbers(args: argparse.Namespace) -> None:
     amount = getattr(args, given[0])
     if not 0 < amount < float("inf"):
         raise InputError(f"--{given[0]} is {amount}, a budget of nothing; give a finite number above 0")
-    if args.target_accuracy is not None and not 0 < args.target_accuracy <= 1:
-        raise InputError(f"--target_accuracy must be above 0 and at most 1, got {args.target_accuracy}")
     if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
         raise InputError(f"--seeds are {args.seeds}; give different numbers >= 0")
 

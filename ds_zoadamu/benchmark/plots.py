@@ -4,20 +4,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ds_zoadamu.benchmark.report import PARTS
+from ds_zoadamu.tasks import Metric
 
 _AXES = (("step", "optimizer steps"), ("passes", "forward passes (a backward counts as 2)"), ("seconds", "seconds of training"))
 _MARKERS = "os^Dv*Pp<>"
 _BYTES = (("weights_bytes", "weights"), ("optimizer_bytes", "optimizer state"), ("gradients_bytes", "gradients"))
 
 
-def draw_curves(results: dict, path: Path) -> bool:
-    """Development loss and accuracy against steps, forward passes and seconds: means over seeds, and bands from the least to
+def draw_curves(results: dict, path: Path, metric: Metric) -> bool:
+    """Development loss and metric against steps, forward passes and seconds: means over seeds, and bands from the least to
     the greatest. Returns False where Matplotlib is not installed.
     """
 
     def draw(figure) -> None:
         axes = figure.subplots(2, 3, sharey="row")
-        for row, (key, title) in zip(axes, (("loss", "development loss"), ("accuracy", "development accuracy")), strict=True):
+        for row, key in zip(axes, ("loss", metric.name), strict=True):
             for axis, (x, label) in zip(row, _AXES, strict=True):
                 for index, (name, entry) in enumerate(results["contenders"].items()):
                     points = entry.get("runs", {}).get("curves", {}).get(key, [])
@@ -31,9 +32,9 @@ def draw_curves(results: dict, path: Path) -> bool:
                     )
                 axis.set(xlabel=label)
                 axis.grid(alpha=0.3)
-            row[0].set(ylabel=title)
-        for axis in axes[1]:
-            axis.axhline(results["settings"]["majority"]["dev"], linestyle="--", color="0.5", label="majority class")
+            row[0].set(ylabel=f"development {key}")
+        for axis in axes[1] if (baseline := metric.baseline) else ():
+            axis.axhline(results["settings"][baseline.name]["dev"], linestyle="--", color="0.5", label=baseline.title)
         handles, labels = axes[1, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
 

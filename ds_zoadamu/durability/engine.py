@@ -82,6 +82,14 @@ class Durability:
             self._hold_journal(journal)
         return resumed
 
+    def skip_to(self, step: int) -> None:
+        """Count the steps up to ``step`` as taken without taking them, to measure a step in the middle of a schedule. On all
+        ranks. An open journal goes on from there, and nothing can be rebuilt from it.
+        """
+        self.optimizer.step_count = step
+        if self._journal is not None:
+            self._journal.last_step = step
+
     def close_journal(self) -> None:
         """Make the journal durable and give up its lock; later steps are not recorded. On all ranks."""
         journal, self._journal, self._journaling = self._journal, None, False
@@ -189,7 +197,7 @@ class Durability:
 
     # --- called by train_batch ------------------------------------------------------------------------------------------------
 
-    def _before_update(self, record: Any, batch: Any, micro_batches: Sequence[Any]) -> None:
+    def before_update(self, record: Any, batch: Any, micro_batches: Sequence[Any]) -> None:
         """The step's losses are known and no partition has changed: write the record, or end on all ranks.
 
         ``batch``: as given to ``train_batch``; ``micro_batches``: what was drawn of it.

@@ -1,10 +1,11 @@
 """Command-line arguments that the launch scripts share, with the names Hugging Face users know."""
 
 import argparse
+from dataclasses import replace
 
 import deepspeed
 
-from ds_zoadamu.tasks import TASKS, InputError, Task, label_words_from, load_task
+from ds_zoadamu.tasks import TASKS, InputError, TaskData, label_words_from, load_task
 
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +24,12 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
         "validation_file, hub_path, hub_name (default: %(default)s)",
     )
     group.add_argument(
-        "--import", dest="modules", action="append", default=[], metavar="MODULE", help="import a module with rules of your own"
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a module with rules or tasks of one's own",
     )
     group.add_argument("--template", help='replaces the task\'s template, for example "{sentence} It was"')
     group.add_argument(
@@ -52,6 +58,18 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
 
 
+def add_set_arguments(group: argparse._ArgumentGroup) -> None:
+    """How many examples, and how many of them at a time."""
+    group.add_argument(
+        "--num_train", type=int, default=1000, help="training examples drawn from the training split (default: %(default)s)"
+    )
+    group.add_argument(
+        "--num_dev", type=int, default=500, help="development examples drawn from the rest (default: %(default)s)"
+    )
+    group.add_argument("--per_device_train_batch_size", type=int, help="examples in a micro-batch (default: 8)")
+    group.add_argument("--gradient_accumulation_steps", type=int, help="micro-batches a rank takes in a step (default: 1)")
+
+
 def finetune_parser() -> argparse.ArgumentParser:
     """All arguments of launch/finetune.py."""
     parser = argparse.ArgumentParser(
@@ -59,19 +77,18 @@ def finetune_parser() -> argparse.ArgumentParser:
         epilog='Values that the JSON gives as "auto" are filled from these arguments, as Hugging Face\'s Trainer does.',
     )
     add_task_arguments(parser)
-    group = parser.add_argument_group("examples")
-    group.add_argument(
-        "--num_train", type=int, default=1000, help="training examples drawn from the training split (default: %(default)s)"
-    )
-    group.add_argument(
-        "--num_dev", type=int, default=500, help="development examples drawn from the rest (default: %(default)s)"
-    )
-    group.add_argument("--data_seed", type=int, help="seed of that draw (default: --seed)")
+    _add_training(parser)
+    _add_output(parser)
+    _add_other_runs(parser)
+    return deepspeed.add_config_arguments(parser)
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('examples and training (fills "auto" in the JSON)')
+    add_set_arguments(group)
+    group.add_argument("--data_seed", type=int, help="seed of the draw of examples (default: --seed)")
     group.add_argument("--seed", type=int, default=0, help="seed of data order and perturbations (default: %(default)s)")
-    group = parser.add_argument_group('training (fills "auto" in the JSON)')
     group.add_argument("--max_steps", type=int, required=True, help="optimizer steps")
-    group.add_argument("--per_device_train_batch_size", type=int, help="examples in a micro-batch (default: 8)")
-    group.add_argument("--gradient_accumulation_steps", type=int, help="micro-batches a rank takes in a step (default: 1)")
     group.add_argument(
         "--learning_rate",
         type=float,
@@ -81,9 +98,12 @@ def finetune_parser() -> argparse.ArgumentParser:
     group.add_argument("--weight_decay", type=float, help="decoupled weight decay (default: 0)")
     group.add_argument("--warmup_steps", type=int, help="of the JSON's scheduler (default: 0)")
     group.add_argument("--max_grad_norm", type=float, help="gradient_clipping, with backward passes only (default: 1.0)")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("evaluation and output")
     group.add_argument(
-        "--eval_steps", type=int, help="steps between accuracies on the development set (default: a tenth of --max_steps)"
+        "--eval_steps", type=int, help="steps between evaluations on the development set (default: a tenth of --max_steps)"
     )
     group.add_argument("--output_dir", required=True, help="where metrics, results, curves and the model go")
     group.add_argument("--overwrite_output_dir", action="store_true", help="replace the results of an earlier run")
@@ -109,6 +129,9 @@ def finetune_parser() -> argparse.ArgumentParser:
         default=1,
         help="steps after which the journal is made durable (default: %(default)s, every one)",
     )
+
+
+def _add_other_runs(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("search for lr and zo_eps")
     group.add_argument(
         "--find_lr",
@@ -125,12 +148,11 @@ def finetune_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="instead of a full run, measure N steps (time, its parts, collectives, memory) and write profile.json",
     )
-    return deepspeed.add_config_arguments(parser)
 
 
 def evaluate_parser() -> argparse.ArgumentParser:
     """All arguments of launch/evaluate.py."""
-    parser = argparse.ArgumentParser(description="Accuracy of a causal language model on a prompt task, without training.")
+    parser = argparse.ArgumentParser(description="Measure a causal language model on a prompt task, without training.")
     add_task_arguments(parser)
     parser.add_argument(
         "--split", choices=("validation", "train"), default="validation", help="which split (default: %(default)s)"
@@ -166,18 +188,17 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} must be a finite number of at least 0, got {value}")
 
 
-def task_from(args: argparse.Namespace) -> Task:
+def task_from(args: argparse.Namespace) -> TaskData:
     """The task that --task, --template, --label_words and --label_column describe.
 
     Raises:
-        InputError: as `load_task` and `Task`.
+        InputError: as `load_task` and `PromptTask`; one of these options for a task that has nothing of the kind.
     """
-    task = load_task(args.task)
-    changes = {}
-    if args.template is not None:
-        changes["template"] = args.template
-    if args.label_column is not None:
-        changes["label_column"] = args.label_column
-    if args.label_words is not None:
-        changes["label_words"] = label_words_from(args.label_words, "--label_words")
-    return Task(**{**vars(task), **changes})
+    task, changes = load_task(args.task), {}
+    for name in ("template", "label_words", "label_column"):
+        if (value := getattr(args, name)) is None:
+            continue
+        if not hasattr(task, name):
+            raise InputError(f"--{name}: task {task.name!r} has no {name}; leave the option out")
+        changes[name] = label_words_from(value, "--label_words") if name == "label_words" else value
+    return replace(task, **changes) if changes else task

@@ -3,15 +3,18 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ds_zoadamu.tasks import Metric
 
-def draw_curves(records: Sequence[dict], path: Path, title: str, majority: float) -> bool:
-    """Draws loss, development accuracy and projected gradient (or gradient norm) against the step.
+
+def draw_curves(records: Sequence[dict], path: Path, title: str, metric: Metric, baseline: float | None) -> bool:
+    """Draws loss, the metric on the development set and projected gradient (or gradient norm) against the step.
 
     Args:
         records: lines of metrics.jsonl.
         path: of the PNG file.
         title: over the picture.
-        majority: the development set's majority-class accuracy, drawn as a line.
+        metric: which one is drawn.
+        baseline: the value of its baseline on the development set, drawn as a line.
 
     Returns:
         False where Matplotlib is not installed (the extra "plots"): nothing is drawn.
@@ -27,7 +30,7 @@ def draw_curves(records: Sequence[dict], path: Path, title: str, majority: float
     numbers = [record["step"] for record in steps]
     figure = Figure(figsize=(13, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    loss_axes, accuracy_axes, slope_axes = figure.subplots(1, 3)
+    loss_axes, metric_axes, slope_axes = figure.subplots(1, 3)
 
     losses = [record["loss"] for record in steps]
     loss_axes.plot(numbers, losses, ".", markersize=2, color="0.7", label="a step's mini-batch")
@@ -36,12 +39,13 @@ def draw_curves(records: Sequence[dict], path: Path, title: str, majority: float
     loss_axes.set(title="loss", xlabel="step")
     loss_axes.legend()
 
-    accuracy_axes.plot(
-        [r["step"] for r in evals], [r["accuracy"] for r in evals], "o-", color="tab:orange", label="development set"
+    metric_axes.plot(
+        [r["step"] for r in evals], [r[metric.name] for r in evals], "o-", color="tab:orange", label="development set"
     )
-    accuracy_axes.axhline(majority, linestyle="--", color="0.5", label="majority class")
-    accuracy_axes.set(title="accuracy", xlabel="step")
-    accuracy_axes.legend()
+    if metric.baseline is not None:
+        metric_axes.axhline(baseline, linestyle="--", color="0.5", label=metric.baseline.title)
+    metric_axes.set(title=metric.name, xlabel="step")
+    metric_axes.legend()
 
     slope = "projected_grad" if steps and "projected_grad" in steps[0] else "grad_norm"
     slope_axes.plot(numbers, [record[slope] for record in steps], ".", markersize=2)

@@ -3,6 +3,10 @@
 import json
 import os
 import platform
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -56,11 +60,7 @@ class OutputDirectory:
                 f"--output_dir {path}: another run is writing its {JOURNAL} now; wait until that has ended, stop it, or give "
                 "another folder"
             )
-        existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
-        if not existing.is_dir():
-            raise InputError(f"--output_dir {path}: {existing} is a file, not a folder")
-        if not os.access(existing, os.W_OK):
-            raise InputError(f"--output_dir {path}: no permission to write in {existing}")
+        check_writable(self.path)
 
     def begin(self) -> None:
         """Makes the folder and removes an earlier run's results, which the constructor was allowed to overwrite."""
@@ -113,10 +113,29 @@ class OutputDirectory:
             remove(aside)
 
 
+def check_writable(path: Path) -> None:
+    """Raises InputError where --output_dir cannot be made or written."""
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise InputError(f"--output_dir {path}: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"--output_dir {path}: no permission to write in {existing}")
+
+
 def quantiles(seconds: list[float]) -> dict[str, float]:
     """median, p10 and p90 of at least one number."""
     times = torch.tensor(seconds, dtype=torch.float64)
     return {name: times.quantile(q).item() for name, q in (("median", 0.5), ("p10", 0.1), ("p90", 0.9))}
+
+
+def number_or_list(values: float | Sequence[float]) -> float | Sequence[float]:
+    """What metrics.jsonl holds of a figure that each perturbation of a step has: a number where there is one."""
+    return values[0] if isinstance(values, Sequence) and len(values) == 1 else values
+
+
+def settings(args: Namespace, config: dict) -> dict:
+    """What was asked for and on which machine, for a results file."""
+    return {**environment(), "command": shlex.join(sys.argv), "arguments": vars(args), "config": config}
 
 
 def environment() -> dict:

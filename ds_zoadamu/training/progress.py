@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from ds_zoadamu.distributed import collective
 from ds_zoadamu.durability.journal import read_journal
-from ds_zoadamu.tasks import Evaluation, InputError
-from ds_zoadamu.training.output import CHECKPOINTS, JOURNAL, OutputDirectory
+from ds_zoadamu.tasks import Evaluation, InputError, Metric
+from ds_zoadamu.training.output import CHECKPOINTS, JOURNAL, OutputDirectory, number_or_list
 from ds_zoadamu.training.plan import Plan
 from ds_zoadamu.training.steps import Stepper
 
@@ -26,26 +26,21 @@ class Progress:
     evaluations: dict[tuple[str, int], Evaluation] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
 
-    def best(self) -> tuple[int, Evaluation | None]:
+    def best(self, metric: Metric) -> tuple[int, Evaluation | None]:
         """The evaluated step that is best on the development set, the first of equals; (0, None) before there is one."""
         best_step, best = 0, None
         for (split, step), now in sorted(self.evaluations.items()):
-            if split == "dev" and step and better(now, best):
+            if split == "dev" and step and metric.is_better(now, best):
                 best_step, best = step, now
         return best_step, best
-
-
-def better(now: Evaluation, best: Evaluation | None) -> bool:
-    """Whether an evaluation beats the best one so far; one that is not finite never does."""
-    return now.finite and (best is None or (now.accuracy, -now.loss) > (best.accuracy, -best.loss))
 
 
 def begin(plan: Plan, output: OutputDirectory, stepper: Stepper) -> None:
     """Makes the output directory of a new run and opens its journal. All ranks call it. Raises JournalError."""
     output.begin()
-    if stepper.journaled:
+    if stepper.durable is not None:
         path, fsync_every = output.path / JOURNAL, plan.args.journal_fsync_every
-        stepper.engine.open_journal(path, fsync_every=fsync_every, task=plan.task_identity())
+        stepper.durable.open_journal(path, fsync_every=fsync_every, task=plan.task_identity())
 
 
 def resume(plan: Plan, output: OutputDirectory, stepper: Stepper) -> Progress | None:
@@ -56,12 +51,14 @@ def resume(plan: Plan, output: OutputDirectory, stepper: Stepper) -> Progress | 
         JournalError, CheckpointError: what is wrong with the run's files.
     """
     args = plan.args
-    if args.resume and not stepper.journaled:
-        raise InputError("--resume needs a zeroth-order optimizer: only its steps are in a journal")
+    if args.resume and stepper.durable is None:
+        raise InputError(
+            f"--resume needs a journal, and the steps of {stepper.optimizer} are in none: give a zeroth-order optimizer"
+        )
     journal = output.path / JOURNAL
     if not (args.resume and collective.broadcast_bytes(b"1" if journal.exists() else b"")):
         return None
-    resumed = stepper.engine.resume(
+    resumed = stepper.durable.resume(
         journal, output.path / CHECKPOINTS, fsync_every=args.journal_fsync_every, task=plan.task_identity()
     )
     lines = []
@@ -86,7 +83,7 @@ def _repaired(output: OutputDirectory, step: int) -> list[dict]:
                     "loss": (record.loss_plus + record.loss_minus) / 2.0,
                     "loss_plus": record.loss_plus,
                     "loss_minus": record.loss_minus,
-                    "projected_grad": record.projected_grad,
+                    "projected_grad": number_or_list(record.projected_grad),
                     "lr": lr,
                     "skipped": record.skipped,
                 }
@@ -108,14 +105,15 @@ def _progress(step: int, lines: list[dict]) -> Progress:
             progress.seconds.append(line["seconds"])
     if step and not {("dev", 0), ("test", 0)} <= progress.evaluations.keys():
         raise InputError(
-            f"--resume: metrics.jsonl has lost the accuracies before training, and the model is at step {step}; rebuild "
-            "the model with "
-            "ds_zoadamu replay and measure it with launch/evaluate.py"
+            f"--resume: metrics.jsonl has lost the evaluations before training, and the model is at step {step}; rebuild "
+            "the model with ds_zoadamu replay and measure it with launch/evaluate.py"
         )
     return progress
 
 
 def _evaluation(line: dict) -> Evaluation:
-    """Of a line of metrics.jsonl, where null stands for a loss that was not finite; older ones have no num_nonfinite."""
-    loss = math.nan if line["loss"] is None else line["loss"]
-    return Evaluation(line["accuracy"], loss, line["num_examples"], line.get("num_nonfinite", 0))
+    """Of a line of metrics.jsonl, where null stands for a number that was not finite; older ones have no num_nonfinite."""
+    values = {name: value for name, value in line.items() if name not in ("kind", "split", "step")}
+    return {name: math.nan if value is None else value for name, value in values.items()} | {
+        "num_nonfinite": line.get("num_nonfinite", 0)
+    }

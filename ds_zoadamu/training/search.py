@@ -5,34 +5,42 @@ import gc
 import math
 import time
 from argparse import Namespace
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from deepspeed import comm as dist
 
 from ds_zoadamu.config.settings import check_config, zeroth_order_type
 from ds_zoadamu.errors import NonFiniteLossError, NonFiniteWeightsError
-from ds_zoadamu.tasks import InputError, evaluate
-from ds_zoadamu.training.output import SEARCH, OutputDirectory, environment
+from ds_zoadamu.tasks import InputError
+from ds_zoadamu.training.output import SEARCH, OutputDirectory, settings
 from ds_zoadamu.training.plan import Plan, make_plan, rank
 from ds_zoadamu.training.steps import make_stepper
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A short run and how it ended on the development set; loss is infinite where training diverged."""
+    """A short run and how it ended on the development set; where training diverged the loss is infinite, the metric at its
+    worst.
+    """
 
     lr: float
     zo_eps: float
     dev_loss: float
-    dev_accuracy: float
+    metric: str
+    dev_value: float
     seconds: float
+
+    def record(self) -> dict:
+        """Of find_lr.json."""
+        scores = {"dev_loss": self.dev_loss, f"dev_{self.metric}": self.dev_value}
+        return {"lr": self.lr, "zo_eps": self.zo_eps, **scores, "seconds": self.seconds}
 
 
 def find_lr(args: Namespace) -> list[Trial]:
     """Tries all pairs of --find_lr_values and --find_eps_values; returns the trials, lowest development loss first.
 
-    Loss decides rather than accuracy, which a short run moves by few examples. Costs 2 x max_steps x accumulation forwards
-    a pair and one evaluation. Each trial loads the model afresh, so all start from the same weights.
+    Loss decides rather than the main metric, which a short run moves by few examples. Costs 2 x max_steps x accumulation
+    forwards a pair and one evaluation. Each trial loads the model afresh, so all start from the same weights.
 
     Raises:
         InputError, ConfigError: before a model is loaded or a file written.
@@ -56,31 +64,30 @@ def find_lr(args: Namespace) -> list[Trial]:
         trials.append(_try(plan, lr, zo_eps))
         _print(f"{len(trials)}/{len(pairs)} {_row(trials[-1])}")
     trials.sort(key=lambda trial: trial.dev_loss)
-    output.write_json(
-        SEARCH, {"trials": [asdict(t) for t in trials], **environment(), "arguments": vars(args), "config": plan.config}
-    )
-    _print("\n".join([_row(None), *map(_row, trials)]))
+    output.write_json(SEARCH, {"trials": [trial.record() for trial in trials], **settings(args, plan.config)})
+    header = f"{'lr':>10} {'zo_eps':>10} {'dev loss':>10} {plan.task.main_metric.name:>10} {'seconds':>10}"
+    _print("\n".join([header, *map(_row, trials)]))
     return trials
 
 
 def _try(plan: Plan, lr: float, zo_eps: float) -> Trial:
-    start = time.perf_counter()
-    args = plan.args
+    start, metric = time.perf_counter(), plan.task.main_metric
+    loss, value = math.inf, metric.worst
     stepper = make_stepper(plan, _with(plan.config, lr, zo_eps))
     try:
-        for _ in range(args.max_steps):
+        for _ in range(plan.args.max_steps):
             stepper.step()
-        score = evaluate(stepper.engine.module, plan.dev, plan.model_input.collate, args.per_device_eval_batch_size)
-        loss, accuracy = score.loss if math.isfinite(score.loss) else math.inf, score.accuracy
+        score = plan.task.evaluate(stepper.model, plan.dev)
+        loss, value = score["loss"] if math.isfinite(score["loss"]) else math.inf, score[metric.name]
     except NonFiniteWeightsError:
         raise
     except NonFiniteLossError:  # raised on all ranks alike
-        loss, accuracy = math.inf, 0.0
-    stepper.engine.destroy()
+        pass
+    stepper.close()
     del stepper
     gc.collect()  # engine and module refer to each other
     dist.barrier()
-    return Trial(lr, zo_eps, loss, accuracy, time.perf_counter() - start)
+    return Trial(lr, zo_eps, loss, metric.name, value, time.perf_counter() - start)
 
 
 def _with(config: dict, lr: float, zo_eps: float) -> dict:
@@ -92,11 +99,9 @@ def _with(config: dict, lr: float, zo_eps: float) -> dict:
     return config
 
 
-def _row(trial: Trial | None) -> str:
-    if trial is None:
-        return f"{'lr':>10} {'zo_eps':>10} {'dev loss':>10} {'accuracy':>10} {'seconds':>10}"
+def _row(trial: Trial) -> str:
     loss = f"{trial.dev_loss:10.4f}" if math.isfinite(trial.dev_loss) else f"{'diverged':>10}"
-    return f"{trial.lr:10.3g} {trial.zo_eps:10.3g} {loss} {trial.dev_accuracy:10.4f} {trial.seconds:10.1f}"
+    return f"{trial.lr:10.3g} {trial.zo_eps:10.3g} {loss} {trial.dev_value:10.4f} {trial.seconds:10.1f}"
 
 
 def _print(text: str) -> None:

@@ -116,7 +116,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             record, projected_grads = self._record(evaluations, global_means(passes, self.device))
             if record.skipped and record.step == 1:
                 divergence.refuse_nonfinite_weights(self, record)
-            self._before_update(record, batch, drawn)
+            self.before_update(record, batch, drawn)
             self.optimizer.observe(None if record.skipped else projected_grads)
             with self._gathers.writing():
                 self._step_and_count()
