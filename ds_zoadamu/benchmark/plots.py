@@ -1,10 +1,10 @@
 """The report's pictures: how the contenders learn, and what a step of theirs costs."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from ds_zoadamu.benchmark.report import PARTS
 from ds_zoadamu.tasks import Metric
+from ds_zoadamu.training.curves import write_figure
 
 _AXES = (("step", "optimizer steps"), ("passes", "forward passes (a backward counts as 2)"), ("seconds", "seconds of training"))
 _MARKERS = "os^Dv*Pp<>"
@@ -38,7 +38,7 @@ def draw_curves(results: dict, path: Path, metric: Metric) -> bool:
         handles, labels = axes[1, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
 
-    return _draw(path, (13, 8), draw)
+    return write_figure(path, (13, 8), draw)
 
 
 def draw_cost(results: dict, path: Path) -> bool:
@@ -70,17 +70,4 @@ def draw_cost(results: dict, path: Path) -> bool:
             axis.grid(axis="x", alpha=0.3)
             axis.set_axisbelow(True)
 
-    return bool(names) and _draw(path, (13, 1.8 + 0.42 * len(names)), draw)
-
-
-def _draw(path: Path, size: tuple[float, float], draw: Callable) -> bool:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    draw(figure)
-    figure.savefig(path, dpi=110)
-    return True
+    return bool(names) and write_figure(path, (13, 1.8 + 0.42 * len(names)), draw)

@@ -1,6 +1,7 @@
 """Start of torch.distributed through DeepSpeed."""
 
 import os
+import socket
 from datetime import timedelta
 
 import deepspeed
@@ -47,6 +48,25 @@ def _bandwidths(comm_op: str, size: float, duration: float) -> tuple[float, floa
         return _bandwidths_of_known(comm_op, size, duration)
     except SystemExit:
         return _bandwidths_of_known("broadcast", size, duration)
+
+
+def ensure_launched() -> None:
+    """Without a launcher, describe a group of one rank in the environment, as the launcher would for one device."""
+    if "WORLD_SIZE" not in os.environ:
+        one = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        os.environ.update(one)
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def launched_rank() -> int:
+    """This process's rank, from the launcher's environment where there is no process group yet; 0 without a launcher."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def launched_world_size() -> int:

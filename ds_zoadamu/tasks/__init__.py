@@ -6,7 +6,7 @@ from ds_zoadamu.tasks.evaluation import summed
 from ds_zoadamu.tasks.prompt_task import SST2, TASKS, PromptTask, label_words_from, load_task
 from ds_zoadamu.tasks.prompts import EncodedExample, PromptCollator, PromptEncoder, PromptRow, model_max_length, padding_id
 from ds_zoadamu.tasks.protocol import Baseline, Evaluation, Metric, Task, TaskData, is_finite
-from ds_zoadamu.tasks.splits import Splits, load_splits
+from ds_zoadamu.tasks.splits import load_splits
 
 __all__ = [
     "SST2",
@@ -21,7 +21,6 @@ __all__ = [
     "PromptEncoder",
     "PromptRow",
     "PromptTask",
-    "Splits",
     "Task",
     "TaskData",
     "candidate_scores",

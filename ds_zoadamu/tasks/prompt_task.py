@@ -16,7 +16,6 @@ from ds_zoadamu.tasks.protocol import TaskData
 from ds_zoadamu.tasks.tables import read_rows
 
 _MAX_BYTES = 1 << 24
-_TASK_KEYS = ("name", "template", "label_words", "label_column", "train_file", "validation_file", "hub_path", "hub_name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +101,6 @@ class PromptTask:
                 )
         names = [name for name, _, _ in columns]
         return tuple(dict.fromkeys(names))
-
-    @property
-    def num_labels(self) -> int:
-        """Number of classes."""
-        return len(self.label_words)
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -202,8 +196,9 @@ def load_task(name_or_path: str) -> TaskData:
         raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(section, dict):
         raise InputError(f"{path}: a task file is one JSON object, got {type(section).__name__}")
-    if unknown := set(section) - set(_TASK_KEYS):
-        raise InputError(unknown_keys_message(str(path), unknown, _TASK_KEYS))
+    keys = [field.name for field in fields(PromptTask)]
+    if unknown := set(section) - set(keys):
+        raise InputError(unknown_keys_message(str(path), unknown, keys))
     for key in ("template", "label_words"):
         if key not in section:
             raise InputError(f"{path}: the key {key!r} is missing")

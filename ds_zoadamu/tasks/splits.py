@@ -1,36 +1,23 @@
 """The three disjoint sets of rows that a run uses."""
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ds_zoadamu.tasks.errors import InputError
 from ds_zoadamu.tasks.protocol import TaskData
 
 
-@dataclass(frozen=True)
-class Splits:
-    """Training and development rows, both from the training split, and the whole validation split as test."""
+def load_splits(task: TaskData, data_dir: str | None, *, num_train: int, num_dev: int, seed: int) -> dict[str, list[Any]]:
+    """The "train", "dev" and "test" rows of a run.
 
-    train: Sequence[Any]
-    dev: Sequence[Any]
-    test: Sequence[Any]
-
-
-def load_splits(task: TaskData, data_dir: str | None, *, num_train: int, num_dev: int, seed: int) -> Splits:
-    """Training, development and test rows of a run.
-
-    The training split is shuffled by `seed`; the first `num_train` are for training, the next `num_dev` whose prompt is
-    not among them for development, so no development text was trained on even where the source repeats texts.
+    The whole validation split is "test". The training split is shuffled by `seed`; the first `num_train` are for training, the
+    next `num_dev` whose prompt is not among them for development, so no development text was trained on even where the
+    source repeats texts.
 
     Raises:
         InputError: as `task.rows`; fewer rows than asked for.
     """
     pool, test = task.rows("train", data_dir), task.rows("validation", data_dir)
-    for name, count in (("--num_train", num_train), ("--num_dev", num_dev)):
-        if count < 1:
-            raise InputError(f"{name} must be at least 1, got {count}")
     random.Random(seed).shuffle(pool)
     train = pool[:num_train]
     seen = {row.prompt for row in train}
@@ -41,4 +28,4 @@ def load_splits(task: TaskData, data_dir: str | None, *, num_train: int, num_dev
             f"training and {len(dev)} for development whose texts are others; asked for "
             f"--num_train {num_train} and --num_dev {num_dev}"
         )
-    return Splits(train=train, dev=dev, test=test)
+    return {"train": train, "dev": dev, "test": test}

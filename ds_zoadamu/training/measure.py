@@ -7,13 +7,14 @@ import deepspeed
 
 from ds_zoadamu.config.auto import fill_auto
 from ds_zoadamu.config.settings import check_precision, read_config
+from ds_zoadamu.distributed.start import launched_rank, launched_world_size
 from ds_zoadamu.distributed.waiting import current_limit, limit_waits
 from ds_zoadamu.files.json_files import write_json
 from ds_zoadamu.hf.models import load_causal_lm
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.arguments import check_arguments
 from ds_zoadamu.training.output import settings
-from ds_zoadamu.training.plan import check_stage, rank, read_model_input, world_size
+from ds_zoadamu.training.plan import check_stage, read_model_input
 
 # Only these matter without training; without a JSON each rank keeps its ZeRO-3 partition in fp32.
 _SECTIONS = ("zero_optimization", "bf16", "fp16")
@@ -36,7 +37,7 @@ def measure(args: Namespace) -> dict:
     check_stage(given, args.deepspeed_config)
     config = {name: given[name] for name in _SECTIONS if name in given}
     config["train_micro_batch_size_per_gpu"] = args.per_device_eval_batch_size
-    config = fill_auto(config, args, world_size=world_size(), hidden_size=model_input.hidden_size)
+    config = fill_auto(config, args, world_size=launched_world_size(), hidden_size=model_input.hidden_size)
     check_precision(config)
     task = model_input.task
     examples = [task.encode(row) for row in model_input.data.rows(args.split, args.data_dir)]
@@ -47,12 +48,8 @@ def measure(args: Namespace) -> dict:
     figures = {"task": task.name, "model": args.model_name_or_path, "split": args.split, **result}
     if (baseline := task.main_metric.baseline) is not None:
         figures[baseline.name] = task.baseline(examples)
-    if rank() == 0:
-        print(
-            " ".join(
-                f"{name}={value:.4f}" if isinstance(value, float) else f"{name}={value}" for name, value in figures.items()
-            )
-        )
+    if launched_rank() == 0:
+        print(*(f"{name}={value:.4f}" if isinstance(value, float) else f"{name}={value}" for name, value in figures.items()))
         if args.output_file:
             write_json(Path(args.output_file), {**figures, **settings(args, config)})
     return figures

@@ -10,11 +10,11 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM
 
-from ds_zoadamu.distributed.start import init_distributed
+from ds_zoadamu.distributed.start import init_distributed, launched_world_size
 from ds_zoadamu.errors import NonFiniteLossError
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.arguments import check_arguments
-from ds_zoadamu.training.plan import Plan, encode_splits, read_model_input, world_size
+from ds_zoadamu.training.plan import Plan, encode_splits, read_model_input
 from ds_zoadamu.training.steps import Section, make_dataloader
 from ds_zoadamu.zero3.data import repeat
 
@@ -28,8 +28,8 @@ def make_plain_plan(args: Namespace) -> Plan:
         InputError: as `make_plan`; more than one rank, a weight decay.
     """
     check_arguments(args)
-    if world_size() != 1:
-        raise InputError(f"the plain MeZO loop holds the whole model: it runs on 1 rank, not on {world_size()}")
+    if launched_world_size() != 1:
+        raise InputError(f"the plain MeZO loop holds the whole model: it runs on 1 rank, not on {launched_world_size()}")
     if args.weight_decay:
         raise InputError(f"--weight_decay {args.weight_decay}: the plain MeZO loop has none; leave it out")
     return encode_splits(args, {}, read_model_input(args))
@@ -81,16 +81,11 @@ class PlainMeZO:
 
     def perturb(self, seed: int, scale: float) -> None:
         """theta <- theta + scale z, with the z of a seed."""
-        self._add_noise(seed, scale)
-
-    def update(self, seed: int, scale: float) -> None:
-        """The same; another part of a profile."""
-        self._add_noise(seed, scale)
-
-    def _add_noise(self, seed: int, scale: float) -> None:
         self._noise.manual_seed(seed)
         for p in self.model.parameters():
             p.add_(torch.empty_like(p).normal_(generator=self._noise), alpha=scale)
+
+    update = perturb  # another part of a profile
 
     def loss(self, micro_batches: list) -> float:
         """The mean loss of a step's micro-batches."""

@@ -1,9 +1,7 @@
 """Everything a run needs, checked before a model is loaded or a file is written."""
 
-import os
-import socket
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ds_zoadamu.config.auto import STEPS_OF_A_RUN, fill_auto, hidden_size_of, value_at
 from ds_zoadamu.config.settings import check_config, check_precision, read_config
+from ds_zoadamu.distributed.start import launched_rank, launched_world_size
 from ds_zoadamu.rules import import_modules
 from ds_zoadamu.tasks import InputError, Task, TaskData, load_splits
 from ds_zoadamu.training.arguments import check_arguments, task_from
@@ -38,31 +37,28 @@ class Plan:
 
     Attributes:
         config: the DeepSpeed configuration without "auto"; empty where none is read.
-        train, dev, test: encoded examples.
+        sets: "train", "dev" and "test": encoded examples.
     """
 
     args: Namespace
     config: dict
     task: Task
     tokenizer: PreTrainedTokenizerBase
-    train: Sequence[Any]
-    dev: Sequence[Any]
-    test: Sequence[Any]
+    sets: Mapping[str, Sequence[Any]]
 
     @property
     def num_examples(self) -> dict[str, int]:
         """Of each set."""
-        return {"train": len(self.train), "dev": len(self.dev), "test": len(self.test)}
+        return {name: len(examples) for name, examples in self.sets.items()}
 
     def task_identity(self) -> dict[str, str]:
         """What a run is trained and judged on, for the header of its journal: the metric, and SHA-256 of each encoded set."""
-        sets = {"train": self.train, "dev": self.dev, "test": self.test}
-        digests = {f"{name}_sha256": self.task.digest(examples) for name, examples in sets.items()}
+        digests = {f"{name}_sha256": self.task.digest(examples) for name, examples in self.sets.items()}
         return {"metric": self.task.main_metric.name, **digests}
 
     def baseline(self, split: str) -> float | None:
         """The value of the metric's baseline on "dev" or "test"; None where there is none."""
-        return self.task.baseline(getattr(self, split)) if self.task.main_metric.baseline else None
+        return self.task.baseline(self.sets[split]) if self.task.main_metric.baseline else None
 
 
 def read_model_input(args: Namespace) -> ModelInput:
@@ -77,7 +73,7 @@ def read_model_input(args: Namespace) -> ModelInput:
     config = _load(AutoConfig, args).get_text_config()
     tokenizer = _load(AutoTokenizer, args)
     task = data.bind(tokenizer, config, max_length=args.max_length, batch_size=args.per_device_eval_batch_size)
-    for line in task.warnings if rank() == 0 else ():
+    for line in task.warnings if launched_rank() == 0 else ():
         logger.warning(f"task {task.name!r}: {line}")
     return ModelInput(data=data, task=task, tokenizer=tokenizer, hidden_size=hidden_size_of(config))
 
@@ -103,7 +99,7 @@ def make_plan(args: Namespace, ranks: int | None = None) -> Plan:
         )
     check_stage(config, args.deepspeed_config)
     model_input = read_model_input(args)
-    config = fill_auto(config, args, world_size=ranks or world_size(), hidden_size=model_input.hidden_size)
+    config = fill_auto(config, args, world_size=ranks or launched_world_size(), hidden_size=model_input.hidden_size)
     check_config(config)
     check_steps(config, args.max_steps)
     check_precision(config)
@@ -117,12 +113,12 @@ def encode_splits(args: Namespace, config: dict, model_input: ModelInput) -> Pla
         InputError: as `load_splits`.
     """
     task, data_seed = model_input.task, args.seed if args.data_seed is None else args.data_seed
-    splits = load_splits(model_input.data, args.data_dir, num_train=args.num_train, num_dev=args.num_dev, seed=data_seed)
-    encoded = {name: [task.encode(row) for row in getattr(splits, name)] for name in ("train", "dev", "test")}
-    for name, split in (("training", "train"), ("development", "dev")) if rank() == 0 else ():
-        for line in task.remarks(name, encoded[split]):
+    rows = load_splits(model_input.data, args.data_dir, num_train=args.num_train, num_dev=args.num_dev, seed=data_seed)
+    sets = {name: list(map(task.encode, part)) for name, part in rows.items()}
+    for name, split in (("training", "train"), ("development", "dev")) if launched_rank() == 0 else ():
+        for line in task.remarks(name, sets[split]):
             logger.warning(line)
-    return Plan(args=args, config=config, task=task, tokenizer=model_input.tokenizer, **encoded)
+    return Plan(args=args, config=config, task=task, tokenizer=model_input.tokenizer, sets=sets)
 
 
 def check_stage(config: dict, where: str) -> None:
@@ -150,26 +146,6 @@ def check_steps(config: dict, max_steps: int) -> None:
                 f'--max_steps {max_steps} is more than the {planned} steps of {path} in the DeepSpeed JSON; set that to "auto" '
                 "or to the length of the run"
             )
-
-
-def world_size() -> int:
-    """Number of ranks, known from the launcher before the process group exists; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    """This process's rank, known from the launcher before the process group exists."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def ensure_launched() -> None:
-    """Without a launcher, describes a group of one rank in the environment, as the launcher would for one device."""
-    if "WORLD_SIZE" in os.environ:
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def _load(kind, args: Namespace):

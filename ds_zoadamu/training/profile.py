@@ -11,9 +11,10 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
 from ds_zoadamu.distributed.collective import gather_json
+from ds_zoadamu.distributed.start import launched_rank
 from ds_zoadamu.training.memory import PeakMemory
 from ds_zoadamu.training.output import JOURNAL, PROFILE, OutputDirectory, quantiles
-from ds_zoadamu.training.plan import Plan, make_plan, rank
+from ds_zoadamu.training.plan import Plan, make_plan
 from ds_zoadamu.training.steps import Section, Stepper, about, make_stepper
 
 _WARM_UP = 3  # DeepSpeed records the order of gathers in the first pass and prefetches by it from then on
@@ -73,7 +74,7 @@ def profile(
     Raises:
         InputError, ConfigError: before a model is loaded or a file written.
     """
-    output = OutputDirectory(args.output_dir, writes=rank() == 0, overwrite=args.overwrite_output_dir)
+    output = OutputDirectory(args.output_dir, writes=launched_rank() == 0, overwrite=args.overwrite_output_dir)
     plan = make_plan(args)
     memory = PeakMemory()
     stepper = make_stepper(plan)
@@ -93,7 +94,7 @@ def profile(
         "collectives": _collectives(stepper, args.profile_steps),
     }
     output.write_json(PROFILE, results)
-    if rank() == 0:
+    if launched_rank() == 0:
         print(f"{args.profile_steps} steps measured: {results['seconds_a_step']['median']:.4f} s a step", flush=True)
     return results
 

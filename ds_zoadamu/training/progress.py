@@ -52,9 +52,7 @@ def resume(plan: Plan, output: OutputDirectory, stepper: Stepper) -> Progress | 
     """
     args = plan.args
     if args.resume and stepper.durable is None:
-        raise InputError(
-            f"--resume needs a journal, and the steps of {stepper.optimizer} are in none: give a zeroth-order optimizer"
-        )
+        raise InputError(f"--resume needs a zeroth-order optimizer of a JSON: steps of {stepper.optimizer} are in no journal")
     journal = output.path / JOURNAL
     if not (args.resume and collective.broadcast_bytes(b"1" if journal.exists() else b"")):
         return None
@@ -75,19 +73,10 @@ def _repaired(output: OutputDirectory, step: int) -> list[dict]:
     known = {line["step"] for line in lines if line["kind"] == "step"}
     for record in read_journal(output.path / JOURNAL, until=step).records:
         if record.step not in known:
+            losses = {name: getattr(record, name) for name in ("loss_plus", "loss_minus")}
+            losses = {"loss": sum(losses.values()) / 2.0, **losses, "projected_grad": number_or_list(record.projected_grad)}
             lr = record.lr[0] if isinstance(record.lr, tuple) else record.lr
-            lines.append(
-                {
-                    "kind": "step",
-                    "step": record.step,
-                    "loss": (record.loss_plus + record.loss_minus) / 2.0,
-                    "loss_plus": record.loss_plus,
-                    "loss_minus": record.loss_minus,
-                    "projected_grad": number_or_list(record.projected_grad),
-                    "lr": lr,
-                    "skipped": record.skipped,
-                }
-            )
+            lines.append({"kind": "step", "step": record.step, **losses, "lr": lr, "skipped": record.skipped})
     return lines
 
 
@@ -113,7 +102,5 @@ def _progress(step: int, lines: list[dict]) -> Progress:
 
 def _evaluation(line: dict) -> Evaluation:
     """Of a line of metrics.jsonl, where null stands for a number that was not finite; older ones have no num_nonfinite."""
-    values = {name: value for name, value in line.items() if name not in ("kind", "split", "step")}
-    return {name: math.nan if value is None else value for name, value in values.items()} | {
-        "num_nonfinite": line.get("num_nonfinite", 0)
-    }
+    line = {"num_nonfinite": 0, **line}
+    return {name: math.nan if value is None else value for name, value in line.items() if name not in ("kind", "split", "step")}

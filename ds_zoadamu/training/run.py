@@ -12,13 +12,14 @@ from deepspeed.utils import logger
 from tqdm import tqdm
 
 from ds_zoadamu.distributed.collective import gather_json
+from ds_zoadamu.distributed.start import launched_rank
 from ds_zoadamu.durability.digest import weights_digest
 from ds_zoadamu.errors import CheckpointError, NonFiniteLossError
 from ds_zoadamu.tasks import Evaluation, InputError, is_finite
 from ds_zoadamu.training.curves import draw_curves
 from ds_zoadamu.training.memory import PeakMemory
 from ds_zoadamu.training.output import BEST, CHECKPOINTS, CURVES, JOURNAL, METRICS, RESULTS, OutputDirectory, quantiles
-from ds_zoadamu.training.plan import Plan, make_plan, rank
+from ds_zoadamu.training.plan import Plan, make_plan
 from ds_zoadamu.training.progress import Progress, begin, resume
 from ds_zoadamu.training.steps import Stepper, about, make_stepper
 from ds_zoadamu.training.summary import scores, summary
@@ -39,7 +40,9 @@ def finetune(
     Raises:
         InputError, ConfigError: before a model is loaded or a file written.
     """
-    output = OutputDirectory(args.output_dir, writes=rank() == 0, overwrite=args.overwrite_output_dir, resume=args.resume)
+    output = OutputDirectory(
+        args.output_dir, writes=launched_rank() == 0, overwrite=args.overwrite_output_dir, resume=args.resume
+    )
     plan = make_plan(args)
     memory = PeakMemory()
     run = _Run(plan, make_stepper(plan), output)
@@ -60,7 +63,7 @@ def finetune(
         "ranks": gather_json({**peak, **run.stepper.stored_bytes()}),
     }
     output.write_json(RESULTS, results)
-    if rank() == 0:
+    if launched_rank() == 0:
         run.show(results)
     return results
 
@@ -93,7 +96,9 @@ class _Run:
         args, total, first, metric = self.plan.args, self.plan.args.max_steps, self.progress.step, self.plan.task.main_metric
         every = args.eval_steps or max(1, total // 10)
         best_step, best = self.progress.best(metric)
-        with tqdm(total=total, initial=first, desc="fine-tuning", unit="step", disable=rank() != 0, mininterval=1.0) as bar:
+        with tqdm(
+            total=total, initial=first, desc="fine-tuning", unit="step", disable=launched_rank() != 0, mininterval=1.0
+        ) as bar:
             # A resumed run may have been stopped after its last step and before what follows a step.
             for step in range(first if first else 1, total + 1):
                 if step > first:
@@ -153,11 +158,11 @@ class _Run:
         return result
 
     def _measure(self, split: str) -> Evaluation:
-        return self.plan.task.evaluate(self.stepper.model, {"dev": self.plan.dev, "test": self.plan.test}[split])
+        return self.plan.task.evaluate(self.stepper.model, self.plan.sets[split])
 
     def _log(self, split: str, step: int, result: Evaluation) -> None:
         self.output.log({"kind": "eval", "split": split, "step": step, **result})
-        if rank() == 0:
+        if launched_rank() == 0:
             broken = result["num_nonfinite"]
             nonfinite = f", {broken} of them with scores that are not finite" if broken else ""
             name = self.plan.task.main_metric.name
@@ -190,7 +195,7 @@ class _Run:
         try:
             self.stepper.durable.save_checkpoint(path / CHECKPOINTS, save_total_limit=self.plan.args.save_total_limit)
         except CheckpointError as error:  # raised on all ranks alike
-            if rank() == 0:
+            if launched_rank() == 0:
                 logger.warning(
                     f"no checkpoint of step {step}: {error}. The run goes on and is safe: journal {str(path / JOURNAL)!r} "
                     "holds every step. The next save step tries again"

@@ -5,47 +5,29 @@ import gc
 import math
 import time
 from argparse import Namespace
-from dataclasses import dataclass
 
 from deepspeed import comm as dist
 
 from ds_zoadamu.config.settings import check_config, zeroth_order_type
+from ds_zoadamu.distributed.start import launched_rank
 from ds_zoadamu.errors import NonFiniteLossError, NonFiniteWeightsError
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.output import SEARCH, OutputDirectory, settings
-from ds_zoadamu.training.plan import Plan, make_plan, rank
+from ds_zoadamu.training.plan import Plan, make_plan
 from ds_zoadamu.training.steps import make_stepper
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A short run and how it ended on the development set; where training diverged the loss is infinite, the metric at its
-    worst.
-    """
-
-    lr: float
-    zo_eps: float
-    dev_loss: float
-    metric: str
-    dev_value: float
-    seconds: float
-
-    def record(self) -> dict:
-        """Of find_lr.json."""
-        scores = {"dev_loss": self.dev_loss, f"dev_{self.metric}": self.dev_value}
-        return {"lr": self.lr, "zo_eps": self.zo_eps, **scores, "seconds": self.seconds}
-
-
-def find_lr(args: Namespace) -> list[Trial]:
+def find_lr(args: Namespace) -> list[dict]:
     """Tries all pairs of --find_lr_values and --find_eps_values; returns the trials, lowest development loss first.
 
-    Loss decides rather than the main metric, which a short run moves by few examples. Costs 2 x max_steps x accumulation
-    forwards a pair and one evaluation. Each trial loads the model afresh, so all start from the same weights.
+    A trial's loss is infinite where training diverged, and the metric at its worst. Loss decides rather than the metric, which
+    a short run moves by few examples. Costs 2 x max_steps x accumulation forwards a pair and one evaluation. Each trial loads
+    the model afresh, so all start from the same weights.
 
     Raises:
         InputError, ConfigError: before a model is loaded or a file written.
     """
-    output = OutputDirectory(args.output_dir, writes=rank() == 0, overwrite=args.overwrite_output_dir)
+    output = OutputDirectory(args.output_dir, writes=launched_rank() == 0, overwrite=args.overwrite_output_dir)
     plan = make_plan(args)
     if zeroth_order_type(plan.config) is None:
         raise InputError(f"--find_lr searches lr and zo_eps; the JSON's optimizer is {plan.config['optimizer']['type']}")
@@ -56,28 +38,28 @@ def find_lr(args: Namespace) -> list[Trial]:
     forwards = 2 * directions * args.max_steps * plan.config.get("gradient_accumulation_steps", 1)
     _print(
         f"{len(pairs)} trials of {args.max_steps} steps, {forwards} forwards a rank each, "
-        f"judged by the loss on {len(plan.dev)} development examples"
+        f"judged by the loss on {len(plan.sets['dev'])} development examples"
     )
     output.begin()
     trials = []
     for lr, zo_eps in pairs:
         trials.append(_try(plan, lr, zo_eps))
         _print(f"{len(trials)}/{len(pairs)} {_row(trials[-1])}")
-    trials.sort(key=lambda trial: trial.dev_loss)
-    output.write_json(SEARCH, {"trials": [trial.record() for trial in trials], **settings(args, plan.config)})
+    trials.sort(key=lambda trial: trial["dev_loss"])
+    output.write_json(SEARCH, {"trials": trials, **settings(args, plan.config)})
     header = f"{'lr':>10} {'zo_eps':>10} {'dev loss':>10} {plan.task.main_metric.name:>10} {'seconds':>10}"
     _print("\n".join([header, *map(_row, trials)]))
     return trials
 
 
-def _try(plan: Plan, lr: float, zo_eps: float) -> Trial:
+def _try(plan: Plan, lr: float, zo_eps: float) -> dict:
     start, metric = time.perf_counter(), plan.task.main_metric
     loss, value = math.inf, metric.worst
     stepper = make_stepper(plan, _with(plan.config, lr, zo_eps))
     try:
         for _ in range(plan.args.max_steps):
             stepper.step()
-        score = plan.task.evaluate(stepper.model, plan.dev)
+        score = plan.task.evaluate(stepper.model, plan.sets["dev"])
         loss, value = score["loss"] if math.isfinite(score["loss"]) else math.inf, score[metric.name]
     except NonFiniteWeightsError:
         raise
@@ -87,7 +69,8 @@ def _try(plan: Plan, lr: float, zo_eps: float) -> Trial:
     del stepper
     gc.collect()  # engine and module refer to each other
     dist.barrier()
-    return Trial(lr, zo_eps, loss, metric.name, value, time.perf_counter() - start)
+    scores = {"dev_loss": loss, f"dev_{metric.name}": value}
+    return {"lr": lr, "zo_eps": zo_eps, **scores, "seconds": time.perf_counter() - start}
 
 
 def _with(config: dict, lr: float, zo_eps: float) -> dict:
@@ -99,11 +82,12 @@ def _with(config: dict, lr: float, zo_eps: float) -> dict:
     return config
 
 
-def _row(trial: Trial) -> str:
-    loss = f"{trial.dev_loss:10.4f}" if math.isfinite(trial.dev_loss) else f"{'diverged':>10}"
-    return f"{trial.lr:10.3g} {trial.zo_eps:10.3g} {loss} {trial.dev_value:10.4f} {trial.seconds:10.1f}"
+def _row(trial: dict) -> str:
+    lr, zo_eps, loss, value, seconds = trial.values()
+    shown = f"{loss:10.4f}" if math.isfinite(loss) else f"{'diverged':>10}"
+    return f"{lr:10.3g} {zo_eps:10.3g} {shown} {value:10.4f} {seconds:10.1f}"
 
 
 def _print(text: str) -> None:
-    if rank() == 0:
+    if launched_rank() == 0:
         print(text, flush=True)

@@ -13,12 +13,12 @@ import ds_zoadamu
 from ds_zoadamu import kernels
 from ds_zoadamu.config.settings import zeroth_order_type
 from ds_zoadamu.hf.models import load_causal_lm, load_weights, save_pretrained
-from ds_zoadamu.training.memory import stored_bytes
 from ds_zoadamu.training.output import number_or_list, settings
 from ds_zoadamu.training.plan import Plan
 from ds_zoadamu.zero3.data import MicroBatchSampler, repeat
 from ds_zoadamu.zero3.divergence import nonfinite_parameter
 from ds_zoadamu.zero3.losses import as_pair, global_means
+from ds_zoadamu.zero3.stored import stored_bytes
 
 Section = tuple[Any, str, str]
 """An object, the name of its function, and the part of a step that the function is."""
@@ -53,7 +53,7 @@ class Stepper(Protocol):
         """The first parameter that holds NaN or infinity."""
 
     def stored_bytes(self) -> dict[str, int]:
-        """Bytes that persist on this rank between steps: weights_bytes and what else there is, see `memory.stored_bytes`."""
+        """Bytes that persist on this rank between steps: weights_bytes and what else there is, see `zero3.stored`."""
 
     def sections(self) -> Sequence[Section]:
         """The functions that a profile of the parts of a step times."""
@@ -77,7 +77,7 @@ def make_stepper(plan: Plan, config: dict | None = None) -> Stepper:
         model=model,
         model_parameters=None if zeroth_order else list(model.parameters()),
         config=config,
-        training_data=plan.train if zeroth_order else None,
+        training_data=plan.sets["train"] if zeroth_order else None,
         collate_fn=plan.task.collate,
         loss_fn=plan.task.loss,
     )
@@ -90,8 +90,8 @@ def make_stepper(plan: Plan, config: dict | None = None) -> Stepper:
 def make_dataloader(plan: Plan, micro_batch_size: int, accumulation: int) -> torch.utils.data.DataLoader:
     """This rank's micro-batches of the training set, in the order that a zeroth-order engine has with the seed of --seed."""
     deal = micro_batch_size, accumulation, dist.get_rank(), dist.get_world_size()
-    sampler = MicroBatchSampler(len(plan.train), *deal, plan.args.seed)
-    return torch.utils.data.DataLoader(plan.train, batch_sampler=sampler, collate_fn=plan.task.collate)
+    sampler = MicroBatchSampler(len(plan.sets["train"]), *deal, plan.args.seed)
+    return torch.utils.data.DataLoader(plan.sets["train"], batch_sampler=sampler, collate_fn=plan.task.collate)
 
 
 def about(plan: Plan, stepper: Stepper) -> dict:

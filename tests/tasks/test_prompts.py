@@ -32,7 +32,7 @@ def model():
 
 
 def examples(task, *sentences):
-    return [PromptRow(task.template.format(sentence=text), index % task.num_labels) for index, text in enumerate(sentences)]
+    return [PromptRow(task.template.format(sentence=text), index % len(task.words)) for index, text in enumerate(sentences)]
 
 
 def plain_scores(model, tokenizer, example, task):

@@ -42,11 +42,11 @@ def test_hub_failure_names_data_dir(tmp_path):
 def test_splits_are_disjoint_and_follow_the_seed(tmp_path):
     data = str(write_data(tmp_path))
     splits = load_splits(SST2, data, num_train=30, num_dev=20, seed=0)
-    assert (len(splits.train), len(splits.dev), len(splits.test)) == (30, 20, 21)
-    assert not {e.prompt for e in splits.train} & {e.prompt for e in splits.dev}
+    assert (len(splits["train"]), len(splits["dev"]), len(splits["test"])) == (30, 20, 21)
+    assert not {e.prompt for e in splits["train"]} & {e.prompt for e in splits["dev"]}
     assert splits == load_splits(SST2, data, num_train=30, num_dev=20, seed=0)
-    assert splits.train != load_splits(SST2, data, num_train=30, num_dev=20, seed=1).train
-    assert splits.test == SST2.rows("validation", data)
+    assert splits["train"] != load_splits(SST2, data, num_train=30, num_dev=20, seed=1)["train"]
+    assert splits["test"] == SST2.rows("validation", data)
 
 
 def test_repeated_texts_do_not_reach_the_development_set(tmp_path):
@@ -54,7 +54,7 @@ def test_repeated_texts_do_not_reach_the_development_set(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", rows * 3)
     write_jsonl(tmp_path / "validation.jsonl", rows)
     splits = load_splits(SST2, str(tmp_path), num_train=8, num_dev=2, seed=0)
-    assert not {e.prompt for e in splits.train} & {e.prompt for e in splits.dev}
+    assert not {e.prompt for e in splits["train"]} & {e.prompt for e in splits["dev"]}
 
 
 def test_too_few_examples_names_the_counts(tmp_path):
