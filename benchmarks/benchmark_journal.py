@@ -74,7 +74,7 @@ def append_times(engine, folder: Path, fsync_every: int, steps: int) -> tuple[li
     times, generator = [], torch.Generator().manual_seed(1)
     for step in range(1, steps + 1):
         plus, minus = (2.0 + torch.rand(2, generator=generator, dtype=torch.float64)).tolist()
-        record = Record(step, plus, minus, round_grad((plus - minus) / 2e-3), 1e-6, False, (step // 100, step % 100))
+        record = Record(step, plus, minus, (round_grad((plus - minus) / 2e-3),), (1e-6,), False, (step // 100, step % 100))
         collective.barrier()
         start = time.perf_counter()
         engine.before_update(record, None, [])
@@ -104,7 +104,7 @@ def measure_replay(engine, batch: dict, steps: int) -> dict:
         optimizer.step()
 
     update_seconds = seconds(update, 5)
-    records = [Record(t, 2.0, 2.0, 0.5, 1e-6, False) for t in range(1, steps + 1)]
+    records = [Record(t, 2.0, 2.0, (0.5,), (1e-6,), False) for t in range(1, steps + 1)]
     (recorded,), _ = recorded_updates(optimizer.rule, records, [0.0])
 
     def replay(block: int) -> None:

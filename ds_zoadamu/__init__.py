@@ -7,8 +7,8 @@ __version__ = "0.1.0"
 # Resolved on first use: importing DeepSpeed takes seconds, and not everything needs it.
 _EXPORTS = {
     "initialize": "initialization",
-    "StepRecord": "zero3.engine",
-    "ZeroOrderEngine": "zero3.engine",
+    "StepRecord": "zero3.records",
+    "ZerothOrderEngine": "durability.engine",
     "ZOAdaMU": "zero3.optimizer",
     "MeZO": "zero3.optimizer",
     "Rule": "rules",

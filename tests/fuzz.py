@@ -181,8 +181,8 @@ def journal_reader(folder: Path) -> Reader:
     }
     journal = Journal.create(path, header)
     for step in range(1, 7):
-        grads, lr = (round_grad(0.1 * step), float("nan") if step == 3 else round_grad(-0.7 / step)), (1e-3 / step, 2e-3)
-        journal.append(Record(step, 2.0 + 0.1 * step, 2.1, grads, lr, step == 3, (0, 4 * step)))
+        grads, lrs = (round_grad(0.1 * step), float("nan") if step == 3 else round_grad(-0.7 / step)), (1e-3 / step, 2e-3)
+        journal.append(Record(step, 2.0 + 0.1 * step, 2.1, grads, lrs, step == 3, (0, 4 * step)))
     journal.close()
     whole = path.read_bytes()
     lines = [json.loads(line) for line in whole.splitlines()]

@@ -43,7 +43,7 @@ def build_engine(name: str, device: Device):
     import transformers
 
     import ds_zoadamu
-    from ds_zoadamu.distributed.start import init_distributed
+    from ds_zoadamu.zero3.start import init_distributed
 
     init_distributed()  # else Transformers has DeepSpeed do it, which in a dry run compiles an operator for CPUs first
     total = 600

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ from ..files.safetensors_io import FlatReader, FlatWriter, raw_bytes, sync_direc
 from ..files.typed_json import decode, encode, with_integer_keys
 from ..files.untrusted import check_alike
 from ..zero3.partition import Partition
+from ..zero3.records import RunState
 from . import checkpoint_store as store
 from .checkpoint_owner import CheckpointOwner
 from .digest import frozen_digests, weights_digest
-from .identity import BATCH, differences, own_data, phrase, run_identity
+from .identity import BATCH, differences, phrase, run_identity
 
 __all__ = ["load", "save", "weights_digest"]
 
@@ -94,27 +95,24 @@ def save(
 
 
 def _manifest(engine: Any, client_state: dict, journal_checksum: str | None) -> dict:
-    scheduler = engine.lr_scheduler
-    data = own_data(engine)
+    state, scheduler = engine.state(), None
+    if state.lr_scheduler is not None:
+        name = type(engine.lr_scheduler).__name__
+        scheduler = {"type": name, "state": _encoded(state.lr_scheduler, f"the state_dict of {name}")}
     return {
         "note": _NOTE,
-        "step": engine.optimizer.step_count,
+        "step": state.step,
         "identity": run_identity(engine),
         "world_size": collective.world_size(),
-        "counters": {name: getattr(engine, name) for name in _COUNTERS},
-        "skipped_in_a_row": engine._skipped_in_a_row,
-        "rule_scalars": list(engine.optimizer.scalars),
-        "lrs": [float(group["lr"]) for group in engine.optimizer.param_groups],
-        "lr_scheduler": None if scheduler is None else _scheduler_entry(scheduler),
-        "data_position": None if data is None else data.position,
+        "counters": {name: getattr(state, name) for name in _COUNTERS},
+        "skipped_in_a_row": state.skipped_in_a_row,
+        "rule_scalars": list(state.rule_scalars),
+        "lrs": list(state.lrs),
+        "lr_scheduler": scheduler,
+        "data_position": state.data_position,
         "client_state": _encoded(client_state, "client_state"),
         "journal_checksum": journal_checksum,
     }
-
-
-def _scheduler_entry(scheduler: Any) -> dict:
-    name = type(scheduler).__name__
-    return {"type": name, "state": _encoded(scheduler.state_dict(), f"the state_dict of {name}")}
 
 
 def _encoded(value: Any, what: str) -> Any:
@@ -218,7 +216,7 @@ def load(
         with collective.on_all_ranks(CheckpointError):
             pieces = [(p, list(_pieces(engine, p, found, readers, weights_only))) for p in engine.optimizer.partitions]
         try:
-            with collective.on_all_ranks(CheckpointError), engine._gathers.writing():
+            with collective.on_all_ranks(CheckpointError), engine.gathers.writing():
                 for partition, wanted in pieces:
                     with partition.writable():
                         stored = engine.optimizer.stored(partition)
@@ -232,7 +230,8 @@ def load(
         for reader in readers.values():
             reader.close()
     if not weights_only:
-        _restore_state(engine, manifest, scheduler_state, with_lr_scheduler)
+        state = _state_of(engine, manifest, scheduler_state)
+        engine.restore(state if with_lr_scheduler else replace(state, lrs=engine.state().lrs, lr_scheduler=None))
 
 
 def check_matches(engine: Any, found: store.Found, weights_only: bool = False, with_lr_scheduler: bool = True) -> None:
@@ -316,22 +315,20 @@ def _pieces(
         )
 
 
-def _restore_state(engine: Any, manifest: dict, scheduler_state: Any, with_lr_scheduler: bool) -> None:
-    engine.optimizer.step_count = manifest["step"]
-    engine.optimizer.scalars = tuple(manifest.get("rule_scalars", ()))  # without: of a rule that carries none
-    for name in _COUNTERS:
-        setattr(engine, name, manifest["counters"][name])
-    # DeepSpeed's micro_steps counts a rank's own micro-batches, so it is another number on another number of ranks.
-    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
-    engine._skipped_in_a_row = manifest["skipped_in_a_row"]
-    if with_lr_scheduler:
-        for group, lr in zip(engine.optimizer.param_groups, manifest["lrs"], strict=True):
-            group["lr"] = lr
-        if scheduler_state is not None:
-            engine.lr_scheduler.load_state_dict(scheduler_state)
-    data = own_data(engine)
-    if data is not None and manifest["data_position"] is not None:
-        data.restore(_position_here(engine, manifest))
+def _state_of(engine: Any, manifest: dict, scheduler_state: Any) -> RunState:
+    """Where the run of a manifest was, with the data position for this engine's batches."""
+    position = manifest["data_position"]
+    if engine.own_data is not None and position is not None:
+        position = _position_here(engine, manifest)
+    return RunState(
+        step=manifest["step"],
+        **{name: manifest["counters"][name] for name in _COUNTERS},
+        skipped_in_a_row=manifest["skipped_in_a_row"],
+        rule_scalars=tuple(manifest.get("rule_scalars", ())),  # without: of a rule that carries none
+        lrs=tuple(manifest["lrs"]),
+        lr_scheduler=scheduler_state,
+        data_position=position,
+    )
 
 
 def _position_here(engine: Any, manifest: dict) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What makes a run survive: journal, checkpoints and resume, as methods of the engine."""
+"""The engine that users get: what makes a run survive, journal, checkpoints and resume, as its methods."""
 
 import logging
 from collections.abc import Sequence
@@ -8,16 +8,18 @@ from typing import Any
 
 from ..distributed import collective
 from ..errors import CheckpointError, JournalError
+from ..zero3.engine import ForwardOnlyEngine
+from ..zero3.records import StepRecord
 from . import checkpoint
 from . import resume as resuming
 from .checkpoint_owner import CheckpointOwner
-from .identity import own_data
 from .journal import Journal, Record
 from .resume import Resumed
 
 
-class Durability:
-    """Mixed into ``ZeroOrderEngine``. For an optimizer that is not zeroth-order the methods are DeepSpeed's own."""
+class ZerothOrderEngine(ForwardOnlyEngine):
+    """A ForwardOnlyEngine whose runs are journaled, checkpointed and resumed. For an optimizer that is not zeroth-order the
+    methods are DeepSpeed's own."""
 
     data_source: Any = None
     """The user's data iterator, where it has ``state_dict`` and ``load_state_dict``: noted by ``train_batch``, saved in
@@ -25,7 +27,8 @@ class Durability:
     frozen_sha256s: dict[str, str] | None = None
     """SHA-256 of each frozen parameter, once ``digest.frozen_digests`` has worked them out."""
     _journal: Journal | None = None  # on rank 0
-    _journaling = False  # on all ranks
+    journaling = False
+    """Whether steps are recorded; on all ranks."""
     _weight_decays: tuple[float, ...] = ()
 
     @cached_property
@@ -78,7 +81,7 @@ class Durability:
         """
         self._require_zeroth_order("resume")
         with collective.together("resume"):
-            resumed, journal = resuming.resume(self, path, checkpoint_dir, base, fsync_every, data, task)
+            resumed, journal = resuming.resume(self, path, checkpoint_dir, base, fsync_every, data, task, self._owner)
             self._hold_journal(journal)
         return resumed
 
@@ -92,7 +95,7 @@ class Durability:
 
     def close_journal(self) -> None:
         """Make the journal durable and give up its lock; later steps are not recorded. On all ranks."""
-        journal, self._journal, self._journaling = self._journal, None, False
+        journal, self._journal, self.journaling = self._journal, None, False
         self._owner.hold_journal(None)
         if journal is not None:
             journal.close()
@@ -167,7 +170,7 @@ class Durability:
                 load_module_only,
                 custom_load_fn,
             )
-        if self._journaling:
+        if self.journaling:
             raise RuntimeError(
                 "load_checkpoint while a journal is open would break its chain of steps; use engine.resume(journal, "
                 "checkpoint_dir)"
@@ -197,42 +200,36 @@ class Durability:
 
     # --- called by train_batch ------------------------------------------------------------------------------------------------
 
-    def before_update(self, record: Any, batch: Any, micro_batches: Sequence[Any]) -> None:
-        """The step's losses are known and no partition has changed: write the record, or end on all ranks.
-
-        ``batch``: as given to ``train_batch``; ``micro_batches``: what was drawn of it.
-        """
-        if (data := own_data(self)) is not None:
-            data.take(micro_batches)
+    def before_update(self, record: StepRecord, batch: Any, micro_batches: Sequence[Any]) -> None:
+        """Write the record, or end on all ranks."""
+        super().before_update(record, batch, micro_batches)
         if hasattr(batch, "state_dict") and hasattr(batch, "load_state_dict"):
             self.data_source = batch
-        if not self._journaling:
+        if not self.journaling:
             return
         # One more message a step, so that no rank changes its partitions for a step that is not in the journal.
         with collective.on_all_ranks(JournalError):
             if self._journal is not None:
                 self._journal.append(self._journal_record(record))
 
-    def _journal_record(self, record: Any) -> Record:
+    def _journal_record(self, record: StepRecord) -> Record:
         groups = self.optimizer.param_groups
         if tuple(group["weight_decay"] for group in groups) != self._weight_decays:
             raise JournalError(
                 f"step {record.step}: weight_decay of a parameter group was changed; the journal's header fixes it for the run"
             )
-        lrs = tuple(float(group["lr"]) for group in groups)
-        data = own_data(self)
         return Record(
             step=record.step,
             loss_plus=record.loss_plus,
             loss_minus=record.loss_minus,
-            projected_grad=record.projected_grad,
-            lr=lrs[0] if len(set(lrs)) == 1 else lrs,
+            projected_grads=record.projected_grads,
+            lrs=record.lrs,
             skipped=record.skipped,
-            data_position=None if data is None else data.position,
+            data_position=None if self.own_data is None else self.own_data.position,
         )
 
     def _hold_journal(self, journal: Journal | None) -> None:
-        self._journal, self._journaling = journal, True
+        self._journal, self.journaling = journal, True
         self._owner.hold_journal(journal)
         self._weight_decays = tuple(group["weight_decay"] for group in self.optimizer.param_groups)
 

@@ -11,18 +11,11 @@ from ..errors import printed, shown
 from ..files.safetensors_io import dtype_name
 from ..kernels import NOISE_VERSION
 from ..rules import origin
-from ..zero3.data import TrainingData
 from ..zero3.partition import canonical_name
 from .digest import frozen_digest, frozen_digests
 
 # They bound or end a run, or are defaults of others, but no update depends on them: a resume may change them.
 FREE_OPTIONS = ("total_steps", "max_skipped_steps", "momentum.max_window")
-
-
-def own_data(engine: Any) -> TrainingData | None:
-    """The engine's own training data loader, or None where the user deals out the data."""
-    loader = engine.training_dataloader
-    return loader if isinstance(loader, TrainingData) else None
 
 
 def run_identity(engine: Any) -> dict:
@@ -36,7 +29,7 @@ def run_identity(engine: Any) -> dict:
         {"name": p.name, "shape": list(p.shape), "dtype": dtype_name(p.dtype), "group": group_of[id(p.param)]}
         for p in optimizer.partitions
     ]
-    data = own_data(engine)
+    data = engine.own_data
     return {
         "noise_version": NOISE_VERSION,
         "optimizer": optimizer.rule.name,

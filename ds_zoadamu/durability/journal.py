@@ -45,19 +45,17 @@ _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _HEADER_LINE = re.compile(rb'(\{.*),"checksum":"([0-9a-f]{16})"\}')
 _RECORD_LINE = re.compile(rb'(\[.*),"([0-9a-f]{16})"\]')
 
-Scalars = float | tuple[float, ...]
-
 
 @dataclass(frozen=True)
 class Record:
-    """One step. ``lr``: one float, or one a parameter group. ``data_position``: (epoch, micro-batches of all ranks within it)
-    or None."""
+    """One step. ``projected_grads``: one a direction; ``lrs``: one a parameter group; ``data_position``: (epoch, micro-batches
+    of all ranks within it) or None."""
 
     step: int
     loss_plus: float
     loss_minus: float
-    projected_grad: Scalars
-    lr: Scalars
+    projected_grads: tuple[float, ...]
+    lrs: tuple[float, ...]
     skipped: bool
     data_position: tuple[int, int] | None = None
 
@@ -78,15 +76,11 @@ class Contents:
 # --- lines --------------------------------------------------------------------------------------------------------------------
 
 
-def _encode_scalar(value: float) -> float | str:
+def _encode(value: float) -> float | str:
     value = float(value)
     if math.isfinite(value):
         return value
     return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
-
-
-def _encode(value: Scalars) -> Any:
-    return [_encode_scalar(v) for v in value] if isinstance(value, (tuple, list)) else _encode_scalar(value)
 
 
 def _decode(name: str, value: Any) -> float:
@@ -97,10 +91,9 @@ def _decode(name: str, value: Any) -> float:
     raise ValueError(f"{name} is {shown(value)}, not a number as a journal writes it")
 
 
-def _decode_several(name: str, value: Any) -> Scalars:
-    if isinstance(value, list) and value:
-        return tuple(_decode(name, v) for v in value)
-    return _decode(name, value)
+def _decode_several(name: str, value: Any) -> tuple[float, ...]:
+    """Of a number, or of a list of them."""
+    return tuple(_decode(name, v) for v in (value if isinstance(value, list) and value else (value,)))
 
 
 def _checksum(previous: str, body: bytes) -> str:
@@ -121,8 +114,8 @@ def record_line(record: Record, previous: str) -> tuple[bytes, str]:
         record.step,
         _encode(record.loss_plus),
         _encode(record.loss_minus),
-        _encode(record.projected_grad),
-        _encode(record.lr),
+        _encode(record.projected_grads[0]) if len(record.projected_grads) == 1 else [*map(_encode, record.projected_grads)],
+        _encode(record.lrs[0]) if len(set(record.lrs)) == 1 else [*map(_encode, record.lrs)],
         int(record.skipped),
         record.data_position,
     )
@@ -170,6 +163,8 @@ def _parse_record(line: bytes, previous: str, step: int, header: dict) -> tuple[
     if type(skipped) is not int or skipped not in (0, 1):
         raise ValueError(f"skipped is {shown(skipped)}; it must be 0 or 1")
     grads, lrs = _decode_several("projected_grad", grad), _decode_several("lr", lr)
+    if not isinstance(lr, list):
+        lrs *= len(header["groups"])
     _check_scalars(grads, lrs, bool(skipped), header)
     if position is not None:
         if not isinstance(position, list) or [type(n) is int and 0 <= n <= MAX_COUNT for n in position] != [True, True]:
@@ -178,25 +173,28 @@ def _parse_record(line: bytes, previous: str, step: int, header: dict) -> tuple[
     return Record(step, _decode("loss_plus", plus), _decode("loss_minus", minus), grads, lrs, bool(skipped), position), checksum
 
 
-def _check_scalars(grad: Scalars, lr: Scalars, skipped: bool, header: dict) -> None:
+def _check_scalars(grads: tuple[float, ...], lrs: tuple[float, ...], skipped: bool, header: dict) -> None:
     """Raises ValueError for what no step of the header's run can have had."""
-    grads, lrs = (value if isinstance(value, tuple) else (value,) for value in (grad, lr))
     directions, groups = header["options"].get("num_perturbations", 1), len(header["groups"])
     if len(grads) != directions:
         raise ValueError(f"it has {len(grads)} projected gradients, num_perturbations is {shown(directions)}")
-    if isinstance(lr, tuple) and len(lrs) != groups:
+    if len(lrs) != groups:
         raise ValueError(f"it has {len(lrs)} learning rates for {groups} parameter groups")
     if not all(map(math.isfinite, lrs)):
-        raise ValueError(f"lr is {shown(lr)}; it must be finite")
+        raise ValueError(f"lr is {_shown(lrs)}; it must be finite")
     if not skipped and not all(map(math.isfinite, grads)):
-        raise ValueError(f"projected_grad is {shown(grad)} in a step that is not skipped")
+        raise ValueError(f"projected_grad is {_shown(grads)} in a step that is not skipped")
     factors = [1.0, *(abs(g) for g in grads if not skipped), *(group["weight_decay"] for group in header["groups"])]
     if max(map(abs, lrs)) * max(factors) > FP32_MAX:
-        raise ValueError(f"lr is {shown(lr)}: times {shown(max(factors))} it is more than fp32 holds")
+        raise ValueError(f"lr is {_shown(lrs)}: times {shown(max(factors))} it is more than fp32 holds")
     if any(round_grad(g) != g for g in grads if math.isfinite(g)):
         raise ValueError(
-            f"projected_grad is {shown(grad)}, more than the {GRAD_BITS} significant bits that a step uses: it was changed"
+            f"projected_grad is {_shown(grads)}, more than the {GRAD_BITS} significant bits that a step uses: it was changed"
         )
+
+
+def _shown(values: tuple[float, ...]) -> str:
+    return shown(values[0] if len(set(values)) == 1 else values)
 
 
 def parse_journal(data: bytes, where: str, until: int | None = None) -> Contents:
@@ -336,11 +334,10 @@ class Journal:
             raise JournalError(
                 f"journal {str(self.path)!r} ends at step {self.last_step}; the record of step {record.step} cannot follow"
             )
-        lrs = record.lr if isinstance(record.lr, tuple) else (record.lr,)
-        if not all(map(math.isfinite, lrs)):  # no reader takes such a record
+        if not all(map(math.isfinite, record.lrs)):  # no reader takes such a record
             raise JournalError(
-                f"journal {str(self.path)!r}: step {record.step} has the lr {record.lr}, which is not finite; the step was not "
-                "taken: mend the lr scheduler"
+                f"journal {str(self.path)!r}: step {record.step} has the lr {_shown(record.lrs)}, which is not finite; the "
+                "step was not taken: mend the lr scheduler"
             )
         line, checksum = record_line(record, self.checksum)
         reach("before_append", record.step)

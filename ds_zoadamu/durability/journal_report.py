@@ -66,7 +66,7 @@ def summary(contents: Contents, data: bytes) -> list[str]:
         lines.append(
             f"loss       first {_loss(taken[0]):.6g}, last {_loss(taken[-1]):.6g}, lowest {_loss(best):.6g} at step {best.step}"
         )
-        rates = [lr for r in records for lr in (r.lr if isinstance(r.lr, tuple) else (r.lr,))]
+        rates = [lr for r in records for lr in r.lrs]
         lines.append(f"lr         {min(rates):.6g} to {max(rates):.6g}")
     if records:
         lines.append(f"bytes      {(contents.end - data.index(b'%c' % 10) - 1) / len(records):.1f} a step, {len(data)} in all")
@@ -96,8 +96,11 @@ def plot(records: list[Record], path: Path) -> None:
     loss, grad = figure.subplots(2, 1, sharex=True)
     loss.plot(steps, [_loss(r) if not r.skipped else math.nan for r in records], linewidth=0.8)
     loss.set_ylabel("loss")
-    directions = [r.projected_grad if isinstance(r.projected_grad, tuple) else (r.projected_grad,) for r in records]
-    grad.plot(steps, [[g if math.isfinite(g) else math.nan for g in values] for values in directions], linewidth=0.6)
+    grad.plot(
+        steps,
+        [[g if math.isfinite(g) else math.nan for g in values] for values in (r.projected_grads for r in records)],
+        linewidth=0.6,
+    )
     grad.set_ylabel("projected gradient")
     grad.set_xlabel("step")
     for skipped in (r.step for r in records if r.skipped):

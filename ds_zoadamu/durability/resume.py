@@ -4,7 +4,7 @@ pass."""
 import json
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from ..errors import CheckpointError, HalfLoadedError, JournalError, ReplayError
 from . import checkpoint
 from . import checkpoint_store as store
 from .base_model import base_folder, base_identity
+from .checkpoint_owner import CheckpointOwner
 from .digest import frozen_digests, partition_digests
-from .identity import differences, own_data, phrase, run_identity, surroundings
+from .identity import differences, phrase, run_identity, surroundings
 from .journal import Contents, Journal, Record, parse_journal, read_bytes
 from .replay_base import open_base
 from .stepping import apply_updates, recorded_updates
@@ -119,8 +120,9 @@ def resume(
     fsync_every: int,
     data: Any,
     task: dict | None,
+    owner: CheckpointOwner,
 ) -> tuple[Resumed, Journal | None]:
-    """See ``Durability.resume``; returns what was resumed and, on rank 0, the journal."""
+    """See ``ZerothOrderEngine.resume``; returns what was resumed and, on rank 0, the journal."""
     if engine.optimizer.step_count:
         raise JournalError(f"this engine has taken {engine.optimizer.step_count} steps; resume with a new one")
     _check_task(task)
@@ -132,7 +134,7 @@ def resume(
         if found is None:
             _check_weights(engine, contents.header, path)
         else:
-            engine._owner.go_on(found.manifest)
+            owner.go_on(found.manifest)
         first = 0 if found is None else found.step
         records = contents.records[first:]
         with collective.on_all_ranks(JournalError):
@@ -237,13 +239,13 @@ def _load_newest(engine: Any, directory: str | Path | None, contents: Contents, 
 
 
 def _advance(engine: Any, first: int, contents: Contents) -> None:
-    """Apply the records behind step ``first`` to the partitions, then do to counters and scheduler what their steps did."""
+    """Apply the records behind step ``first`` to the partitions, then put the run to where the last of them left it."""
     optimizer, records = engine.optimizer, contents.records[first:]
     groups = optimizer.param_groups
     weight_decays = [float(group["weight_decay"]) for group in groups]
-    updates, optimizer.scalars = recorded_updates(optimizer.rule, contents.records, weight_decays, first)
+    updates, scalars = recorded_updates(optimizer.rule, contents.records, weight_decays, first)
     group_of = {id(param): index for index, group in enumerate(groups) for param in group["params"]}
-    with engine._gathers.writing():
+    with engine.gathers.writing():
         for partition in optimizer.partitions if records else ():
             with partition.writable():
                 apply_updates(
@@ -254,44 +256,44 @@ def _advance(engine: Any, first: int, contents: Contents) -> None:
                     optimizer.elements(partition),
                     device=partition.compute_device,
                 )
-    for number, record in enumerate(records):
-        _count(engine, record, tuple(group[number].lr for group in updates))
-    engine._skipped_in_a_row = 0
-    for record in reversed(contents.records):
-        if not record.skipped:
-            break
-        engine._skipped_in_a_row += 1
+    for record in records:
+        _follow(engine, record)
+    before, in_a_row = engine.state(), 0
+    while in_a_row < len(contents.records) and contents.records[-1 - in_a_row].skipped:
+        in_a_row += 1
+    engine.restore(
+        replace(
+            before,
+            step=before.step + len(records),
+            global_steps=before.global_steps + len(records),
+            global_samples=before.global_samples + len(records) * engine.train_batch_size(),
+            skipped_steps=before.skipped_steps + sum(record.skipped for record in records),
+            skipped_in_a_row=in_a_row,
+            rule_scalars=scalars,
+            lr_scheduler=None,  # it has followed already
+            data_position=records[-1].data_position if records else None,
+        )
+    )
 
 
-def _count(engine: Any, record: Record, lrs: tuple[float, ...]) -> None:
-    """The counters, lr and scheduler after a recorded step, as DeepSpeedEngine.step leaves them."""
-    optimizer = engine.optimizer
-    for index, (group, lr) in enumerate(zip(optimizer.param_groups, lrs, strict=True)):
+def _follow(engine: Any, record: Record) -> None:
+    """lr and scheduler after a recorded step, as DeepSpeedEngine.step leaves them."""
+    for index, (group, lr) in enumerate(zip(engine.optimizer.param_groups, record.lrs, strict=True)):
         if engine.lr_scheduler is not None and float(group["lr"]) != lr:
             raise JournalError(
                 f"step {record.step} was taken with lr {lr!r}, this run's scheduler gives {group['lr']!r} (parameter group "
                 f"{index}); resume with the scheduler that the journal was written with"
             )
         group["lr"] = lr
-    optimizer.step_count += 1
-    engine.global_steps += 1
-    engine.global_samples += engine.train_batch_size()
-    engine.micro_steps += engine.gradient_accumulation_steps()
-    if record.skipped:
-        engine.skipped_steps += 1
-    elif engine.lr_scheduler is not None:
+    if engine.lr_scheduler is not None and not record.skipped:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # torch's schedulers warn that optimizer.step() was not called: the journal took its place
+            # torch's schedulers warn that optimizer.step() was not called: the journal took its place
+            warnings.simplefilter("ignore")
             engine.lr_scheduler.step()
 
 
 def _restore_data(engine: Any, contents: Contents, records: list[Record], found: store.Found | None, data: Any) -> None:
-    """Put the data where the last recorded step left it."""
-    own = own_data(engine)
-    if own is not None and records and records[-1].data_position is not None:
-        own.restore(records[-1].data_position)
+    """Put the user's own data where the last recorded step left it."""
     if data is None:
         return
     with collective.on_all_ranks(JournalError):

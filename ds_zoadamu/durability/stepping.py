@@ -25,19 +25,18 @@ def recorded_updates(
     updates: list[list[Update]] = [[] for _ in weight_decays]
     scalars = rule.first_scalars()
     for record in records:
-        grads = record.projected_grad if isinstance(record.projected_grad, tuple) else (record.projected_grad,)
+        grads = record.projected_grads
         if len(grads) != count:
             raise JournalError(
                 f"step {record.step} has {len(grads)} projected gradients, num_perturbations is {count}: the header and the "
                 "record are of different runs"
             )
-        lrs = record.lr if isinstance(record.lr, tuple) else (record.lr,) * num_groups
-        if len(lrs) != num_groups:
-            raise JournalError(f"step {record.step} has {len(lrs)} learning rates for {num_groups} parameter groups")
+        if len(record.lrs) != num_groups:
+            raise JournalError(f"step {record.step} has {len(record.lrs)} learning rates for {num_groups} parameter groups")
         used = None if record.skipped else grads
         if record.step > first:
             direction = rule.direction(record.step, scalars)
-            for group, lr, weight_decay in zip(updates, lrs, weight_decays, strict=True):
+            for group, lr, weight_decay in zip(updates, record.lrs, weight_decays, strict=True):
                 group.append(Update(record.step, direction, lr, weight_decay, used))
         scalars = rule.next_scalars(scalars, used)
     return updates, scalars

@@ -3,7 +3,6 @@
 import inspect
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from deepspeed import comm as dist
@@ -11,32 +10,21 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 
 from ds_zoadamu.tasks.evaluation import summed
-from ds_zoadamu.tasks.prompts import EncodedExample, PromptCollator, PromptEncoder, PromptRow, model_max_length, padding_id
+from ds_zoadamu.tasks.prompts import EncodedExample, PromptCollator, PromptEncoder, model_max_length, padding_id
 from ds_zoadamu.tasks.protocol import Baseline, Evaluation, Metric, Task, is_finite
-
-if TYPE_CHECKING:
-    from ds_zoadamu.tasks.prompt_task import PromptTask
 
 
 class ClassificationTask(Task):
-    """A `PromptTask` for one model; arguments and errors as of `TaskData.bind`, and of `PromptEncoder`."""
+    """A `PromptTask` (`prompt`) for one model; arguments and errors as of `TaskData.bind`, and of `PromptEncoder`."""
 
     main_metric = Metric("accuracy", baseline=Baseline("majority", "majority class"))
 
-    def __init__(self, prompt: "PromptTask", tokenizer, model_config, max_length: int | None, batch_size: int):
+    def __init__(self, prompt, tokenizer, model_config, max_length: int | None, batch_size: int):
         vocab_size = getattr(model_config, "vocab_size", None)
         self.name, self._words, self._batch_size = prompt.name, prompt.words, batch_size
-        self._encoder = PromptEncoder(tokenizer, prompt, model_max_length(model_config, tokenizer, max_length), vocab_size)
-        self._collator = PromptCollator(padding_id(tokenizer, vocab_size))
-        self.warnings = self._encoder.warnings
-
-    def encode(self, row: PromptRow) -> EncodedExample:
-        """Token ids of one row, see `PromptEncoder`."""
-        return self._encoder.encode(row)
-
-    def collate(self, examples: Sequence[EncodedExample]) -> dict[str, torch.Tensor]:
-        """A micro-batch, see `PromptCollator`."""
-        return self._collator(examples)
+        encoder = PromptEncoder(tokenizer, prompt, model_max_length(model_config, tokenizer, max_length), vocab_size)
+        self.encode, self.warnings = encoder.encode, encoder.warnings
+        self.collate = PromptCollator(padding_id(tokenizer, vocab_size))
 
     def loss(self, model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
         """Mean cross-entropy over the label words, and the number of examples."""

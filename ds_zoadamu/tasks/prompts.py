@@ -5,14 +5,10 @@ import math
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from ds_zoadamu.tasks.errors import InputError
-
-if TYPE_CHECKING:
-    from ds_zoadamu.tasks.prompt_task import PromptTask
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class PromptEncoder:
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        task: gives the label words and the template.
+        task: a `PromptTask`; gives the label words and the template.
         max_length: tokens the model may see at once; None: no limit.
         vocab_size: rows of the model's embedding; None: unknown.
 
@@ -55,7 +51,7 @@ class PromptEncoder:
             tokens are the same or none; a token that the embedding does not hold.
     """
 
-    def __init__(self, tokenizer, task: "PromptTask", max_length: int | None, vocab_size: int | None = None):
+    def __init__(self, tokenizer, task, max_length: int | None, vocab_size: int | None = None):
         self._tokenizer = tokenizer
         self._words = task.words
         self._max_length = max_length

@@ -1,5 +1,6 @@
 """curves.png: how a run went."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,6 @@ def write_figure(path: Path, size: tuple[float, float], draw: Callable[[Any], ob
 
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
+    sums = list(itertools.accumulate(values, initial=0.0))
     starts = [max(0, end - window) for end in range(1, len(sums))]
     return [(sums[end] - sums[start]) / (end - start) for end, start in enumerate(starts, start=1)]

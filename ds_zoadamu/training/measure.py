@@ -5,7 +5,8 @@ from pathlib import Path
 
 import deepspeed
 
-from ds_zoadamu.config.auto import fill_auto
+from ds_zoadamu.config import load
+from ds_zoadamu.config.sections import check_stage
 from ds_zoadamu.config.settings import check_precision, read_config
 from ds_zoadamu.distributed.start import launched_rank, launched_world_size
 from ds_zoadamu.distributed.waiting import current_limit, limit_waits
@@ -14,7 +15,7 @@ from ds_zoadamu.hf.models import load_causal_lm
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.arguments import check_arguments
 from ds_zoadamu.training.output import settings
-from ds_zoadamu.training.plan import check_stage, read_model_input
+from ds_zoadamu.training.plan import read_model_input
 
 # Only these matter without training; without a JSON each rank keeps its ZeRO-3 partition in fp32.
 _SECTIONS = ("zero_optimization", "bf16", "fp16")
@@ -34,15 +35,15 @@ def measure(args: Namespace) -> dict:
         raise InputError(f"--output_file {args.output_file}: there is no such folder; make it first")
     given = read_config(args.deepspeed_config) if args.deepspeed_config else _DEFAULT
     model_input = read_model_input(args)
-    check_stage(given, args.deepspeed_config)
-    config = {name: given[name] for name in _SECTIONS if name in given}
-    config["train_micro_batch_size_per_gpu"] = args.per_device_eval_batch_size
-    config = fill_auto(config, args, world_size=launched_world_size(), hidden_size=model_input.hidden_size)
+    check_stage(given, f"{args.deepspeed_config}: ")
+    given = {name: given[name] for name in _SECTIONS if name in given}
+    given["train_micro_batch_size_per_gpu"] = args.per_device_eval_batch_size
+    config = load(given, world_size=launched_world_size(), model_info=model_input, overrides=args)
     check_precision(config)
     task = model_input.task
     examples = [task.encode(row) for row in model_input.data.rows(args.split, args.data_dir)]
     model = load_causal_lm(args.model_name_or_path, config, trust_remote_code=args.trust_remote_code)
-    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine, *_ = deepspeed.initialize(model=model, config=config.deepspeed)
     limit_waits(current_limit())
     result = task.evaluate(engine.module, examples)
     figures = {"task": task.name, "model": args.model_name_or_path, "split": args.split, **result}

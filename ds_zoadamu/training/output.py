@@ -6,17 +6,19 @@ import platform
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from ds_zoadamu.config import Config
+from ds_zoadamu.durability.journal import Record
 from ds_zoadamu.files.folders import put_back, remove, replace
 from ds_zoadamu.files.json_files import dumps, write_json
 from ds_zoadamu.files.locks import is_locked
 from ds_zoadamu.files.safetensors_io import naming, write_durably
 from ds_zoadamu.tasks import InputError
+from ds_zoadamu.zero3.records import StepRecord
 
 METRICS, RESULTS, CURVES, SEARCH, BEST, MODEL = "metrics.jsonl", "results.json", "curves.png", "find_lr.json", "best", "model"
 PROFILE = "profile.json"
@@ -128,14 +130,16 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
     return {name: times.quantile(q).item() for name, q in (("median", 0.5), ("p10", 0.1), ("p90", 0.9))}
 
 
-def number_or_list(values: float | Sequence[float]) -> float | Sequence[float]:
-    """What metrics.jsonl holds of a figure that each perturbation of a step has: a number where there is one."""
-    return values[0] if isinstance(values, Sequence) and len(values) == 1 else values
+def step_scalars(record: StepRecord | Record) -> dict:
+    """Of a step, as metrics.jsonl has them: a number, a list for several directions; the first group's lr."""
+    grads = record.projected_grads
+    return {"projected_grad": grads[0] if len(grads) == 1 else list(grads), "lr": record.lrs[0]}
 
 
-def settings(args: Namespace, config: dict) -> dict:
+def settings(args: Namespace, config: Config | None) -> dict:
     """What was asked for and on which machine, for a results file."""
-    return {**environment(), "command": shlex.join(sys.argv), "arguments": vars(args), "config": config}
+    given = {} if config is None else config.deepspeed
+    return {**environment(), "command": shlex.join(sys.argv), "arguments": vars(args), "config": given}
 
 
 def environment() -> dict:

@@ -10,13 +10,14 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM
 
-from ds_zoadamu.distributed.start import init_distributed, launched_world_size
+from ds_zoadamu.distributed.start import launched_world_size
 from ds_zoadamu.errors import NonFiniteLossError
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.arguments import check_arguments
 from ds_zoadamu.training.plan import Plan, encode_splits, read_model_input
 from ds_zoadamu.training.steps import Section, make_dataloader
 from ds_zoadamu.zero3.data import repeat
+from ds_zoadamu.zero3.start import init_distributed
 
 _LR, _ZO_EPS, _MAX_SKIPPED = 1e-6, 1e-3, 10
 
@@ -32,7 +33,7 @@ def make_plain_plan(args: Namespace) -> Plan:
         raise InputError(f"the plain MeZO loop holds the whole model: it runs on 1 rank, not on {launched_world_size()}")
     if args.weight_decay:
         raise InputError(f"--weight_decay {args.weight_decay}: the plain MeZO loop has none; leave it out")
-    return encode_splits(args, {}, read_model_input(args))
+    return encode_splits(args, None, read_model_input(args))
 
 
 class PlainMeZO:

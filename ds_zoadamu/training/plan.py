@@ -8,8 +8,10 @@ from typing import Any
 from deepspeed.utils import logger
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from ds_zoadamu.config.auto import STEPS_OF_A_RUN, fill_auto, hidden_size_of, value_at
-from ds_zoadamu.config.settings import check_config, check_precision, read_config
+from ds_zoadamu.config import Config, load
+from ds_zoadamu.config.auto import STEPS_OF_A_RUN, hidden_size_of
+from ds_zoadamu.config.sections import check_stage, value_at
+from ds_zoadamu.config.settings import check_precision, read_config
 from ds_zoadamu.distributed.start import launched_rank, launched_world_size
 from ds_zoadamu.rules import import_modules
 from ds_zoadamu.tasks import InputError, Task, TaskData, load_splits
@@ -36,12 +38,12 @@ class Plan:
     """A run's checked input.
 
     Attributes:
-        config: the DeepSpeed configuration without "auto"; empty where none is read.
+        config: the DeepSpeed configuration; None where none is read.
         sets: "train", "dev" and "test": encoded examples.
     """
 
     args: Namespace
-    config: dict
+    config: Config | None
     task: Task
     tokenizer: PreTrainedTokenizerBase
     sets: Mapping[str, Sequence[Any]]
@@ -91,22 +93,21 @@ def make_plan(args: Namespace, ranks: int | None = None) -> Plan:
     check_arguments(args)
     if args.deepspeed_config is None:
         raise InputError("--deepspeed_config is missing; give a DeepSpeed JSON, for example one of ds_configs/")
-    config = read_config(args.deepspeed_config)
-    if "optimizer" not in config:
+    given = read_config(args.deepspeed_config)
+    if "optimizer" not in given:
         raise InputError(
             f'{args.deepspeed_config} has no "optimizer"; add one, for example '
             '{"type": "ZOAdaMU", "params": {"lr": "auto", "total_steps": "auto"}}'
         )
-    check_stage(config, args.deepspeed_config)
+    check_stage(given, f"{args.deepspeed_config}: ")
     model_input = read_model_input(args)
-    config = fill_auto(config, args, world_size=ranks or launched_world_size(), hidden_size=model_input.hidden_size)
-    check_config(config)
+    config = load(given, world_size=ranks or launched_world_size(), model_info=model_input, overrides=args)
     check_steps(config, args.max_steps)
     check_precision(config)
     return encode_splits(args, config, model_input)
 
 
-def encode_splits(args: Namespace, config: dict, model_input: ModelInput) -> Plan:
+def encode_splits(args: Namespace, config: Config | None, model_input: ModelInput) -> Plan:
     """The plan of a run whose configuration is filled; reads the data.
 
     Raises:
@@ -121,26 +122,14 @@ def encode_splits(args: Namespace, config: dict, model_input: ModelInput) -> Pla
     return Plan(args=args, config=config, task=task, tokenizer=model_input.tokenizer, sets=sets)
 
 
-def check_stage(config: dict, where: str) -> None:
-    """Refuses a DeepSpeed configuration that does not partition the weights; `where` names it.
-
-    Raises:
-        InputError: a ZeRO stage other than 3.
-    """
-    zero = config.get("zero_optimization")
-    stage = zero.get("stage") if isinstance(zero, dict) else None
-    if stage != 3:
-        raise InputError(f"{where}: zero_optimization.stage is {stage!r}; set it to 3, which partitions the weights")
-
-
-def check_steps(config: dict, max_steps: int) -> None:
+def check_steps(config: Config, max_steps: int) -> None:
     """Refuses a run that is longer than the schedule of its configuration, at whose end the lr may be 0.
 
     Raises:
         InputError: names --max_steps and the setting.
     """
     for path in STEPS_OF_A_RUN:
-        planned = value_at(config, path)
+        planned = value_at(config.deepspeed, path)
         if isinstance(planned, int) and max_steps > planned:
             raise InputError(
                 f'--max_steps {max_steps} is more than the {planned} steps of {path} in the DeepSpeed JSON; set that to "auto" '

@@ -4,9 +4,8 @@ import time
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
-import deepspeed
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
@@ -14,8 +13,9 @@ from ds_zoadamu.distributed.collective import gather_json
 from ds_zoadamu.distributed.start import launched_rank
 from ds_zoadamu.training.memory import PeakMemory
 from ds_zoadamu.training.output import JOURNAL, PROFILE, OutputDirectory, quantiles
-from ds_zoadamu.training.plan import Plan, make_plan
-from ds_zoadamu.training.steps import Section, Stepper, about, make_stepper
+from ds_zoadamu.training.plan import make_plan
+from ds_zoadamu.training.steps import MakePlan, MakeStepper, Section, Stepper, about, make_stepper
+from ds_zoadamu.zero3.instruments import collectives_of
 
 _WARM_UP = 3  # DeepSpeed records the order of gathers in the first pass and prefetches by it from then on
 
@@ -30,17 +30,12 @@ class SectionClock:
     @contextmanager
     def on(self, sections: Sequence[Section]) -> Iterator[None]:
         """Inside, the functions are timed."""
-        stored = [(owner, name, vars(owner).get(name)) for owner, name, _ in sections]
-        for owner, name, part in sections:
-            setattr(owner, name, self.timed(getattr(owner, name), part))
-        try:
+        with ExitStack() as undo:
+            for owner, name, part in sections:
+                own = vars(owner).get(name)  # None: a method of the class, which the timed one covers
+                undo.callback(*((delattr, owner, name) if own is None else (setattr, owner, name, own)))
+                setattr(owner, name, self.timed(getattr(owner, name), part))
             yield
-        finally:
-            for owner, name, before in stored:
-                if before is None:  # a method of the class, which the timed one has covered
-                    delattr(owner, name)
-                else:
-                    setattr(owner, name, before)
 
     def timed(self, function: Callable, part: str) -> Callable:
         """The function, with its time counted for a part."""
@@ -61,11 +56,7 @@ class SectionClock:
         return run
 
 
-def profile(
-    args: Namespace,
-    make_plan: Callable[[Namespace], Plan] = make_plan,
-    make_stepper: Callable[[Plan], Stepper] = make_stepper,
-) -> dict:
+def profile(args: Namespace, make_plan: MakePlan = make_plan, make_stepper: MakeStepper = make_stepper) -> dict:
     """Measures --profile_steps steps of a run at its schedule's plateau; returns what profile.json holds. All ranks call it.
 
     Takes the steps three times: plainly for time and memory, then by parts, then under DeepSpeed's comms logger, since both
@@ -118,25 +109,21 @@ def _split(stepper: Stepper, steps: int) -> dict[str, float]:
 
 
 def _collectives(stepper: Stepper, steps: int) -> dict:
-    """What DeepSpeed's comms logger sees in a step on this rank.
+    """The collectives of a step on this rank.
 
     Returns:
-        by_operation: name -> {calls, message_bytes} a step, as logged: of a gather the tensor that a rank gives, of a
-        reduce-scatter the tensor that is scattered. sent_bytes: what a rank sends for them in a ring, a step.
+        by_operation: name -> {calls, message_bytes} a step, see `collectives_of`. sent_bytes: what a rank sends for them in a
+        ring, a step.
     """
-    logger = deepspeed.comm.comm.comms_logger
-    logger.reset_data()
-    deepspeed.comm.configure(enabled=True, prof_all=True, verbose=False, debug=False)
-    try:
+
+    def run() -> None:
         for _ in range(steps):
             stepper.step()
-    finally:
-        deepspeed.comm.configure(enabled=False, prof_all=False)
-    by_operation, sent, ranks = {}, 0.0, dist.get_world_size()
-    for name, sizes in logger.get_raw_data().items():
-        calls, size = sum(entry[0] for entry in sizes.values()), sum(bytes_ * entry[0] for bytes_, entry in sizes.items())
+
+    by_operation, sent = {}, 0.0
+    for name, (calls, size) in collectives_of(run).items():
         by_operation[name] = {"calls": calls / steps, "message_bytes": size / steps}
-        sent += size / steps * _sent_share(name, ranks)
+        sent += size / steps * _sent_share(name, dist.get_world_size())
     return {"by_operation": by_operation, "sent_bytes": sent}
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from ds_zoadamu.distributed import collective
 from ds_zoadamu.durability.journal import read_journal
 from ds_zoadamu.tasks import Evaluation, InputError, Metric
-from ds_zoadamu.training.output import CHECKPOINTS, JOURNAL, OutputDirectory, number_or_list
+from ds_zoadamu.training.output import CHECKPOINTS, JOURNAL, OutputDirectory, step_scalars
 from ds_zoadamu.training.plan import Plan
 from ds_zoadamu.training.steps import Stepper
 
@@ -33,14 +33,6 @@ class Progress:
             if split == "dev" and step and metric.is_better(now, best):
                 best_step, best = step, now
         return best_step, best
-
-
-def begin(plan: Plan, output: OutputDirectory, stepper: Stepper) -> None:
-    """Makes the output directory of a new run and opens its journal. All ranks call it. Raises JournalError."""
-    output.begin()
-    if stepper.durable is not None:
-        path, fsync_every = output.path / JOURNAL, plan.args.journal_fsync_every
-        stepper.durable.open_journal(path, fsync_every=fsync_every, task=plan.task_identity())
 
 
 def resume(plan: Plan, output: OutputDirectory, stepper: Stepper) -> Progress | None:
@@ -74,9 +66,8 @@ def _repaired(output: OutputDirectory, step: int) -> list[dict]:
     for record in read_journal(output.path / JOURNAL, until=step).records:
         if record.step not in known:
             losses = {name: getattr(record, name) for name in ("loss_plus", "loss_minus")}
-            losses = {"loss": sum(losses.values()) / 2.0, **losses, "projected_grad": number_or_list(record.projected_grad)}
-            lr = record.lr[0] if isinstance(record.lr, tuple) else record.lr
-            lines.append({"kind": "step", "step": record.step, **losses, "lr": lr, "skipped": record.skipped})
+            scalars = {"loss": sum(losses.values()) / 2.0, **losses, **step_scalars(record)}
+            lines.append({"kind": "step", "step": record.step, **scalars, "skipped": record.skipped})
     return lines
 
 

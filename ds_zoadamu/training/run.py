@@ -2,7 +2,6 @@
 
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy
@@ -20,17 +19,13 @@ from ds_zoadamu.training.curves import draw_curves
 from ds_zoadamu.training.memory import PeakMemory
 from ds_zoadamu.training.output import BEST, CHECKPOINTS, CURVES, JOURNAL, METRICS, RESULTS, OutputDirectory, quantiles
 from ds_zoadamu.training.plan import Plan, make_plan
-from ds_zoadamu.training.progress import Progress, begin, resume
-from ds_zoadamu.training.steps import Stepper, about, make_stepper
+from ds_zoadamu.training.progress import Progress, resume
+from ds_zoadamu.training.steps import MakePlan, MakeStepper, Stepper, about, make_stepper
 from ds_zoadamu.training.summary import scores, summary
 from ds_zoadamu.zero3.divergence import weights_are_the_reason
 
 
-def finetune(
-    args: Namespace,
-    make_plan: Callable[[Namespace], Plan] = make_plan,
-    make_stepper: Callable[[Plan], Stepper] = make_stepper,
-) -> dict:
+def finetune(args: Namespace, make_plan: MakePlan = make_plan, make_stepper: MakeStepper = make_stepper) -> dict:
     """Runs what launch/finetune.py's arguments say; returns what results.json holds. All ranks call it.
 
     Args:
@@ -40,9 +35,8 @@ def finetune(
     Raises:
         InputError, ConfigError: before a model is loaded or a file written.
     """
-    output = OutputDirectory(
-        args.output_dir, writes=launched_rank() == 0, overwrite=args.overwrite_output_dir, resume=args.resume
-    )
+    first, overwrite = launched_rank() == 0, args.overwrite_output_dir
+    output = OutputDirectory(args.output_dir, writes=first, overwrite=overwrite, resume=args.resume)
     plan = make_plan(args)
     memory = PeakMemory()
     run = _Run(plan, make_stepper(plan), output)
@@ -63,7 +57,7 @@ def finetune(
         "ranks": gather_json({**peak, **run.stepper.stored_bytes()}),
     }
     output.write_json(RESULTS, results)
-    if launched_rank() == 0:
+    if first:
         run.show(results)
     return results
 
@@ -85,7 +79,10 @@ class _Run:
         before = {split: known.get((split, 0)) or self._measure(split) for split in ("dev", "test")}
         self._check_finite(before)
         if resumed is None:
-            begin(self.plan, self.output, self.stepper)
+            self.output.begin()
+            if (engine := self.stepper.durable) is not None:
+                every, identity = self.plan.args.journal_fsync_every, self.plan.task_identity()
+                engine.open_journal(self.output.path / JOURNAL, fsync_every=every, task=identity)
         for split, result in before.items():
             if (split, 0) not in known:
                 self._log(split, 0, result)
@@ -96,9 +93,8 @@ class _Run:
         args, total, first, metric = self.plan.args, self.plan.args.max_steps, self.progress.step, self.plan.task.main_metric
         every = args.eval_steps or max(1, total // 10)
         best_step, best = self.progress.best(metric)
-        with tqdm(
-            total=total, initial=first, desc="fine-tuning", unit="step", disable=launched_rank() != 0, mininterval=1.0
-        ) as bar:
+        hidden = launched_rank() != 0
+        with tqdm(total=total, initial=first, desc="fine-tuning", unit="step", disable=hidden, mininterval=1.0) as bar:
             # A resumed run may have been stopped after its last step and before what follows a step.
             for step in range(first if first else 1, total + 1):
                 if step > first:

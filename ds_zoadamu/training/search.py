@@ -8,7 +8,7 @@ from argparse import Namespace
 
 from deepspeed import comm as dist
 
-from ds_zoadamu.config.settings import check_config, zeroth_order_type
+from ds_zoadamu.config import Config, load
 from ds_zoadamu.distributed.start import launched_rank
 from ds_zoadamu.errors import NonFiniteLossError, NonFiniteWeightsError
 from ds_zoadamu.tasks import InputError
@@ -29,22 +29,19 @@ def find_lr(args: Namespace) -> list[dict]:
     """
     output = OutputDirectory(args.output_dir, writes=launched_rank() == 0, overwrite=args.overwrite_output_dir)
     plan = make_plan(args)
-    if zeroth_order_type(plan.config) is None:
-        raise InputError(f"--find_lr searches lr and zo_eps; the JSON's optimizer is {plan.config['optimizer']['type']}")
-    pairs = [(lr, zo_eps) for zo_eps in args.find_eps_values for lr in args.find_lr_values]
-    for lr, zo_eps in pairs:
-        check_config(_with(plan.config, lr, zo_eps))
-    directions = plan.config["optimizer"]["params"].get("num_perturbations", 1)
-    forwards = 2 * directions * args.max_steps * plan.config.get("gradient_accumulation_steps", 1)
+    if plan.config.rule is None:
+        raise InputError(f"--find_lr searches lr and zo_eps; the JSON's optimizer is {plan.config.optimizer}")
+    configs = [_with(plan.config, lr, zo_eps) for zo_eps in args.find_eps_values for lr in args.find_lr_values]
+    forwards = 2 * plan.config.options.num_perturbations * args.max_steps * plan.config.batch.accumulation
     _print(
-        f"{len(pairs)} trials of {args.max_steps} steps, {forwards} forwards a rank each, "
-        f"judged by the loss on {len(plan.sets['dev'])} development examples"
+        f"{len(configs)} trials of {args.max_steps} steps, {forwards} forwards a rank each, "
+        f"judged by the loss on {plan.num_examples['dev']} development examples"
     )
     output.begin()
     trials = []
-    for lr, zo_eps in pairs:
-        trials.append(_try(plan, lr, zo_eps))
-        _print(f"{len(trials)}/{len(pairs)} {_row(trials[-1])}")
+    for config in configs:
+        trials.append(_try(plan, config))
+        _print(f"{len(trials)}/{len(configs)} {_row(trials[-1])}")
     trials.sort(key=lambda trial: trial["dev_loss"])
     output.write_json(SEARCH, {"trials": trials, **settings(args, plan.config)})
     header = f"{'lr':>10} {'zo_eps':>10} {'dev loss':>10} {plan.task.main_metric.name:>10} {'seconds':>10}"
@@ -52,10 +49,10 @@ def find_lr(args: Namespace) -> list[dict]:
     return trials
 
 
-def _try(plan: Plan, lr: float, zo_eps: float) -> dict:
+def _try(plan: Plan, config: Config) -> dict:
     start, metric = time.perf_counter(), plan.task.main_metric
     loss, value = math.inf, metric.worst
-    stepper = make_stepper(plan, _with(plan.config, lr, zo_eps))
+    stepper = make_stepper(plan, config)
     try:
         for _ in range(plan.args.max_steps):
             stepper.step()
@@ -70,16 +67,16 @@ def _try(plan: Plan, lr: float, zo_eps: float) -> dict:
     gc.collect()  # engine and module refer to each other
     dist.barrier()
     scores = {"dev_loss": loss, f"dev_{metric.name}": value}
-    return {"lr": lr, "zo_eps": zo_eps, **scores, "seconds": time.perf_counter() - start}
+    return {"lr": config.options.lr, "zo_eps": config.options.zo_eps, **scores, "seconds": time.perf_counter() - start}
 
 
-def _with(config: dict, lr: float, zo_eps: float) -> dict:
-    """The configuration with another lr (also at the end of a scheduler's warm-up) and zo_eps."""
-    config = copy.deepcopy(config)
-    config["optimizer"]["params"].update(lr=lr, zo_eps=zo_eps)
-    if "warmup_max_lr" in config.get("scheduler", {}).get("params", {}):
-        config["scheduler"]["params"]["warmup_max_lr"] = lr
-    return config
+def _with(config: Config, lr: float, zo_eps: float) -> Config:
+    """The configuration with another lr (also at the end of a scheduler's warm-up) and zo_eps. Raises ConfigError."""
+    given = copy.deepcopy(config.deepspeed)
+    given["optimizer"]["params"].update(lr=lr, zo_eps=zo_eps)
+    if "warmup_max_lr" in given.get("scheduler", {}).get("params", {}):
+        given["scheduler"]["params"]["warmup_max_lr"] = lr
+    return load(given, world_size=config.world_size)
 
 
 def _row(trial: dict) -> str:

@@ -1,27 +1,34 @@
 """One optimizer step on a task, with forward passes only or with backward passes, and what a run needs around it."""
 
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 import ds_zoadamu
 from ds_zoadamu import kernels
-from ds_zoadamu.config.settings import zeroth_order_type
+from ds_zoadamu.config import Config
+from ds_zoadamu.durability.engine import ZerothOrderEngine
 from ds_zoadamu.hf.models import load_causal_lm, load_weights, save_pretrained
-from ds_zoadamu.training.output import number_or_list, settings
+from ds_zoadamu.training.output import settings, step_scalars
 from ds_zoadamu.training.plan import Plan
 from ds_zoadamu.zero3.data import MicroBatchSampler, repeat
 from ds_zoadamu.zero3.divergence import nonfinite_parameter
+from ds_zoadamu.zero3.instruments import GATHER
 from ds_zoadamu.zero3.losses import as_pair, global_means
-from ds_zoadamu.zero3.stored import stored_bytes
+from ds_zoadamu.zero3.memory import stored_bytes
 
 Section = tuple[Any, str, str]
 """An object, the name of its function, and the part of a step that the function is."""
+
+
+MakePlan = Callable[[Namespace], Plan]
+MakeStepper = Callable[[Plan], "Stepper"]
 
 
 class Stepper(Protocol):
@@ -31,7 +38,7 @@ class Stepper(Protocol):
     """What reports call it."""
     model: torch.nn.Module
     """As an evaluation takes it."""
-    durable: "ds_zoadamu.ZeroOrderEngine | None"
+    durable: ZerothOrderEngine | None
     """What writes its steps to a journal, and checkpoints; None: nothing does."""
     passes_a_step: dict[str, int]
     """Passes over a step's examples: {"forward": ..., "backward": ...}."""
@@ -53,7 +60,7 @@ class Stepper(Protocol):
         """The first parameter that holds NaN or infinity."""
 
     def stored_bytes(self) -> dict[str, int]:
-        """Bytes that persist on this rank between steps: weights_bytes and what else there is, see `zero3.stored`."""
+        """Bytes that persist on this rank between steps: weights_bytes and what else there is, see `zero3.memory`."""
 
     def sections(self) -> Sequence[Section]:
         """The functions that a profile of the parts of a step times."""
@@ -62,7 +69,7 @@ class Stepper(Protocol):
         """Gives up the model."""
 
 
-def make_stepper(plan: Plan, config: dict | None = None) -> Stepper:
+def make_stepper(plan: Plan, config: Config | None = None) -> Stepper:
     """Loads the model into partitions and sets up the engine that the configuration's optimizer asks for.
 
     Args:
@@ -72,7 +79,7 @@ def make_stepper(plan: Plan, config: dict | None = None) -> Stepper:
     """
     args, config = plan.args, config or plan.config
     model = load_causal_lm(args.model_name_or_path, config, trust_remote_code=args.trust_remote_code)
-    zeroth_order = zeroth_order_type(config) is not None
+    zeroth_order = config.rule is not None
     engine, _, dataloader, _ = ds_zoadamu.initialize(
         model=model,
         model_parameters=None if zeroth_order else list(model.parameters()),
@@ -109,11 +116,13 @@ def about(plan: Plan, stepper: Stepper) -> dict:
 class _Partitioned:
     """An engine on ZeRO-3 partitions."""
 
-    durable: "ds_zoadamu.ZeroOrderEngine | None" = None
+    durable: ZerothOrderEngine | None = None
 
     def __init__(self, plan: Plan, engine, dataloader):
-        self.optimizer, self.engine, self.model = plan.config["optimizer"]["type"], engine, engine.module
+        self.optimizer, self.engine, self.model = plan.config.optimizer, engine, engine.module
         self._plan, self._batches = plan, repeat(dataloader)
+        self.load, self.stored_bytes = partial(load_weights, engine), partial(stored_bytes, engine)
+        self.nonfinite_parameter, self.close = partial(nonfinite_parameter, engine.module), engine.destroy
 
     @property
     def skipped_steps(self) -> int:
@@ -122,20 +131,8 @@ class _Partitioned:
     def save(self, folder: Path) -> None:
         save_pretrained(self.engine, folder, self._plan.tokenizer, self._plan.args.max_shard_size, overwrite=True)
 
-    def load(self, folder: Path) -> None:
-        load_weights(self.engine, folder)
-
-    def nonfinite_parameter(self) -> str | None:
-        return nonfinite_parameter(self.model)
-
-    def stored_bytes(self) -> dict[str, int]:
-        return stored_bytes(self.engine)
-
     def sections(self) -> list[Section]:
-        return [(PartitionedParameterCoordinator, "fetch_sub_module", "gather")]
-
-    def close(self) -> None:
-        self.engine.destroy()
+        return [(*GATHER, "gather")]
 
 
 class _ForwardOnly(_Partitioned):
@@ -147,8 +144,8 @@ class _ForwardOnly(_Partitioned):
     def step(self) -> dict:
         self.engine.train_batch(self._batches)
         record = asdict(self.engine.last_step)
-        record["projected_grad"] = number_or_list(record["projected_grad"])
-        return record | record.pop("figures")
+        del record["projected_grads"], record["lrs"]
+        return record | record.pop("figures") | step_scalars(self.engine.last_step)
 
     def sections(self) -> list[Section]:
         engine = self.engine

@@ -52,7 +52,7 @@ def advice(engine: Any, record: Any) -> str:
             f"The parameter {name!r} holds NaN or infinity, so the losses of later steps will not be finite either: begin "
             "again, or from a checkpoint before, with a lower lr"
         )
-    tries = [f"a lower lr (now {record.lr:g})"] if record.lr > 0.0 else []  # a scheduler may have it at 0
+    tries = [f"a lower lr (now {record.lrs[0]:g})"] if record.lrs[0] > 0.0 else []  # a scheduler may have it at 0
     tries.append(f"a smaller zo_eps (now {engine.optimizer.rule.config.zo_eps:g})")
     tries += ["bf16 instead of fp16"] if _dtype(engine) == torch.float16 else []
     return f"Try {', '.join(tries)}, or look for broken examples"

@@ -5,7 +5,6 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,13 +16,11 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import log_dist, logger
 
 from .. import kernels
+from ..config import Config
 from ..config.learning_rate import beyond_plan, check_lrs, check_scheduler
-from ..config.settings import check_config, check_deepspeed_settings, read_config
 from ..distributed import collective
-from ..durability.engine import Durability
-from ..durability.identity import own_data
 from ..errors import ConfigError, NonFiniteLossError
-from ..rules import RULES, Evaluation, RuleConfig, make_rule
+from ..rules import RULES, Evaluation, make_rule
 from . import divergence, nvme
 from .data import MicroBatchLoader, MicroBatchSampler, MicroBatchStream, TrainingData, check_training_data, is_stream
 from .draws import CommonDraws, undrawn
@@ -39,30 +36,12 @@ from .partition import (
     partition_onto_nvme,
     reject_stored_dtypes,
 )
+from .records import RunState, StepRecord
 from .throughput import StepTimer
 from .unusable import TrainedSet, reject_unusable
 
 
-@dataclass(frozen=True)
-class StepRecord:
-    """One step of training, the same on all ranks.
-
-    ``loss`` is the mean of ``loss_plus`` and ``loss_minus``, ``projected_grad`` their difference over 2 zo_eps; with several
-    perturbations a step the losses are means over them, and ``projected_grad`` has one entry each. ``figures``: what the rule
-    logs, by name (ZO-AdaMU: alpha, beta1, beta2, effective_zo_eps).
-    """
-
-    step: int
-    loss: float
-    loss_plus: float
-    loss_minus: float
-    projected_grad: float | tuple[float, ...]
-    lr: float
-    skipped: bool
-    figures: dict[str, float]
-
-
-class ZeroOrderEngine(Durability, DeepSpeedEngine):
+class ForwardOnlyEngine(DeepSpeedEngine):
     """A DeepSpeedEngine with ``train_batch`` and ``eval_batch`` for a zeroth-order optimizer on ZeRO-3 partitions.
 
     JSON scheduler, monitor, counters, batch arithmetic and ``engine.module`` are DeepSpeed's. The parameters are partitioned
@@ -72,7 +51,8 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
     optimizer: ZerothOrderOptimizer
     last_step: StepRecord | None = None
 
-    def __init__(self, *args, loss_fn: LossFn | None = None, **kwargs):
+    def __init__(self, *args, settings: Config, loss_fn: LossFn | None = None, **kwargs):
+        self.settings = settings  # before DeepSpeed's set-up, which calls what is below
         super().__init__(*args, **kwargs)
         self.loss_fn = loss_fn or model_loss
         self._skipped_in_a_row = 0
@@ -111,14 +91,14 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             passes, draws = [], CommonDraws()
             with evaluating(self.module):
                 for evaluation in evaluations:
-                    with self._gathers.perturbed(self._fill(evaluation)):
+                    with self.gathers.perturbed(self._fill(evaluation)):
                         passes.append([self._loss(_fresh(batch)) for batch in draws.before_each(micro_batches)])
-            record, projected_grads = self._record(evaluations, global_means(passes, self.device))
+            record = self._record(evaluations, global_means(passes, self.device))
             if record.skipped and record.step == 1:
                 divergence.refuse_nonfinite_weights(self, record)
             self.before_update(record, batch, drawn)
-            self.optimizer.observe(None if record.skipped else projected_grads)
-            with self._gathers.writing():
+            self.optimizer.observe(None if record.skipped else record.projected_grads)
+            with self.gathers.writing():
                 self._step_and_count()
             self.last_step = record
             self._report(record)
@@ -138,9 +118,47 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             return self._evaluator.mean(batch, self.gradient_accumulation_steps(), self.device)
 
     def _evaluate(self, micro_batch: Any) -> torch.Tensor:
-        if (data := own_data(self)) is not None:
+        if (data := self.own_data) is not None:
             data.note_evaluated(micro_batch)
         return self._loss(_fresh(self._to_device(micro_batch)))
+
+    # --- where the run is
+
+    @property
+    def own_data(self) -> TrainingData | None:
+        """The engine's own training data loader, or None where the user deals out the data."""
+        loader = self.training_dataloader
+        return loader if isinstance(loader, TrainingData) else None
+
+    def state(self) -> RunState:
+        """Where the run is, beside its partitions; the same on all ranks."""
+        return RunState(
+            step=self.optimizer.step_count,
+            global_steps=self.global_steps,
+            global_samples=self.global_samples,
+            skipped_steps=self.skipped_steps,
+            skipped_in_a_row=self._skipped_in_a_row,
+            rule_scalars=self.optimizer.scalars,
+            lrs=tuple(float(group["lr"]) for group in self.optimizer.param_groups),
+            lr_scheduler=None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
+            data_position=None if self.own_data is None else self.own_data.position,
+        )
+
+    def restore(self, state: RunState) -> None:
+        """Put the run to where ``state`` was taken; the partitions are as they are."""
+        self.optimizer.step_count, self.optimizer.scalars = state.step, state.rule_scalars
+        self.global_steps, self.global_samples = state.global_steps, state.global_samples
+        self.skipped_steps, self._skipped_in_a_row = state.skipped_steps, state.skipped_in_a_row
+        # DeepSpeed's micro_steps counts a rank's own micro-batches, so it is another number on another number of ranks.
+        self.micro_steps = self.global_steps * self.gradient_accumulation_steps()
+        for group, lr in zip(self.optimizer.param_groups, state.lrs, strict=True):
+            group["lr"] = lr
+        if state.lr_scheduler is not None:
+            self.lr_scheduler.load_state_dict(state.lr_scheduler)
+        if self.own_data is not None and state.data_position is not None:
+            self.own_data.restore(state.data_position)
+
+    # --- what has no meaning here
 
     def backward(self, *args, **kwargs):
         """There is no backward pass: raises RuntimeError naming ``train_batch``."""
@@ -161,13 +179,21 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
     def empty_partition_cache(self) -> None:
         """Free every gathered copy of a parameter."""
         if self._is_zeroth_order:
-            self._gathers.release()
+            self.gathers.release()
         else:
             super().empty_partition_cache()
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes that persist on this rank for the trained parameters: {"weights": partitions, "momentum": optimizer state}."""
         return self.optimizer.memory_bytes()
+
+    def before_update(self, record: StepRecord, batch: Any, micro_batches: Sequence[Any]) -> None:
+        """The step's losses are known and no partition has changed; what raises here ends the step before it begins.
+
+        ``batch``: as given to ``train_batch``; ``micro_batches``: what was drawn of it.
+        """
+        if self.own_data is not None:
+            self.own_data.take(micro_batches)
 
     def _draw(self, batch: Any) -> list[Any]:
         """This rank's micro-batches of a step, once every rank has its own: before a gather waits for a rank without."""
@@ -229,24 +255,23 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             return None
         return partial(self.optimizer.perturb_into, evaluation=evaluation)
 
-    def _record(self, evaluations: Sequence[Evaluation], losses: list[float]) -> tuple[StepRecord, tuple[float, ...]]:
-        """The step's record and its projected gradients, from the losses of its evaluations."""
+    def _record(self, evaluations: Sequence[Evaluation], losses: list[float]) -> StepRecord:
+        """The step's record, from the losses of its evaluations."""
         optimizer, step = self.optimizer, self.optimizer.next_step
         grads = tuple(map(kernels.round_grad, optimizer.rule.projected_grads(losses)))  # also those of a rule of one's own
         plus = [loss for evaluation, loss in zip(evaluations, losses, strict=True) if evaluation.coefficient > 0.0]
         minus = [loss for evaluation, loss in zip(evaluations, losses, strict=True) if evaluation.coefficient <= 0.0]
         loss_plus, loss_minus = sum(plus) / len(plus), sum(minus) / len(minus)
-        record = StepRecord(
+        return StepRecord(
             step=step,
             loss=(loss_plus + loss_minus) / 2.0,
             loss_plus=loss_plus,
             loss_minus=loss_minus,
-            projected_grad=grads[0] if len(grads) == 1 else grads,
-            lr=float(optimizer.param_groups[0]["lr"]),
+            projected_grads=grads,
+            lrs=tuple(float(group["lr"]) for group in optimizer.param_groups),
             skipped=not all(map(math.isfinite, grads)),
             figures=optimizer.rule.figures(step),
         )
-        return record, grads
 
     def _step_and_count(self) -> None:
         # DeepSpeed counts one micro-step for each call of step(), and steps on the last one of an accumulation.
@@ -267,23 +292,10 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             return
         coinciding = self.optimizer.coinciding_share()
         if printing:
-            grads = record.projected_grad if isinstance(record.projected_grad, tuple) else (record.projected_grad,)
-            log_dist(
-                f"step={record.step} loss={record.loss:.6g} projected_grad={','.join(f'{g:.6g}' for g in grads)} "
-                f"lr={record.lr:.4g} {' '.join(f'{name}={value:.4g}' for name, value in record.figures.items())} "
-                f"coinciding={coinciding:.4g} skipped={self.skipped_steps}",
-                ranks=[0],
-            )
+            log_dist(f"{record.line()} coinciding={coinciding:.4g} skipped={self.skipped_steps}", ranks=[0])
         if self.monitor.enabled:
-            grads = record.projected_grad if isinstance(record.projected_grad, tuple) else (record.projected_grad,)
-            values = {
-                "train_loss": record.loss,
-                **{f"projected_grad_{index}" if index else "projected_grad": grad for index, grad in enumerate(grads)},
-                **record.figures,
-                "coinciding_share": coinciding,
-                "skipped_steps": self.skipped_steps,
-            }
-            self.monitor.write_events([(f"Train/Samples/{name}", value, self.global_samples) for name, value in values.items()])
+            values = [*record.monitored(), ("coinciding_share", coinciding), ("skipped_steps", self.skipped_steps)]
+            self.monitor.write_events([(f"Train/Samples/{name}", value, self.global_samples) for name, value in values])
 
     def _stop_if_diverged(self, record: StepRecord) -> None:
         if not record.skipped:
@@ -318,13 +330,8 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
 
     def _do_sanity_check(self) -> None:
         # The first thing of DeepSpeedEngine.__init__ that sees the configuration: the model has not been touched.
-        config = read_config(self.config)
-        if isinstance(self.client_optimizer, ZerothOrderOptimizer):
-            check_deepspeed_settings(config)
-        elif self.client_optimizer is None:
-            check_config(config)
-        if self._zeroth_order_options() is not None:
-            nvme.prepare(config)
+        if self.settings.rule is not None:
+            nvme.prepare(self.settings)
         super()._do_sanity_check()
 
     def _is_supported_optimizer(self, optimizer_name: str) -> bool:
@@ -332,19 +339,19 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
 
     def _configure_distributed_model(self, model: torch.nn.Module) -> None:
         self._scalars = []
-        if self._zeroth_order_options() is not None:
-            reject_unusable(model, read_config(self.config))
+        if self.settings.rule is not None:
+            reject_unusable(model, self.settings)
             self._scalars = lift_scalars(model)
         super()._configure_distributed_model(model)
 
     def _configure_optimizer(self, client_optimizer, model_parameters) -> None:
-        if client_optimizer is None and self.optimizer_name() in RULES:
-            client_optimizer = ZerothOrderOptimizer(model_parameters, make_rule(self.optimizer_name(), self.optimizer_params()))
+        if client_optimizer is None and self.settings.rule is not None:
+            client_optimizer = ZerothOrderOptimizer(model_parameters, make_rule(self.settings.rule, self.optimizer_params()))
         if not isinstance(client_optimizer, ZerothOrderOptimizer):
             super()._configure_optimizer(client_optimizer, model_parameters)
             return
         self._check_for_duplicates(client_optimizer)
-        partition_onto_nvme(self.module, read_config(self.config), self.mpu)
+        partition_onto_nvme(self.module, self.settings, self.mpu)
         # Without an optimizer DeepSpeed partitions as for ZeRO-Inference: weights only.
         self._offload = self._configure_zero_optimizer(optimizer=None)
         reject_stored_dtypes(self.module)
@@ -352,7 +359,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         with collective.on_all_ranks(ConfigError):
             client_optimizer.bind(find_partitions(self.module))
         self._trained_set = TrainedSet(self.module)
-        self._gathers = PerturbedGathers(self.module, client_optimizer.partitions, self._offload.partition_all_parameters)
+        self.gathers = PerturbedGathers(self.module, client_optimizer.partitions, self._offload.partition_all_parameters)
         self.optimizer = self.basic_optimizer = client_optimizer
         log_dist(
             f"{client_optimizer.rule.name}: {len(client_optimizer.partitions)} trained parameters, momentum "
@@ -372,7 +379,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
         (MicroBatchLoader, MicroBatchStream). ``num_local_io_workers``: processes that read ahead (default: none), not for a
         stream. The loader takes the place of the engine's own where there is none, or one of the same data.
         """
-        options = self._zeroth_order_options()
+        options = self.settings.options
         if options is None or route != ROUTE_TRAIN or data_sampler is not None:
             return super().deepspeed_io(dataset, batch_size, route, pin_memory, data_sampler, collate_fn, **kwargs)
         check_training_data(dataset)
@@ -395,11 +402,6 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             self.training_dataloader = loader
         return loader
 
-    def _zeroth_order_options(self) -> RuleConfig | None:
-        if self.client_optimizer is not None:
-            return self.client_optimizer.rule.config if isinstance(self.client_optimizer, ZerothOrderOptimizer) else None
-        return check_config(self.config)
-
     def destroy(self) -> None:
         """DeepSpeed's, and ZeRO-3's hooks off the module, and the swap buffers: weights on NVMe cannot be read any more.
         ``generate`` of a Transformers model does not know of the partitions any more."""
@@ -408,7 +410,7 @@ class ZeroOrderEngine(Durability, DeepSpeedEngine):
             from . import hf as hf_zero3
 
             hf_zero3.detach(self.module)
-        if gathers := self.__dict__.get("_gathers"):
+        if gathers := self.__dict__.get("gathers"):
             gathers.close()
         if offload := self.__dict__.pop("_offload", None):
             offload.destroy()

@@ -19,7 +19,7 @@ class Evaluator:
         self._last: Any = None
 
     def mean(self, batch: Any, accumulation: int, device: torch.device) -> float:
-        """The weighted mean loss of what ``batch`` stands for, see ``ZeroOrderEngine.eval_batch``; up to ``accumulation``
+        """The weighted mean loss of what ``batch`` stands for, see ``ZerothOrderEngine.eval_batch``; up to ``accumulation``
         micro-batches a round.
 
         Raises StopIteration where no rank has any; ValueError on all ranks where one has none and never had one.

@@ -178,11 +178,9 @@ def _failing_evaluation(rank, engine) -> str:
     task, examples = task_and_examples()
 
     def collate(examples):
-        if rank == 1:
-            raise IndexError("no such token")
-        return type(task).collate(task, examples)
+        raise IndexError("no such token")
 
-    task.collate = collate
+    task.collate = collate if rank == 1 else task.collate
     _limited()
     return _outcome(task.evaluate, engine.module, examples)
 

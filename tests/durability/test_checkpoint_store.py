@@ -114,7 +114,7 @@ def journal_of(path, losses):
     base = {"name": None, "revision": None, "sha256": None, "files": None, "note": "the model was not loaded from files"}
     journal = Journal.create(path, {**IDENTITY, "tied": {}, "untrained": [], "base": base})
     for step, loss in enumerate(losses, 1):
-        journal.append(Record(step, loss, loss, 0.0, 1e-3, False))
+        journal.append(Record(step, loss, loss, (0.0,), (1e-3,), False))
     return journal
 
 
@@ -154,7 +154,7 @@ def test_a_resumed_run_goes_on_and_prunes_its_own(tmp_path, journaled):
     if journaled:  # without a checkpoint that is whole
         first.journal.close()
         again.hold_journal(Journal.open(path)[0])
-        again.journal.append(Record(3, 3.0, 3.0, 0.0, 1e-3, False))
+        again.journal.append(Record(3, 3.0, 3.0, (0.0,), (1e-3,), False))
     else:
         again.go_on(store.find(directory, "step2").manifest)
     save(again, directory, 3, limit=1)

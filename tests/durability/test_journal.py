@@ -30,8 +30,8 @@ def record(step: int, **changes) -> Record:
         "step": step,
         "loss_plus": 2.0 + 0.1 * step,
         "loss_minus": 2.0 / 3.0 * step,
-        "projected_grad": round_grad(-0.1 / step),
-        "lr": 1e-6 / 3.0,
+        "projected_grads": (round_grad(-0.1 / step),),
+        "lrs": (1e-6 / 3.0,),
         "skipped": False,
         "data_position": (step // 4, step % 4 * 8),
     }
@@ -59,18 +59,18 @@ def test_round_trip(tmp_path):
 @pytest.mark.parametrize("value", [0.1, -0.0, 5e-324, 1.7976931348623157e308, math.nan, math.inf, -math.inf, 1 / 3])
 def test_floats_survive_exactly(tmp_path, value):
     grad = round_grad(value)
-    path = written(tmp_path / "journal.jsonl", 1, loss_plus=value, loss_minus=-value, projected_grad=grad, skipped=True)
+    path = written(tmp_path / "journal.jsonl", 1, loss_plus=value, loss_minus=-value, projected_grads=(grad,), skipped=True)
     [back] = read_journal(path).records
-    for mine, expected in ((back.loss_plus, value), (back.loss_minus, -value), (back.projected_grad, grad)):
+    for mine, expected in ((back.loss_plus, value), (back.loss_minus, -value), (*back.projected_grads, grad)):
         assert math.isnan(mine) if math.isnan(expected) else struct.pack("<d", mine) == struct.pack("<d", expected)
 
 
 def test_several_rates_and_directions(tmp_path):
     header = HEADER | {"options": {"num_perturbations": 3}, "groups": [{"weight_decay": 0.0}, {"weight_decay": 0.1}]}
-    values = {"lr": (1e-3, 2e-4), "projected_grad": (0.5, -1.5, math.nan), "skipped": True, "data_position": None}
+    values = {"lrs": (1e-3, 2e-4), "projected_grads": (0.5, -1.5, math.nan), "skipped": True, "data_position": None}
     path = written(tmp_path / "journal.jsonl", 1, header, **values)
     [back] = read_journal(path).records
-    assert back.lr == (1e-3, 2e-4) and back.projected_grad[:2] == (0.5, -1.5) and back.data_position is None
+    assert back.lrs == (1e-3, 2e-4) and back.projected_grads[:2] == (0.5, -1.5) and back.data_position is None
 
 
 @pytest.mark.parametrize("grad", [0.1, -1.0, 3.0e-39, 1.0 - 2.0**-53, 12345.678])
@@ -82,7 +82,7 @@ def test_a_gradient_is_what_the_step_uses_to_its_last_bit(tmp_path, grad):
     for lr in (1.0, 1e-6, 2e-4 / 3.0, 0.1):
         if abs(lr * grad) > 2.0**-126:  # below, fp32 has fewer bits
             assert len({fp32(lr * (rounded + k * spacing)) for k in (-1, 0, 1)}) == 3
-    path = written(tmp_path / "journal.jsonl", 2, projected_grad=math.nextafter(rounded, math.inf))
+    path = written(tmp_path / "journal.jsonl", 2, projected_grads=(math.nextafter(rounded, math.inf),))
     with pytest.raises(JournalError, match="line 2: projected_grad is .* more than the 22 significant bits"):
         read_journal(path)
 
@@ -97,8 +97,8 @@ def test_records_are_small(tmp_path):
     journal = Journal.create(path, HEADER)
     journal.last_step = 199_998
     long = record(
-        199_999, loss_plus=-12.345678901234567, loss_minus=-12.345678901234569, lr=1.2345678901234567e-06,
-        projected_grad=round_grad(-0.0012345678901234567), data_position=(123, 1_234_567),
+        199_999, loss_plus=-12.345678901234567, loss_minus=-12.345678901234569, lrs=(1.2345678901234567e-06,),
+        projected_grads=(round_grad(-0.0012345678901234567),), data_position=(123, 1_234_567),
     )  # fmt: skip
     journal.append(long)
     journal.close()

@@ -137,9 +137,9 @@ def with_next_gradient(record):
     """The projected gradient with its last bit changed."""
     import dataclasses
 
-    lowest = 2.0 ** (math.frexp(record.projected_grad)[1] - GRAD_BITS)
-    mantissa = int(record.projected_grad / lowest)
-    return dataclasses.replace(record, projected_grad=(mantissa ^ 1) * lowest)
+    lowest = 2.0 ** (math.frexp(*record.projected_grads)[1] - GRAD_BITS)
+    mantissa = int(record.projected_grads[0] / lowest)
+    return dataclasses.replace(record, projected_grads=((mantissa ^ 1) * lowest,))
 
 
 def test_the_last_bit_of_one_gradient_changes_the_hash(opt_run, tmp_path):

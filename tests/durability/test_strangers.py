@@ -110,7 +110,7 @@ def test_no_record_is_written_that_could_not_be_read(tmp_path):
     journal_reader(tmp_path)
     journal, contents = Journal.open(tmp_path / "journal.jsonl")
     with pytest.raises(JournalError, match="step 7 has the lr nan, which is not finite; the step was not taken"):
-        journal.append(Record(7, 1.0, 1.0, (0.5, 0.5), float("nan"), False))
+        journal.append(Record(7, 1.0, 1.0, (0.5, 0.5), (float("nan"),), False))
     journal.close()
     assert read_journal(tmp_path / "journal.jsonl") == contents
     with pytest.raises(JournalError, match=r"groups\[0\].weight_decay is 'x'"):

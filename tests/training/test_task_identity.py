@@ -112,7 +112,10 @@ def test_a_run_goes_on_with_its_own_task_only(folder):
         assert "to text, integers below 2**63, None" in said["kind"]
     assert not (folder / "ranks.jsonl").exists()
     records = read_journal(folder / "out" / "journal.jsonl").records
-    assert [record.lr for record in records] == [1e-4, 1e-4]  # no step of the JSON's WarmupDecayLR is lost to its warm-up
+    assert [record.lrs for record in records] == [
+        (1e-4,),
+        (1e-4,),
+    ]  # no step of the JSON's WarmupDecayLR is lost to its warm-up
     header = read_journal(folder / "out" / "journal.jsonl").header
     assert set(header["task"]) == {"metric", "train_sha256", "dev_sha256", "test_sha256"}
     assert "task" not in read_journal(folder / "old" / "journal.jsonl").header

@@ -75,7 +75,7 @@ def _steps(rank, world_size):
             first = drawn[number % ACCUMULATION]
             assert torch.equal(mask, first[0]) and (sign, scale) == first[1:], (step, number)
         by_hand = _gradients_by_hand(before, step, micro_batches, drawn)
-        assert engine.last_step.projected_grad == tuple(map(round_grad, by_hand))
+        assert engine.last_step.projected_grads == tuple(map(round_grad, by_hand))
         first_draws += [scale for _, _, scale in drawn]
     return len(set(first_draws))
 

@@ -46,7 +46,7 @@ def _counters(rank, world_size, tmp):
     lrs = []
     for step in range(5):
         engine.train_batch(my_share(odd_batches(20), step, 2, rank, world_size))
-        lrs.append(engine.last_step.lr)
+        lrs.append(engine.last_step.lrs[0])
     errors = [_raised(engine.backward, torch.tensor(1.0)), _raised(engine.step)]
     return (
         lrs,
@@ -99,7 +99,7 @@ def _parameter_groups(rank, world_size, as_function):
     optimizer = (lambda _: ds_zoadamu.ZOAdaMU(groups, **options)) if as_function else ds_zoadamu.ZOAdaMU(groups, **options)
     engine = engine_for(model, settings, optimizer=optimizer)
     engine.optimizer.observe([0.0])  # the decay alone moves a weight
-    with engine._gathers.writing():
+    with engine.gathers.writing():
         engine._step_and_count()
     end = whole_model(engine)
     return {n: (end[n], start[n]) for n in start}
@@ -280,7 +280,7 @@ def _skips(rank, world_size, bad_steps, limit):
             as_bytes({p.name: engine.optimizer.stored_state(p)["momentum"] for p in engine.optimizer.partitions}) != momenta
         )
         history.append(
-            (engine.last_step.skipped, weights_kept, momenta_moved, engine.last_step.lr, engine.optimizer.step_count)
+            (engine.last_step.skipped, weights_kept, momenta_moved, engine.last_step.lrs[0], engine.optimizer.step_count)
         )
         if "nothing" not in error:
             break

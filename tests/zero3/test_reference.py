@@ -35,7 +35,7 @@ def _given(rank, world_size):
     engine = engine_for(OddModel(), _settings(world_size))
     for g in GIVEN:
         engine.optimizer.observe([g])
-        with engine._gathers.writing():
+        with engine.gathers.writing():
             engine._step_and_count()
     return _displacement(engine, _start())
 
@@ -47,7 +47,7 @@ def _own(rank, world_size):
     gradients = []
     for step in range(STEPS):
         engine.train_batch(my_share(batches, step, accumulation, rank, world_size))
-        gradients.append(engine.last_step.projected_grad)
+        gradients += engine.last_step.projected_grads
     return gradients, _displacement(engine, _start())
 
 

@@ -98,7 +98,7 @@ def _lrs(engine, steps):
     lrs = []
     for _ in range(steps):
         engine.train_batch(torch.ones(1, 2))
-        lrs.append(engine.last_step.lr)
+        lrs.append(engine.last_step.lrs[0])
     return lrs
 
 

@@ -85,7 +85,7 @@ def _given_gradients(rank, world_size, gradients):
     engine = engine_for(OddModel(), config(world_size, params={"weight_decay": 0.1, **TIMES}))
     for g in gradients:
         engine.optimizer.observe(None if g is None else [g])
-        with engine._gathers.writing():
+        with engine.gathers.writing():
             engine._step_and_count()
     return as_bytes(whole_model(engine))
 

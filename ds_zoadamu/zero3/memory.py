@@ -1,14 +1,13 @@
-"""What an engine on ZeRO-3 partitions keeps in memory between steps, whichever optimizer it has."""
+"""Bytes that an engine holds between steps."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 
 from .partition import find_partitions
 
 
-def stored_bytes(engine: Any) -> dict[str, int]:
+def stored_bytes(engine) -> dict[str, int]:
     """Bytes that persist on this rank between steps, by what they hold; padding included for the weights.
 
     weights_bytes and momentum_bytes for a zeroth-order optimizer. With backward passes weights_bytes, master_weights_bytes
