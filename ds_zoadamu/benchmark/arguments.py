@@ -32,12 +32,8 @@ def benchmark_parser() -> argparse.ArgumentParser:
         help="which of --configs and of the built-in ones: zoadamu-fp32, -bf16, -fp16, -int8, -replay, mezo, adamw, plain-mezo "
         "(default: --configs and plain-mezo; without --configs all built-in ones)",
     )
-    add_options(
-        group,
-        int,
-        ranks=(2, "of every contender but plain-mezo"),
-        threads=(None, "CPU threads a rank; plain-mezo gets those of all (default: cores / ranks)"),
-    )
+    threads = (None, "CPU threads a rank; plain-mezo gets those of all (default: cores / ranks)")
+    add_options(group, int, ranks=(2, "of every contender but plain-mezo"), threads=threads)
     group = parser.add_argument_group("budget, the same for all: one of these")
     add_options(group, int, max_steps=(None, "optimizer steps"), max_items=(None, "training examples seen"))
     add_options(group, float, max_seconds=(None, "of training; steps are derived from the profile of each contender"))
@@ -96,7 +92,7 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 def shared_arguments(args: argparse.Namespace, without: Sequence[str] = ()) -> list[str]:
     """The command line of launch/finetune.py as far as it is the same for every run; some arguments may be left out."""
-    words: list[str] = []
+    words = [word for module in args.modules for word in ("--import", module)]
     for name in _SHARED:
         if name in without:
             continue

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_zoadamu.benchmark.arguments import benchmark_parser
+from ds_zoadamu.benchmark.arguments import benchmark_parser, shared_arguments
 from ds_zoadamu.benchmark.collect import curve, seconds_to, summary
 from ds_zoadamu.benchmark.contenders import choose_contenders
 from ds_zoadamu.benchmark.grid import make_grids
@@ -112,6 +112,7 @@ def test_the_benchmark_aims_at_less(folder, tmp_path, monkeypatch):
         given = ("--contenders", "plain-mezo", "--max_steps", "4", "--target", target)
         args = benchmark_parser().parse_args(words(folder, tmp_path / "out", *given))
         contenders = choose_contenders(args, ROOT / "ds_configs")
+        assert shared_arguments(args)[:2] == ["--import", "tests.helpers.lengths"]  # each run needs it
         return check_settings(args, contenders, make_grids(args, contenders))
 
     for target in ("inf", "-1"):
