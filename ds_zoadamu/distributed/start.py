@@ -22,9 +22,13 @@ _OTHER_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "AZUREML_EX
 
 def ensure_launched() -> None:
     """Without a launcher, describe a group of one rank in the environment, as the launcher would for one device."""
-    if "WORLD_SIZE" in os.environ or any(name in os.environ for name in _OTHER_LAUNCHERS):
-        return
+    if not any(name in os.environ for name in ("WORLD_SIZE", *_OTHER_LAUNCHERS)):
+        port = str(free_port())
+        os.environ.update(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        return free.getsockname()[1]

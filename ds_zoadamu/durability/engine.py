@@ -51,8 +51,8 @@ class ZerothOrderEngine(ForwardOnlyEngine):
         """Write a record of every step to ``path`` from now on, before the step changes a partition. Call it on all ranks
         before step 1.
 
-        Args: ``path``: of the new journal; ``base``: folder or hub name of the model the run starts from, whose files are hashed
-        once (default: where the model says it was loaded from; False: it is in no files, and the run can be resumed, not
+        Args: ``path``: of the new journal; ``base``: folder or hub name of the model the run starts from, whose files are
+        hashed once (default: where the model says it was loaded from; False: it is in no files, and the run can be resumed, not
         replayed); ``fsync_every``: the journal is made durable every so many steps. With 1 not even a power failure loses a
         step; with more it may lose the last few, which are then taken again. A killed process loses none. ``task``: what else
         makes the run this run and the engine cannot see, names to strings or integers, such as {"data_sha256": ...}; the same
@@ -111,6 +111,14 @@ class ZerothOrderEngine(ForwardOnlyEngine):
             self._due = deque(records)
             self._hold_journal(journal)
         return len(records)
+
+    def skip_to(self, step: int) -> None:
+        """Count the steps up to ``step`` as taken without taking them, to measure a step in the middle of a schedule. On all
+        ranks. An open journal goes on from there, and nothing can be rebuilt from it.
+        """
+        self.optimizer.step_count = step
+        if self._journal is not None:
+            self._journal.last_step = step
 
     def close_journal(self) -> None:
         """Make the journal durable and give up its lock; later steps are not recorded. On all ranks."""
@@ -229,16 +237,16 @@ class ZerothOrderEngine(ForwardOnlyEngine):
 
     # --- called by train_batch ------------------------------------------------------------------------------------------------
 
-    def _recorded_step(self) -> StepRecord | None:
+    def recorded_step(self) -> StepRecord | None:
         """The next step as an attached journal has it."""
         if not self._due:
             return None
         resuming.set_lrs(self, self._due[0])
         return resuming.step_record(self, self._due[0])
 
-    def _before_update(self, record: StepRecord, batch: Any, micro_batches: Sequence[Any]) -> None:
+    def before_update(self, record: StepRecord, batch: Any, micro_batches: Sequence[Any]) -> None:
         """Write the record, or end on all ranks."""
-        super()._before_update(record, batch, micro_batches)
+        super().before_update(record, batch, micro_batches)
         if self._due:  # it is of the journal
             self._due.popleft()
             return

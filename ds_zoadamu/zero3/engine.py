@@ -88,8 +88,8 @@ class ForwardOnlyEngine(DeepSpeedEngine):
             self._check_lrs()
             drawn = self._draw(batch, micro_batches)
             self.tput_timer.begin_step()
-            record = self._recorded_step() or self._evaluated_step(drawn)
-            self._before_update(record, batch, drawn)
+            record = self.recorded_step() or self._evaluated_step(drawn)
+            self.before_update(record, batch, drawn)
             self.optimizer.observe(None if record.skipped else record.projected_grads)
             with self.gathers.writing():
                 self._step_and_count()
@@ -98,7 +98,7 @@ class ForwardOnlyEngine(DeepSpeedEngine):
         self._stop_if_diverged(record)
         return record.loss
 
-    def _recorded_step(self) -> StepRecord | None:
+    def recorded_step(self) -> StepRecord | None:
         """What is known of the next step without forwards."""
         return None
 
@@ -198,7 +198,7 @@ class ForwardOnlyEngine(DeepSpeedEngine):
         """Bytes that persist on this rank for the trained parameters: {"weights": partitions, "momentum": optimizer state}."""
         return self.optimizer.memory_bytes()
 
-    def _before_update(self, record: StepRecord, batch: Any, micro_batches: Sequence[Any]) -> None:
+    def before_update(self, record: StepRecord, batch: Any, micro_batches: Sequence[Any]) -> None:
         """The step's losses are known and no partition has changed; what raises here ends the step before it begins.
 
         ``batch``: as given to ``train_batch``; ``micro_batches``: what was drawn of it.
