@@ -33,10 +33,10 @@ class ZOTrainerMixin:
     """
 
     def __init__(self, *args: Any, zo: Any = None, journal: bool | str | Path = True, **kwargs: Any):
-        self._zo, self._micro_batches, self._run_journal = zo, [], RunJournal(None, {})
-        super().__init__(*args, **kwargs)
         if any(given is not None for given in (*kwargs.get("optimizers", ()), kwargs.get("optimizer_cls_and_kwargs"))):
             raise ConfigError("optimizers= is given; the rule of the DeepSpeed JSON or of zo= makes the steps: leave it out")
+        self._zo, self._micro_batches, self._run_journal = zo, [], RunJournal(None, {})
+        super().__init__(*args, **kwargs)
         if journal is not False:
             path = Path(self.args.output_dir) / NAME if journal is True else Path(journal)
             self._run_journal = RunJournal(path.absolute(), self._task())
@@ -90,6 +90,19 @@ class ZOTrainerMixin:
         finally:
             if self._engine is not None:  # a notebook may go on with the run in another trainer
                 self._engine.close_journal()
+
+    def _resumed_from(self, asked: str | bool | None) -> str | None:
+        """The checkpoint that training goes on from; None where it begins, or goes on from the journal alone."""
+        self._run_journal.resuming = bool(asked)
+        if not asked:
+            self._run_journal.require_new()
+            return None
+        found = newest_checkpoint(self.args.output_dir) if asked is True else asked
+        if found is None and not self._run_journal.exists():
+            raise collective.everywhere(
+                ValueError(f"{self.args.output_dir!r} has neither a whole checkpoint nor a journal to resume from")
+            )
+        return None if found is None else str(found)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Keep a micro-batch; with the last of a step take it. The step's loss, 0 before."""
@@ -149,7 +162,9 @@ class ZOTrainerMixin:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The model as ``from_pretrained`` reads it, of PEFT its adapters, gathered parameter by parameter. On all ranks."""
         directory = self.args.output_dir if output_dir is None else output_dir
-        processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        processor = self.processing_class
+        if processor is None:
+            processor = getattr(self.data_collator, "tokenizer", None)
         engine = getattr(self, "deepspeed", None)
         save_for_trainer(engine, self.model, directory, [processor] if processor is not None else [], self.args)
         if self.args.push_to_hub and not _internal_call:

@@ -1,6 +1,7 @@
 """The scripts of examples/: each on 1 and 2 ranks with the same weights, killed in the middle, and in plain Python."""
 
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -79,3 +80,13 @@ def test_plain_python_killed_and_resumed_on_two_ranks(tmp_path, name):
     resumed, _ = run_ranks(2, _example, name, tmp_path / "killed", ("--resume",))
     [whole] = run_ranks(1, _example, name, tmp_path / "whole")
     assert resumed == whole
+
+
+def test_the_notebook_runs_in_plain_python(tmp_path):
+    """Its cells, one after the other in one process, as a kernel runs them."""
+    cells = json.loads((EXAMPLES / "notebook.ipynb").read_text())["cells"]
+    source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    environment = _environment() | {"PYTHONPATH": os.pathsep.join([str(EXAMPLES), _environment()["PYTHONPATH"]])}
+    done = subprocess.run([sys.executable, "-c", source], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "outputs" / "notebook" / "model.safetensors").exists()
