@@ -15,6 +15,7 @@ import transformers
 from transformers import set_seed
 from transformers.trainer_pt_utils import find_batch_size
 
+from ..distributed import collective
 from ..errors import ConfigError
 from ..zero3.optimizer import ZerothOrderOptimizer
 from .accelerate import zeroth_order
