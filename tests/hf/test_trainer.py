@@ -31,6 +31,7 @@ def _kinds(rank, world_size, folder):
     kinds = {
         "plain": {},
         "json": {"deepspeed": str(JSON)},
+        "bf16": {"bf16": True},
         "by length": {"train_sampling_strategy": "group_by_length"},
         "smoothed": {"label_smoothing_factor": 0.1},
         "stream": {"data": Stream()},
@@ -38,7 +39,8 @@ def _kinds(rank, world_size, folder):
         "short last step": {"data": runs.rows(24)},
     }
     digests = {}
-    for kind, changes in kinds.items():
+    for kind in kinds if world_size < 4 else ("plain", "lora"):
+        changes = kinds[kind]
         saving = "steps" if kind == "lora" else "no"
         made = runs.trainer(folder / f"{kind} {world_size}", world_size, save_strategy=saving, **changes)
         digests[kind] = runs.trained(made)
@@ -47,7 +49,7 @@ def _kinds(rank, world_size, folder):
 
 def test_the_same_weights_on_any_number_of_ranks(tmp_path):
     one, two, four = (run_ranks(n, _kinds, tmp_path)[0] for n in (1, 2, 4))
-    assert one[0] == two[0] == four[0]
+    assert one[0] == two[0] and four[0].items() <= one[0].items()
     assert len(set(one[0].values())) == len(one[0])
     for _, files in (one, two, four):
         assert "adapter_model.safetensors" in files and "model.safetensors" not in files
