@@ -91,20 +91,10 @@ def initialize(
         check_precision(config)
         agreement.require_same(agreement.of_run(model, config, optimizer, training_data))
         engine = ZerothOrderEngine(
-            args=args,
-            model=model,
-            optimizer=optimizer,
-            model_parameters=model_parameters,
-            training_data=training_data,
-            lr_scheduler=lr_scheduler,
-            mpu=mpu,
-            dist_init_required=dist_init_required,
-            collate_fn=collate_fn,
-            config=config.deepspeed,
-            config_class=DeepSpeedConfig(config.deepspeed, mpu),
-            settings=config,
-            loss_fn=loss_fn,
-        )
+            args=args, model=model, optimizer=optimizer, model_parameters=model_parameters, training_data=training_data,
+            lr_scheduler=lr_scheduler, mpu=mpu, dist_init_required=dist_init_required, collate_fn=collate_fn,
+            config=config.deepspeed, config_class=DeepSpeedConfig(config.deepspeed, mpu), settings=config, loss_fn=loss_fn,
+        )  # fmt: skip
         if isinstance(engine.optimizer, ZerothOrderOptimizer):
             agreement.require_same(agreement.of_groups(engine.optimizer))
         limit_waits(current_limit())

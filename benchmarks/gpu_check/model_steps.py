@@ -136,6 +136,17 @@ def wall_seconds(function: Callable[[], object], device: Device) -> float:
     return time.perf_counter() - begin
 
 
+def _timed(two_forwards: Callable, step: Callable, rounds: int, device: Device) -> tuple[list[float], list[float], int]:
+    """Seconds of each, in turns, and the allocator's highest peak in a step."""
+    forwards, steps, peak = [], [], 0
+    for _ in range(rounds):
+        forwards.append(wall_seconds(two_forwards, device))
+        device.peak_bytes(reset=True)
+        steps.append(wall_seconds(step, device))
+        peak = max(peak, device.peak_bytes())
+    return forwards, steps, peak
+
+
 def run_model(name: str, device: Device) -> dict:
     import torch
 
@@ -166,12 +177,7 @@ def run_model(name: str, device: Device) -> dict:
     if name == "opt-13b":
         two_forwards()
         engine.train_batch(inputs)
-    forwards, steps, peak = [], [], 0
-    for _ in range(rounds):
-        forwards.append(wall_seconds(two_forwards, device))
-        device.peak_bytes(reset=True)
-        steps.append(wall_seconds(lambda: engine.train_batch(inputs), device))
-        peak = max(peak, device.peak_bytes())
+    forwards, steps, peak = _timed(two_forwards, lambda: engine.train_batch(inputs), rounds, device)
     figures = {
         "parameters": sum(p.numel for p in engine.optimizer.partitions), "momentum": momentum, "batch": [batch, length],
         "build_seconds": build, "two_forwards_seconds": forwards, "step_seconds": steps, "peak_bytes": peak,
