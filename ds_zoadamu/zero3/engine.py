@@ -191,8 +191,9 @@ class ForwardOnlyEngine(DeepSpeedEngine):
 
         ``batch``: as given to ``train_batch``; ``micro_batches``: what was drawn of it.
         """
-        if self.own_data is not None:
-            self.own_data.take(micro_batches)
+        for warning in () if self.own_data is None else self.own_data.take(micro_batches):
+            if self.global_rank == 0:
+                logger.warning(warning)
 
     def _draw(self, batch: Any) -> list[Any]:
         """This rank's micro-batches of a step, once every rank has its own: before a gather waits for a rank without."""

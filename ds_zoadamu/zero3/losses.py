@@ -31,8 +31,9 @@ def model_loss(module: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch
 
     ``batch``: a mapping of the model's keyword arguments with ``labels``. What counts follows from the kind of output: of a
     causal language model the labels (batch, length) of positions 1, 2, ... that are not -100 (behind virtual tokens of PEFT
-    those of position 0 too), of sequence-to-sequence and masked language models and of token classifiers all that are not -100, of classifiers of whole inputs the rows (batch,),
-    for class numbers those that are not -100. Raises TypeError for any other output: it needs a loss_fn.
+    those of position 0 too), of sequence-to-sequence and masked language models and of token classifiers all that are not
+    -100, of classifiers of whole inputs the rows (batch,), for class numbers those that are not -100. Raises TypeError for any
+    other output: it needs a loss_fn.
     """
     labels = batch["labels"] if hasattr(batch, "keys") and "labels" in batch else None
     if labels is None:

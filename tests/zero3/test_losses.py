@@ -97,8 +97,8 @@ def test_virtual_tokens_make_the_first_label_count():
 
 def test_image_tokens_of_git_do_not_make_the_first_label_count():
     """Its logits are longer than the labels too, and it cuts off those of the image before it shifts."""
-    config = t.GitConfig(vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-                         "num_attention_heads": 2, "image_size": 8, "patch_size": 4}, **_SMALL, max_position_embeddings=16)  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = t.GitConfig(vision_config=vision | {"image_size": 8, "patch_size": 4}, **_SMALL, max_position_embeddings=16)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = t.GitForCausalLM(config).eval()
