@@ -115,6 +115,46 @@ def test_tags_latest_client_state_and_save_total_limit(tmp_path):
         assert latest == "global_step7"
 
 
+def old_ones_cannot_be_removed(rank, world_size, folder):
+    """Returns what was logged, and what is there after each of two saves."""
+    from deepspeed.utils import logger
+
+    from ds_zoadamu.durability import checkpoint_store as store
+
+    remove, stuck, warnings, listed = store.folders.remove, [True], [], []
+
+    def remove_others(path):
+        if stuck and path.name == ".removing-global_step1":  # as a file that another machine holds open
+            raise OSError(16, "Device or resource busy", str(path))
+        remove(path)
+
+    store.folders.remove, warn = remove_others, logger.warning
+    logger.warning = warnings.append
+    engine, batches = runs.make_engine(world_size)
+    for step in range(1, 5):
+        runs.train(engine, batches, step)
+        if step == 4:
+            stuck.clear()
+        engine.save_checkpoint(folder, save_total_limit=1)
+        listed.append(sorted(name for name in os.listdir(folder) if name != ".lock"))
+    logger.warning = warn
+    return warnings, listed
+
+
+def test_a_checkpoint_is_saved_though_an_older_one_cannot_be_removed(tmp_path):
+    (warnings, listed), (others, _) = run_ranks(2, old_ones_cannot_be_removed, str(tmp_path))
+    assert warnings == [
+        f"checkpoint '{tmp_path}/global_step2' is saved, but an older one beyond save_total_limit 1 cannot be removed: "
+        f"'{tmp_path}/.removing-global_step1': Device or resource busy. The next save tries again"
+    ]
+    assert others == [] and listed == [
+        ["global_step1", "latest"],
+        [".removing-global_step1", "global_step2", "latest"],
+        [".removing-global_step1", "global_step3", "latest"],
+        ["global_step4", "latest"],
+    ]
+
+
 # --- refusals -----------------------------------------------------------------------------------------------------------------
 
 
@@ -182,6 +222,13 @@ def refused(rank, world_size, folder):
     attempt("scheduler", lambda engine: engine.load_checkpoint(good), scheduler=True)
     attempt("weights of other dtype", lambda engine: engine.load_checkpoint(good, load_module_only=True), dtype="bf16")
     attempt("client_state", lambda engine: engine.save_checkpoint(good, client_state={"model": torch.nn.Linear(1, 1)}))
+    deep: list = []
+    for _ in range(120):
+        deep = [deep]
+    attempt("too deep", lambda engine: engine.save_checkpoint(good, client_state={"tree": deep}))
+    store._MAX_BYTES, bound = 20_000, store._MAX_BYTES
+    attempt("too large", lambda engine: engine.save_checkpoint(folder / "large", client_state={"text": "x" * 30_000}))
+    store._MAX_BYTES = bound
     attempt("tag", lambda engine: engine.save_checkpoint(good, "a/b"))
     attempt("limit", lambda engine: engine.save_checkpoint(good, save_total_limit=0))
     attempt("different tags", lambda engine: engine.save_checkpoint(good, f"rank{rank}"))
@@ -208,6 +255,8 @@ def test_refusals_on_two_ranks(tmp_path):
         "scheduler": "was saved with the lr scheduler None, this run has WarmupLR",
         "weights of other dtype": "dtype of 'temperature' is 'bfloat16' here",
         "client_state": "client_state['model'] is a Linear; kept are numbers, strings",
+        "too deep": "a checkpoint cannot hold all of client_state: lists or objects more than 100 deep",
+        "too large": " bytes, 30012 of them for client_state; it can have at most 20000: keep less there",
         "tag": "tag is 'a/b'; it must be the name of a folder",
         "limit": "save_total_limit is 0; it must be an integer >= 1",
         "different tags": "the ranks disagree about the tag",
