@@ -100,8 +100,8 @@ def _prune(directory: Path, limit: int, tag: str, owner: CheckpointOwner) -> Non
         store.prune(directory, limit, keep=tag, owns=owner.owns)
     except OSError as e:
         logger.warning(
-            f"checkpoint {str(directory / tag)!r} is saved, but an older one beyond save_total_limit {limit} cannot be removed: "
-            f"{collective.describe(e)}. The next save tries again"
+            f"checkpoint {str(directory / tag)!r} is saved, but an older one beyond save_total_limit {limit} cannot be "
+            f"removed: {collective.describe(e)}. The next save tries again"
         )
 
 
