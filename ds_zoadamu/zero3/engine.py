@@ -3,7 +3,7 @@
 import logging
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
@@ -21,7 +21,8 @@ from ..config.settings import check_config, check_deepspeed_settings, read_confi
 from ..distributed import collective
 from ..errors import ConfigError, NonFiniteLossError
 from ..rules import RULES, Evaluation, RuleConfig, make_rule
-from . import divergence, nvme
+from . import divergence, forward_hooks, nvme
+from .batches import fresh, mapped
 from .data import MicroBatchLoader, MicroBatchSampler, MicroBatchStream, TrainingData, check_training_data, is_stream
 from .draws import CommonDraws, undrawn
 from .evaluation import Evaluator, evaluating
@@ -91,7 +92,7 @@ class ForwardOnlyEngine(DeepSpeedEngine):
             with evaluating(self.module):
                 for evaluation in evaluations:
                     with self.gathers.perturbed(self._fill(evaluation)):
-                        passes.append([self._loss(_fresh(batch)) for batch in draws.before_each(micro_batches)])
+                        passes.append([self._loss(fresh(batch)) for batch in draws.before_each(micro_batches)])
             record = self._record(evaluations, global_means(passes, self.device))
             if record.skipped and record.step == 1:
                 divergence.refuse_nonfinite_weights(self, record)
@@ -119,7 +120,7 @@ class ForwardOnlyEngine(DeepSpeedEngine):
     def _evaluate(self, micro_batch: Any) -> torch.Tensor:
         if (data := self.own_data) is not None:
             data.note_evaluated(micro_batch)
-        return self._loss(_fresh(self._to_device(micro_batch)))
+        return self._loss(fresh(self._to_device(micro_batch)))
 
     # --- where the run is
 
@@ -244,7 +245,7 @@ class ForwardOnlyEngine(DeepSpeedEngine):
         return drawn
 
     def _to_device(self, batch: Any) -> Any:
-        return _mapped(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
+        return mapped(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
 
     def _loss(self, micro_batch: Any) -> torch.Tensor:
         return as_pair(self.loss_fn(self.module, micro_batch), self.device)
@@ -372,6 +373,14 @@ class ForwardOnlyEngine(DeepSpeedEngine):
             ranks=[0],
         )
 
+    def _create_module_forward_pre_hook(self):
+        ours = self._zeroth_order_options() is not None
+        return forward_hooks.before_forward(self) if ours else super()._create_module_forward_pre_hook()
+
+    def _create_module_forward_post_hook(self):
+        ours = self._zeroth_order_options() is not None
+        return forward_hooks.after_forward(self) if ours else super()._create_module_forward_post_hook()
+
     def _configure_lr_scheduler(self) -> None:
         super()._configure_lr_scheduler()
         if self._is_zeroth_order:
@@ -424,21 +433,3 @@ class ForwardOnlyEngine(DeepSpeedEngine):
             gathers.close()
         if offload := self.__dict__.pop("_offload", None):
             offload.destroy()
-
-
-def _mapped(batch: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A batch with other tensors, in containers of its own."""
-    if torch.is_tensor(batch):
-        return function(batch)
-    if hasattr(batch, "items"):
-        return {key: _mapped(value, function) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_mapped(value, function) for value in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(_mapped(value, function) for value in batch)
-    return batch
-
-
-def _fresh(batch: Any) -> Any:
-    """A copy for one pass: a loss may change its batch in place, and every pass must see the same one."""
-    return _mapped(batch, torch.clone)

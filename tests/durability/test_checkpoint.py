@@ -318,6 +318,28 @@ def test_a_folder_is_of_one_run_and_one_engine(tmp_path):
     assert run_ranks(1, go_on, str(tmp_path / "link")) == [[".lock", "global_step4", "global_step5", "latest"]]
 
 
+def dropped(rank, world_size, folder):
+    """An engine whose name is given to another one, as in a notebook: the next goes on with its journal and its folder, and
+    the model, which somebody still has, can be used."""
+    engine, batches = runs.make_engine(world_size)
+    engine.open_journal(Path(folder) / "journal.jsonl")
+    runs.train(engine, batches, 2, save_every=2, folder=folder)
+    module, batch = engine.module.eval(), runs.Sentences()[0]
+    batch = {name: ids[None] for name, ids in batch.items()}
+    engine.module.requires_grad_(False)
+    before = float(module(**batch).loss)
+    engine = None
+    engine, batches = runs.make_engine(world_size)
+    engine.resume(Path(folder) / "journal.jsonl", folder)
+    runs.train(engine, batches, 4, save_every=2, folder=folder)
+    return before == float(module(**batch).loss), sorted(os.listdir(folder))
+
+
+def test_an_engine_that_nobody_has_any_more_gives_up_what_it_holds(tmp_path):
+    for usable, listed in run_ranks(2, dropped, str(tmp_path)):
+        assert usable and listed == [".lock", "global_step2", "global_step4", "journal.jsonl", "latest"]
+
+
 # --- a full disk, no permission -----------------------------------------------------------------------------------------------
 
 
