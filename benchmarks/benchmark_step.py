@@ -24,8 +24,8 @@ import ds_zoadamu
 from ds_zoadamu import kernels
 from ds_zoadamu.distributed.collective import leave
 from ds_zoadamu.distributed.ending import run_command
-from ds_zoadamu.distributed.start import init_distributed
 from ds_zoadamu.files.json_files import write_json
+from ds_zoadamu.zero3.start import init_distributed
 
 SHAPES = {  # hidden size, layers, heads
     "opt-tiny": (256, 4, 4),

@@ -8,10 +8,10 @@ import torch
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from .config.auto import fill_auto_for_library, hidden_size_of
-from .config.settings import check_config, check_precision, read_config, zeroth_order_type
+from .config import Config, load
+from .config.settings import check_precision, read_config, zeroth_order_type
 from .distributed import collective
-from .distributed.start import init_distributed, launched_world_size
+from .distributed.start import launched_world_size
 from .distributed.waiting import current_limit, limit_waits, time_limit
 from .durability.engine import ZerothOrderEngine
 from .errors import ConfigError
@@ -19,10 +19,11 @@ from .zero3 import agreement
 from .zero3.data import check_training_data, length_of
 from .zero3.losses import LossFn
 from .zero3.optimizer import ZerothOrderOptimizer
+from .zero3.start import init_distributed
 
 
-def _checked(model, optimizer, model_parameters, training_data, configs: tuple) -> tuple[dict, torch.optim.Optimizer | None]:
-    """The configuration without "auto", and the optimizer, if the caller brings one. Raises ConfigError."""
+def _checked(model, optimizer, model_parameters, training_data, configs) -> tuple[Config, torch.optim.Optimizer | None]:
+    """The configuration, and the optimizer, if the caller brings one. Raises ConfigError."""
     if not isinstance(model, torch.nn.Module) or isinstance(model, PipelineModule):
         raise ConfigError(f"model is a {type(model).__name__}; pass a torch.nn.Module that is not a PipelineModule")
     config, config_params, args = configs
@@ -30,20 +31,20 @@ def _checked(model, optimizer, model_parameters, training_data, configs: tuple) 
     from_args = getattr(args, "deepspeed_config", None)
     if (config is None) == (from_args is None):
         raise ValueError(f"pass the DeepSpeed configuration once: config={config!r}, args.deepspeed_config={from_args!r}")
-    config = read_config(config if config is not None else from_args)
-    if zeroth_order_type(config) is not None or isinstance(optimizer, ZerothOrderOptimizer):
+    source = from_args if config is None else config
+    source = source if isinstance(source, Config) else read_config(source)
+    if zeroth_order_type(read_config(source)) is not None or isinstance(optimizer, ZerothOrderOptimizer):
         check_training_data(training_data)
-    config = fill_auto_for_library(
-        config,
-        world_size=launched_world_size(),
-        hidden_size=hidden_size_of(getattr(model, "config", None)),
-        num_examples=length_of(training_data),
-    )
-    if optimizer is None:
-        check_config(config)
-    elif not isinstance(optimizer, torch.optim.Optimizer):  # DeepSpeed's other form: a function of the parameters
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):  # DeepSpeed's other form: a function
         optimizer = optimizer(list(model.parameters() if model_parameters is None else model_parameters))
-    return config, optimizer
+    loaded = load(
+        source,
+        world_size=launched_world_size(),
+        model_info=getattr(model, "config", None),
+        num_examples=length_of(training_data),
+        optimizer=optimizer,
+    )
+    return loaded, optimizer
 
 
 def initialize(
@@ -57,7 +58,7 @@ def initialize(
     mpu=None,
     dist_init_required: bool | None = None,
     collate_fn: Callable | None = None,
-    config: dict | str | None = None,
+    config: dict | str | Config | None = None,
     config_params: dict | str | None = None,
     *,
     loss_fn: LossFn | None = None,
@@ -90,19 +91,10 @@ def initialize(
         check_precision(config)
         agreement.require_same(agreement.of_run(model, config, optimizer, training_data))
         engine = ZerothOrderEngine(
-            args=args,
-            model=model,
-            optimizer=optimizer,
-            model_parameters=model_parameters,
-            training_data=training_data,
-            lr_scheduler=lr_scheduler,
-            mpu=mpu,
-            dist_init_required=dist_init_required,
-            collate_fn=collate_fn,
-            config=config,
-            config_class=DeepSpeedConfig(config, mpu),
-            loss_fn=loss_fn,
-        )
+            args=args, model=model, optimizer=optimizer, model_parameters=model_parameters, training_data=training_data,
+            lr_scheduler=lr_scheduler, mpu=mpu, dist_init_required=dist_init_required, collate_fn=collate_fn,
+            config=config.deepspeed, config_class=DeepSpeedConfig(config.deepspeed, mpu), settings=config, loss_fn=loss_fn,
+        )  # fmt: skip
         if isinstance(engine.optimizer, ZerothOrderOptimizer):
             agreement.require_same(agreement.of_groups(engine.optimizer))
         limit_waits(current_limit())

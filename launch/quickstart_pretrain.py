@@ -11,17 +11,14 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 import ds_zoadamu
-from ds_zoadamu.config.auto import fill_auto
-from ds_zoadamu.config.settings import read_config
+from ds_zoadamu.config import load
 from ds_zoadamu.distributed.ending import run_command
+from ds_zoadamu.distributed.start import launched_rank, launched_world_size
 from ds_zoadamu.training.main import run_script
-from ds_zoadamu.training.plan import rank, world_size
 from ds_zoadamu.zero3.data import MicroBatchSampler, repeat
-
-HIDDEN_SIZE = 128
 
 
 def blocks(tokenizer, path: Path, length: int) -> torch.Tensor:
@@ -38,7 +35,8 @@ def collate(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def pretrain(args: argparse.Namespace) -> None:
-    config = fill_auto(read_config(args.deepspeed_config), args, world_size=world_size(), hidden_size=HIDDEN_SIZE)
+    model_info = AutoConfig.from_pretrained(args.model_name_or_path)
+    config = load(args.deepspeed_config, world_size=launched_world_size(), model_info=model_info, overrides=args)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     data = blocks(tokenizer, args.corpus, length=64)
     model = ds_zoadamu.load_causal_lm(args.model_name_or_path, config=config)
@@ -53,7 +51,7 @@ def pretrain(args: argparse.Namespace) -> None:
     )
     batches = repeat(torch.utils.data.DataLoader(data, batch_sampler=sampler, collate_fn=collate))
     engine.train()
-    with tqdm(range(args.max_steps), desc="pre-training", unit="step", disable=rank() != 0) as bar:
+    with tqdm(range(args.max_steps), desc="pre-training", unit="step", disable=launched_rank() != 0) as bar:
         for _ in bar:
             loss = engine(**next(batches)).loss
             engine.backward(loss)

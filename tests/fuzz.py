@@ -146,18 +146,11 @@ TENSORS = {
 }
 
 
-def journal_reader(folder: Path) -> Reader:
-    """A run of six steps of ZO-AdaMU on a base in two files; read, printed and replayed."""
-    base, path, output = folder / "base", folder / "journal.jsonl", folder / "output"
-    base.mkdir()
-    weight_map = {name: f"model-0000{1 + (name > 'c')}-of-00002.safetensors" for name in TENSORS}
-    for file in set(weight_map.values()):
-        safetensors.torch.save_file({n: t for n, t in TENSORS.items() if weight_map[n] == file}, base / file)
-    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (base / "config.json").write_text('{"model_type": "opt"}')
+def _header(base: Path) -> dict[str, Any]:
+    """Of a journal of a run on ``base``."""
     trained = [name for name, tensor in TENSORS.items() if tensor.is_floating_point()]
     given = {"lr": 1e-3, "total_steps": 12, "num_perturbations": 2, "momentum": {"window_tolerance": 0.05, "max_window": 200}}
-    header = {
+    return {
         "noise_version": 1,
         "optimizer": "ZOAdaMU",
         "options": dataclasses.asdict(RULES["ZOAdaMU"].config_class.parse(given)),
@@ -179,7 +172,18 @@ def journal_reader(folder: Path) -> Reader:
         "untrained": [["buffer", "int64"]],
         "base": base_identity(None, base),
     }
-    journal = Journal.create(path, header)
+
+
+def journal_reader(folder: Path) -> Reader:
+    """A run of six steps of ZO-AdaMU on a base in two files; read, printed and replayed."""
+    base, path, output = folder / "base", folder / "journal.jsonl", folder / "output"
+    base.mkdir()
+    weight_map = {name: f"model-0000{1 + (name > 'c')}-of-00002.safetensors" for name in TENSORS}
+    for file in set(weight_map.values()):
+        safetensors.torch.save_file({n: t for n, t in TENSORS.items() if weight_map[n] == file}, base / file)
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (base / "config.json").write_text('{"model_type": "opt"}')
+    journal = Journal.create(path, _header(base))
     for step in range(1, 7):
         grads, lrs = (round_grad(0.1 * step), float("nan") if step == 3 else round_grad(-0.7 / step)), (1e-3 / step, 2e-3)
         journal.append(Record(step, 2.0 + 0.1 * step, 2.1, grads, lrs, step == 3, (0, 4 * step)))
@@ -224,6 +228,34 @@ def journal_reader(folder: Path) -> Reader:
     return Reader(write, read, (JournalError, ReplayError))
 
 
+def _manifest(entries: list[dict], numels: dict[str, int]) -> dict[str, Any]:
+    """Of a checkpoint with these entries of files."""
+    identity = {
+        "noise_version": 1,
+        "optimizer": "MeZO",
+        "options": dataclasses.asdict(RULES["MeZO"].config_class.parse({"lr": 1e-3})),
+        "groups": [{"weight_decay": 0.0}],
+        "micro_batch_size": 2,
+        "micro_batches_a_step": 4,
+        "data": None,
+        "parameters": [{"name": n, "shape": [count], "dtype": "float32", "group": 0} for n, count in numels.items()],
+    }
+    return {
+        "step": 4,
+        "identity": identity,
+        "world_size": 2,
+        "counters": {"global_steps": 4, "global_samples": 32, "skipped_steps": 0},
+        "skipped_in_a_row": 0,
+        "lrs": [1e-3],
+        "lr_scheduler": {"type": "WarmupLR", "state": {"last_batch_iteration": 3}},
+        "data_position": [0, 16],
+        "client_state": encode({"best": float("inf"), 3: (1, {2}), "counts": Counter(a=1), "rng": torch.arange(4)}, "it"),
+        "journal_checksum": "0" * 16,
+        "files": entries,
+        "data_state": None,
+    }
+
+
 def checkpoint_reader(folder: Path) -> Reader:
     """A checkpoint of two ranks; found, verified, and read by one rank that needs all of it."""
     path, numels = folder / "global_step4", {"a": 13, "b": 2}
@@ -239,30 +271,8 @@ def checkpoint_reader(folder: Path) -> Reader:
         writer.close()
         data = (path / name).read_bytes()
         entries.append({"file": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "ranges": ranges})
-    identity = {
-        "noise_version": 1,
-        "optimizer": "MeZO",
-        "options": dataclasses.asdict(RULES["MeZO"].config_class.parse({"lr": 1e-3})),
-        "groups": [{"weight_decay": 0.0}],
-        "micro_batch_size": 2,
-        "micro_batches_a_step": 4,
-        "data": None,
-        "parameters": [{"name": n, "shape": [count], "dtype": "float32", "group": 0} for n, count in numels.items()],
-    }
-    manifest = {
-        "step": 4,
-        "identity": identity,
-        "world_size": 2,
-        "counters": {"global_steps": 4, "global_samples": 32, "skipped_steps": 0},
-        "skipped_in_a_row": 0,
-        "lrs": [1e-3],
-        "lr_scheduler": {"type": "WarmupLR", "state": {"last_batch_iteration": 3}},
-        "data_position": [0, 16],
-        "client_state": encode({"best": float("inf"), 3: (1, {2}), "counts": Counter(a=1), "rng": torch.arange(4)}, "it"),
-        "journal_checksum": "0" * 16,
-        "files": entries,
-        "data_state": None,
-    }
+    manifest = _manifest(entries, numels)
+    identity = manifest["identity"]
     whole = {file.name: file.read_bytes() for file in path.iterdir()}
     whole[store.MANIFEST] = store.encode_manifest(manifest)
     plain = {"format": store.FORMAT, "version": store.FORMAT_VERSION, **manifest}

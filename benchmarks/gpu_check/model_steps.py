@@ -43,7 +43,7 @@ def build_engine(name: str, device: Device):
     import transformers
 
     import ds_zoadamu
-    from ds_zoadamu.distributed.start import init_distributed
+    from ds_zoadamu.zero3.start import init_distributed
 
     init_distributed()  # else Transformers has DeepSpeed do it, which in a dry run compiles an operator for CPUs first
     total = 600
@@ -129,6 +129,17 @@ def wall_seconds(function: Callable[[], object], device: Device) -> float:
     return time.perf_counter() - begin
 
 
+def _timed(two_forwards: Callable, step: Callable, rounds: int, device: Device) -> tuple[list[float], list[float], int]:
+    """Seconds of each, in turns, and the allocator's highest peak in a step."""
+    forwards, steps, peak = [], [], 0
+    for _ in range(rounds):
+        forwards.append(wall_seconds(two_forwards, device))
+        device.peak_bytes(reset=True)
+        steps.append(wall_seconds(step, device))
+        peak = max(peak, device.peak_bytes())
+    return forwards, steps, peak
+
+
 def run_model(name: str, device: Device) -> dict:
     import torch
 
@@ -157,12 +168,7 @@ def run_model(name: str, device: Device) -> dict:
     if name == "opt-13b":
         two_forwards()
         engine.train_batch(inputs)
-    forwards, steps, peak = [], [], 0
-    for _ in range(rounds):
-        forwards.append(wall_seconds(two_forwards, device))
-        device.peak_bytes(reset=True)
-        steps.append(wall_seconds(lambda: engine.train_batch(inputs), device))
-        peak = max(peak, device.peak_bytes())
+    forwards, steps, peak = _timed(two_forwards, lambda: engine.train_batch(inputs), rounds, device)
     figures = {
         "parameters": sum(p.numel for p in engine.optimizer.partitions), "momentum": momentum, "batch": [batch, length],
         "build_seconds": build, "two_forwards_seconds": forwards, "step_seconds": steps, "peak_bytes": peak,

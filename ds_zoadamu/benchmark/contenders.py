@@ -9,11 +9,11 @@ from pathlib import Path
 
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
+from ds_zoadamu.config.sections import check_stage
 from ds_zoadamu.config.settings import read_config, zeroth_order_type
 from ds_zoadamu.rules import RULES
 from ds_zoadamu.rules.zo_adamu import MOMENTUM_DTYPES
 from ds_zoadamu.tasks import InputError
-from ds_zoadamu.training.plan import check_stage
 
 PLAIN = "plain-mezo"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -98,7 +98,7 @@ def _checked(contender: Contender) -> Contender:
     if zeroth_order_type({"optimizer": {"type": kind}}) is None and str(kind).lower() not in DEEPSPEED_OPTIMIZERS:
         known = [*RULES, *DEEPSPEED_OPTIMIZERS]
         raise InputError(f"{name}: optimizer.type is {kind!r}; known: {', '.join(known)}")
-    check_stage(config, name)
+    check_stage(config, f"{name}: ")
     if contender.zeroth_order:
         params = section.get("params", {})
         for key in ("seed", *({"total_steps"} & params.keys())):

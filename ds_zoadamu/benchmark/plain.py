@@ -13,16 +13,17 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM
 
-from ds_zoadamu.distributed.start import init_distributed
+from ds_zoadamu.distributed.start import launched_world_size
 from ds_zoadamu.errors import NonFiniteLossError
 from ds_zoadamu.tasks import Evaluation, InputError, evaluate
 from ds_zoadamu.training.arguments import check_arguments
 from ds_zoadamu.training.memory import PeakMemory
 from ds_zoadamu.training.output import BEST, PROFILE, RESULTS, OutputDirectory, environment, quantiles
-from ds_zoadamu.training.plan import encode_splits, read_model_input, world_size
+from ds_zoadamu.training.plan import encode_splits, read_model_input
 from ds_zoadamu.training.progress import better
 from ds_zoadamu.training.summary import scores
 from ds_zoadamu.zero3.data import MicroBatchSampler, repeat
+from ds_zoadamu.zero3.start import init_distributed
 
 _WARM_UP, _MAX_SKIPPED = 3, 10
 
@@ -57,12 +58,12 @@ class _Run:
 
     def __init__(self, args: Namespace, optimizer: Callable[..., PlainOptimizer]):
         check_arguments(args)
-        if world_size() != 1:
-            raise InputError(f"the plain MeZO loop holds the whole model: it runs on 1 rank, not on {world_size()}")
+        if launched_world_size() != 1:
+            raise InputError(f"the plain MeZO loop holds the whole model: it runs on 1 rank, not on {launched_world_size()}")
         if args.weight_decay:
             raise InputError(f"--weight_decay {args.weight_decay}: the plain MeZO loop has none; leave it out")
         self.args, self.output = args, OutputDirectory(args.output_dir, writes=True, overwrite=args.overwrite_output_dir)
-        self.plan = encode_splits(args, {}, read_model_input(args))
+        self.plan = encode_splits(args, None, read_model_input(args))
         accumulation, size = args.gradient_accumulation_steps or 1, args.per_device_train_batch_size or 8
         sampler = MicroBatchSampler(len(self.plan.train), size, accumulation, 0, 1, args.seed)
         collate, self.accumulation = self.plan.model_input.collate, accumulation

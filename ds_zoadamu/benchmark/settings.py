@@ -9,8 +9,9 @@ from deepspeed.accelerator import get_accelerator
 from ds_zoadamu.benchmark.arguments import shared_arguments
 from ds_zoadamu.benchmark.contenders import Contender
 from ds_zoadamu.benchmark.grid import Point
-from ds_zoadamu.config.auto import DEFAULT_MICRO_BATCH_SIZE, fill_auto
-from ds_zoadamu.config.settings import check_config, check_precision
+from ds_zoadamu.config import Config, load
+from ds_zoadamu.config.auto import DEFAULT_MICRO_BATCH_SIZE
+from ds_zoadamu.config.settings import check_precision
 from ds_zoadamu.errors import ConfigError
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.arguments import check_arguments, finetune_parser
@@ -33,7 +34,7 @@ def check_settings(args: Namespace, contenders: Sequence[Contender], grids: dict
     model_input = read_model_input(run_args)
     filled = {c.name: _filled(args, c, grids[c.name], model_input) for c in contenders if not c.plain}
     batch = _equal({name: _batch_settings(config) for name, config in filled.items()}) or _plain_batch(args)
-    plan: Plan = encode_splits(finetune_args(args, max_steps=1, seed=args.seeds[0]), {}, model_input)
+    plan: Plan = encode_splits(finetune_args(args, max_steps=1, seed=args.seeds[0]), None, model_input)
     if batch["train_batch_size"] > len(plan.train):
         raise InputError(f"--num_train {len(plan.train)} is less than one step's {batch['train_batch_size']} examples")
     return {
@@ -51,13 +52,12 @@ def finetune_args(args: Namespace, point: Point | None = None, **more: object) -
     return finetune_parser().parse_args(words)
 
 
-def _filled(args: Namespace, contender: Contender, points: Sequence[Point], model_input: ModelInput) -> dict:
+def _filled(args: Namespace, contender: Contender, points: Sequence[Point], model_input: ModelInput) -> Config:
     """The configuration of the last point; all of them and all seeds are checked."""
     try:
         for seed, steps, point in itertools.product(args.seeds, _lengths(args), points):
             run_args = finetune_args(args, point, max_steps=steps, seed=seed)
-            config = fill_auto(contender.config, run_args, world_size=args.ranks, hidden_size=model_input.hidden_size)
-            check_config(config)
+            config = load(contender.config, world_size=args.ranks, model_info=model_input, overrides=run_args)
         if get_accelerator().is_synchronized_device():  # a CPU; this process keeps off a GPU, where each run asks for itself
             check_precision(config)
     except (InputError, ConfigError) as error:
@@ -71,12 +71,9 @@ def _lengths(args: Namespace) -> set[int]:
     return {steps, args.trial_steps or max(1, steps // 4)}
 
 
-def _batch_settings(config: dict) -> dict:
-    def enabled(section: str) -> bool:
-        return bool(config.get(section, {}).get("enabled"))
-
-    precision = "bf16" if enabled("bf16") else "fp16" if enabled("fp16") else "fp32"
-    return {**{name: config.get(name) for name in _EQUAL[:-1]}, "precision": precision}
+def _batch_settings(config: Config) -> dict:
+    batch = config.batch
+    return dict(zip(_EQUAL, (batch.train, batch.micro, batch.accumulation, config.precision), strict=True))
 
 
 def _equal(settings: dict[str, dict]) -> dict | None:

@@ -9,7 +9,8 @@ from typing import Any
 from ..errors import ConfigError
 from ..rules import RULES
 from ..rules.options import reject_unknown
-from .settings import check_warmup, zeroth_order_type
+from .learning_rate import check_warmup
+from .sections import batch_of, value_at
 
 DEFAULT_MICRO_BATCH_SIZE = 8
 DEFAULT_LEARNING_RATE = 5e-5
@@ -29,65 +30,56 @@ _OBJECTS = {
 _WARMUPS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 
 
-def fill_auto(config: dict, args: Namespace, *, world_size: int, hidden_size: int | None) -> dict:
-    """A copy of a DeepSpeed configuration without "auto" values.
+def fill(
+    config: dict, overrides: Namespace | None, *, rule: str | None, world_size: int, hidden_size: int | None,
+    num_examples: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """A copy of a DeepSpeed configuration without "auto" values; ``rule`` is the zeroth-order one that it asks for.
 
-    A value of "auto" takes its argument or the argument's default. An argument that was given also fills a key that the
-    JSON leaves out, and must agree with one that the JSON fixes.
+    A value of "auto" takes its argument or the argument's default; in ``overrides``, of `finetune_parser` or some of it, None
+    or absent stands for "not given". An argument that was given also fills a key that the JSON leaves out, and must agree with
+    one that the JSON fixes. Without a command line there are as many steps as the JSON says or ``num_examples`` make, and
+    ZeRO's bucket sizes are left to DeepSpeed where the model's hidden size is unknown.
 
-    Args:
-        config: the JSON.
-        args: of `finetune_parser` or some of them; None or absent stands for "not given".
-        world_size: number of ranks.
-        hidden_size: of the model, for ZeRO's bucket sizes; None: unknown.
-
-    Raises:
-        ConfigError: an argument contradicts the JSON, or an "auto" that nothing fills.
+    Raises ConfigError: an argument contradicts the JSON, or an "auto" that nothing fills.
     """
-    _check_objects(config)
-    filler, given = _Filler(copy.deepcopy(config)), vars(args)
-    rule = zeroth_order_type(config)
-    _fill_batches(filler, given, world_size)
-    _fill_optimizer(filler, given, rule is not None)
-    _fill_scheduler(filler, given)
-    for section, wanted in (("bf16", given.get("bf16")), ("fp16", given.get("fp16"))):
-        filler.fill(f"{section}.enabled", wanted or None, False, f"--{section}")
+    config, in_library = copy.deepcopy(config), overrides is None
+    if in_library and not has_auto(config):
+        return config
+    filler = _Filler(config, {} if in_library else vars(overrides))
+    filler.check_objects()
+    _fill_batches(filler, world_size)
+    if in_library:
+        filler.given = {"seed": 0, "max_steps": _steps_of_library(config, num_examples, world_size)}
+    _fill_optimizer(filler, rule is not None)
+    _fill_scheduler(filler)
+    for section in ("bf16", "fp16"):
+        filler.fill(f"{section}.enabled", False, section)
     if hidden_size is not None:
-        filler.fill("zero_optimization.reduce_bucket_size", None, hidden_size * hidden_size)
-        filler.fill("zero_optimization.stage3_prefetch_bucket_size", None, int(0.9 * hidden_size * hidden_size))
-        filler.fill("zero_optimization.stage3_param_persistence_threshold", None, 10 * hidden_size)
+        for key, size in bucket_sizes(hidden_size).items():
+            filler.fill(f"zero_optimization.{key}", size)
+    elif in_library and (zero := config.get("zero_optimization")):
+        config["zero_optimization"] = {key: value for key, value in zero.items() if value != "auto"}
     if rule is not None:  # for what nobody reads no value would do
         reject_unknown("optimizer.params", filler.get("optimizer.params") or {}, RULES[rule].config_class.names())
-    for path in _auto_paths(filler.config):
+    for path in _auto_paths(config):
         raise ConfigError(
             f'the DeepSpeed JSON has {path} = "auto", which nothing here fills; leave it out for its default, or give a value'
         )
-    return filler.config
+    return config
 
 
-def fill_auto_for_library(config: dict, *, world_size: int, hidden_size: int | None, num_examples: int | None) -> dict:
-    """``fill_auto`` where no command line is: its defaults, and as many steps as the JSON says or one epoch of the data has.
-
-    Args:
-        num_examples: of the training data; None: unknown, then the number of steps must be given.
-        hidden_size: None: DeepSpeed's own defaults stand where the JSON has "auto" for ZeRO's bucket sizes.
-
-    Raises:
-        ConfigError: an "auto" that nothing fills.
-    """
-    if not has_auto(config):
-        return config
-    _check_objects(config)
-    config = copy.deepcopy(config)
-    if hidden_size is None:
-        zero = config.get("zero_optimization", {})
-        config["zero_optimization"] = {key: value for key, value in zero.items() if value != "auto"}
-    options = {"world_size": world_size, "hidden_size": hidden_size}
-    steps = _steps_of_library(config, num_examples, options)
-    return fill_auto(config, Namespace(max_steps=steps, seed=0), **options)
+def bucket_sizes(hidden_size: int) -> dict[str, int]:
+    """What "auto" stands for in zero_optimization."""
+    square = hidden_size * hidden_size
+    return {
+        "reduce_bucket_size": square,
+        "stage3_prefetch_bucket_size": int(0.9 * square),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
 
 
-def _steps_of_library(config: dict, num_examples: int | None, options: dict) -> int | None:
+def _steps_of_library(config: dict, num_examples: int | None, world_size: int) -> int | None:
     """The number of steps for "auto": what the JSON has for the run, else those of one epoch; None where nothing needs it."""
     asking = [path for path in STEPS_OF_A_RUN if value_at(config, path) == "auto"]
     given = [value_at(config, path) for path in STEPS_OF_A_RUN if isinstance(value_at(config, path), int)]
@@ -98,61 +90,49 @@ def _steps_of_library(config: dict, num_examples: int | None, options: dict) -> 
             f'{asking[0]} is "auto"; it is filled with the steps of an epoch where training_data has a length. Give the number '
             "of steps, or pass training_data"
         )
-    filled = fill_auto(config, Namespace(max_steps=1, seed=0), **options)
-    micro, accumulation = (filled.get(key, 1) for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"))
-    batch = filled.get("train_batch_size", micro * accumulation * options["world_size"])
-    return max(1, num_examples // batch)
+    batch = batch_of(config, world_size)
+    return max(1, num_examples // (batch.train or batch.accumulation * world_size))
 
 
-def _fill_batches(filler: "_Filler", given: dict, world_size: int) -> None:
-    micro = filler.fill(
-        "train_micro_batch_size_per_gpu",
-        given.get("per_device_train_batch_size"),
-        DEFAULT_MICRO_BATCH_SIZE,
-        "--per_device_train_batch_size",
-    )
-    total = filler.get("train_batch_size")
-    accumulation = 1
-    if micro is not None and isinstance(total, int):
-        accumulation = max(1, total // (micro * world_size))
-    accumulation = filler.fill(
-        "gradient_accumulation_steps", given.get("gradient_accumulation_steps"), accumulation, "--gradient_accumulation_steps"
-    )
-    if micro is not None:
-        filler.fill("train_batch_size", None, micro * (accumulation or 1) * world_size)
+def _fill_batches(filler: "_Filler", world_size: int) -> None:
+    filler.fill("train_micro_batch_size_per_gpu", DEFAULT_MICRO_BATCH_SIZE, "per_device_train_batch_size")
+    accumulation = "gradient_accumulation_steps"
+    filler.fill(accumulation, batch_of(filler.config, world_size).accumulation, accumulation)
+    if (train := batch_of(filler.config, world_size).train) is not None:
+        filler.fill("train_batch_size", train)
 
 
-def _fill_optimizer(filler: "_Filler", given: dict, zeroth_order: bool) -> None:
+def _fill_optimizer(filler: "_Filler", zeroth_order: bool) -> None:
     default_lr = DEFAULT_ZEROTH_ORDER_LEARNING_RATE if zeroth_order else DEFAULT_LEARNING_RATE
-    filler.fill("optimizer.params.lr", given.get("learning_rate"), default_lr, "--learning_rate")
-    filler.fill("optimizer.params.weight_decay", given.get("weight_decay"), 0.0, "--weight_decay")
+    filler.fill("optimizer.params.lr", default_lr, "learning_rate")
+    filler.fill("optimizer.params.weight_decay", 0.0, "weight_decay")
     if zeroth_order:
-        filler.fill("optimizer.params.zo_eps", given.get("zo_eps"), 1e-3, "--zo_eps")
-        filler.fill("optimizer.params.total_steps", None, given.get("max_steps"))
-        filler.fill("optimizer.params.seed", None, given.get("seed"))
-        filler.fill("gradient_clipping", None, 0.0)
+        filler.fill("optimizer.params.zo_eps", 1e-3, "zo_eps")
+        filler.fill("optimizer.params.total_steps", filler.given.get("max_steps"))
+        filler.fill("optimizer.params.seed", filler.given.get("seed"))
+        filler.fill("gradient_clipping", 0.0)
     else:
-        filler.fill("optimizer.params.betas", None, [0.9, 0.999])
-        filler.fill("optimizer.params.eps", None, 1e-8)
-        filler.fill("gradient_clipping", given.get("max_grad_norm"), 1.0, "--max_grad_norm")
+        filler.fill("optimizer.params.betas", [0.9, 0.999])
+        filler.fill("optimizer.params.eps", 1e-8)
+        filler.fill("gradient_clipping", 1.0, "max_grad_norm")
 
 
-def _fill_scheduler(filler: "_Filler", given: dict) -> None:
+def _fill_scheduler(filler: "_Filler") -> None:
+    steps, left_open = filler.given.get("warmup_steps"), filler.get("scheduler.params.warmup_num_steps") in (None, "auto")
     if "scheduler" not in filler.config:
-        if given.get("warmup_steps") is not None:
+        if steps is not None:
             raise ConfigError(
                 '--warmup_steps is given but the DeepSpeed JSON has no "scheduler"; add one, for example WarmupDecayLR'
             )
         return
-    filler.fill("scheduler.params.warmup_min_lr", None, 0.0)
+    filler.fill("scheduler.params.warmup_min_lr", 0.0)
     highest = "scheduler.params.warmup_max_lr"
     # Where the JSON has one, it takes the place of the optimizer's lr.
-    asked = given.get("learning_rate") if filler.get(highest) is not None else None
-    filler.fill(highest, asked, filler.get("optimizer.params.lr"), "--learning_rate")
-    filler.fill("scheduler.params.total_num_steps", None, given.get("max_steps"))
-    steps, left_open = given.get("warmup_steps"), filler.get("scheduler.params.warmup_num_steps") in (None, "auto")
-    # DeepSpeed refuses a warm-up of 0 steps; 1 is what the Trainer takes for "none".
-    filler.fill("scheduler.params.warmup_num_steps", 1 if steps == 0 and left_open else steps, 1, "--warmup_steps")
+    filler.fill(highest, filler.get("optimizer.params.lr"), "learning_rate" if filler.get(highest) is not None else None)
+    filler.fill("scheduler.params.total_num_steps", filler.given.get("max_steps"))
+    if steps == 0 and left_open:  # DeepSpeed refuses it; 1 is what the Trainer takes for "none"
+        filler.given["warmup_steps"] = 1
+    filler.fill("scheduler.params.warmup_num_steps", 1, "warmup_steps")
     if not steps and left_open and filler.get("scheduler.params.warmup_num_steps") is not None:
         _leave_out_warmup(filler)
     check_warmup(filler.config)
@@ -173,36 +153,26 @@ def _leave_out_warmup(filler: "_Filler") -> None:
             filler.set(path, 0)
 
 
-def value_at(config: dict, path: str) -> Any:
-    """The value at a dotted path of a configuration; None where it or a section above it is absent."""
-    value: Any = config
-    for key in path.split("."):
-        if not isinstance(value, dict) or key not in value:
-            return None
-        value = value[key]
-    return value
-
-
 class _Filler:
-    def __init__(self, config: dict):
+    def __init__(self, config: dict, arguments: dict):
         self.config = config
+        self.given = {name: value for name, value in arguments.items() if value is not None and value is not False}
 
     def get(self, path: str) -> Any:
         return value_at(self.config, path)
 
-    def fill(self, path: str, given: Any, default: Any, argument: str = "") -> Any:
-        """Fills "auto" with what was given or the default; returns the value that stands at last (None if absent)."""
-        present = self.get(path)
+    def fill(self, path: str, default: Any, argument: str | None = None) -> None:
+        """Fill "auto" with the argument or the default, and what is left out with the argument."""
+        present, given = self.get(path), self.given.get(argument)
         if present == "auto":
             self.set(path, default if given is None else given)
         elif given is not None and present is None:
             self.set(path, given)
         elif given is not None and present != given:
             raise ConfigError(
-                f"{argument} {given} contradicts the DeepSpeed JSON, where {path} is {present}; "
-                f'set it to "auto" there or leave out {argument}'
+                f"--{argument} {given} contradicts the DeepSpeed JSON, where {path} is {present}; "
+                f'set it to "auto" there or leave out --{argument}'
             )
-        return self.get(path)
 
     def set(self, path: str, value: Any) -> None:
         """Makes the sections above it too."""
@@ -212,14 +182,12 @@ class _Filler:
             node = node.setdefault(section, {})
         node[key] = value
 
-
-def _check_objects(config: dict) -> None:
-    """Raises ConfigError for a section that is filled and is no object."""
-    filler = _Filler(config)
-    for path, example in _OBJECTS.items():
-        value = filler.get(path)
-        if value is not None and not isinstance(value, dict):
-            raise ConfigError(f"{path} is {json.dumps(value)}; it must be an object, for example {example}")
+    def check_objects(self) -> None:
+        """Raises ConfigError for a section that is filled and is no object."""
+        for path, example in _OBJECTS.items():
+            value = self.get(path)
+            if value is not None and not isinstance(value, dict):
+                raise ConfigError(f"{path} is {json.dumps(value)}; it must be an object, for example {example}")
 
 
 def has_auto(config: dict) -> bool:

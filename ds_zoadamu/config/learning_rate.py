@@ -6,6 +6,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..rules.options import check_shrinking, learning_rate
 from ..rules.options import decay as allowed_decay
+from .sections import value_at
 
 
 def check_scheduler(scheduler: Any) -> None:
@@ -26,12 +27,21 @@ def check_scheduler(scheduler: Any) -> None:
 
 def check_scheduler_section(config: dict) -> None:
     """Raises ConfigError for an lr in the parameters of a JSON's scheduler that no step may have."""
-    section = config.get("scheduler")
-    params = section.get("params") if isinstance(section, dict) else None
+    params = value_at(config, "scheduler.params")
     for key, value in params.items() if isinstance(params, dict) else ():
         if key.endswith("_lr"):
             for lr in value if isinstance(value, list) else (value,):
                 learning_rate("scheduler.params", key, lr)
+
+
+def check_warmup(config: dict) -> None:
+    """Raises ConfigError for a warm-up of the JSON's scheduler that DeepSpeed would refuse with the model in partitions."""
+    steps = value_at(config, "scheduler.params.warmup_num_steps")
+    if steps not in (None, "auto") and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise ConfigError(
+            f'scheduler.params.warmup_num_steps is {steps!r}; it must be an integer >= 1, or "auto" without --warmup_steps '
+            "for no warm-up"
+        )
 
 
 def check_lrs(optimizer: Any, scheduler: Any) -> None:

@@ -1,9 +1,11 @@
-"""The "optimizer" section of a DeepSpeed JSON, and the DeepSpeed settings that cannot work with it.
+"""From a DeepSpeed JSON to a ``Config``: read, filled and checked once, by ``load``. Everything else takes the Config.
 
 DeepSpeed itself ignores keys that it does not know, so a misspelt option would train with its default. Ours are refused.
 """
 
 import platform
+from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +15,102 @@ from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
 from ..distributed import collective
 from ..errors import ConfigError
-from ..files.untrusted import parse_json
-from ..rules import RULES, RuleConfig
+from ..files.json_files import read_json
+from ..rules import RULES, Rule, RuleConfig
 from ..rules.options import reject_unknown
-from ..zero3 import nvme
-from .learning_rate import check_scheduler_section
+from .auto import fill, hidden_size_of
+from .offload import Offload
+from .refusals import check_deepspeed_settings
+from .sections import DTYPES, Batch, batch_of, precision_of, value_at
 
 
-def read_config(config: dict | str | Path) -> dict:
-    """A DeepSpeed configuration as a dict, from a dict or the path of a JSON file. Raises ConfigError."""
-    if isinstance(config, dict):
-        return config
-    what = f"DeepSpeed configuration {str(config)!r}"
-    loaded = read_json(config, what)
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What a DeepSpeed JSON says, without "auto", and checked where a zeroth-order rule is to work with it.
+
+    Attributes:
+        rule, options: the zeroth-order rule by its name and its options; None for an optimizer of DeepSpeed's or torch's.
+        deepspeed: the JSON, as DeepSpeed is given it; not to be changed.
+        world_size: number of ranks for which it is.
+        precision: of the weights, "fp32", "bf16" or "fp16".
+    """
+
+    rule: str | None
+    options: RuleConfig | None
+    deepspeed: dict[str, Any]
+    world_size: int
+    precision: str
+    batch: Batch
+    offload: Offload
+
+    @property
+    def optimizer(self) -> str | None:
+        """The name of the JSON's optimizer."""
+        return value_at(self.deepspeed, "optimizer.type")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return DTYPES[self.precision]
+
+
+def load(
+    source: "dict | str | Path | Config",
+    *,
+    world_size: int = 1,
+    model_info: Any = None,
+    overrides: Namespace | None = None,
+    num_examples: int | None = None,
+    optimizer: Any = None,
+) -> Config:
+    """The one way from a DeepSpeed JSON to what is done with it.
+
+    Args:
+        source: the JSON, its path, or a Config, which is returned as it is.
+        world_size: number of ranks.
+        model_info: a Transformers configuration, or whatever else has a ``hidden_size``, for ZeRO's bucket sizes.
+        overrides: a command line that fills "auto"; None: the library's defaults. See ``auto.fill``.
+        num_examples: of the library's training data; None: unknown, then the number of steps must be given.
+        optimizer: an object that takes the place of the JSON's optimizer.
+
+    Raises:
+        ConfigError: a file that cannot be read, an "auto" that nothing fills, a setting that cannot work.
+    """
+    if isinstance(source, Config) and optimizer is None:
+        return source
+    given = read_config(source)
+    name, options = zeroth_order_type(given), None
+    sizes = {"world_size": world_size, "hidden_size": hidden_size_of(model_info), "num_examples": num_examples}
+    filled = fill(given, overrides, rule=name, **sizes)
+    if optimizer is None:
+        options = check_config(filled)
+    else:
+        rule = getattr(optimizer, "rule", None)
+        name, options = (rule.name, rule.config) if isinstance(rule, Rule) else (None, None)
+        if name is not None:
+            check_deepspeed_settings(filled)
+    return Config(
+        rule=name,
+        options=options,
+        deepspeed=filled,
+        world_size=world_size,
+        precision=precision_of(filled),
+        batch=batch_of(filled, world_size),
+        offload=Offload.of(filled),
+    )
+
+
+def read_config(source: "dict | str | Path | Config") -> dict:
+    """A DeepSpeed configuration as a dict, from a dict, the path of a JSON file or a Config. Raises ConfigError."""
+    if isinstance(source, Config):
+        return source.deepspeed
+    if isinstance(source, dict):
+        return source
+    what = f"DeepSpeed configuration {str(source)!r}"
+    loaded = read_json(source, what)
     if not isinstance(loaded, dict):
         raise ConfigError(f"{what} holds a {type(loaded).__name__}; it must be a JSON object")
     return loaded
-
-
-def read_json(path: str | Path, what: str, remedy: str = "") -> Any:
-    """The value in a JSON file. Raises ConfigError, which begins with ``what``, where it cannot be read or parsed."""
-    try:
-        return parse_json(Path(path).read_bytes(), nonfinite=True, repeated_keys=True)
-    except OSError as e:
-        raise ConfigError(f"{what} cannot be read: {e.strerror}{remedy}") from e
-    except ValueError as e:
-        raise ConfigError(f"{what} is not valid JSON: {e}") from e
 
 
 def zeroth_order_type(config: dict) -> str | None:
@@ -66,8 +138,8 @@ def zeroth_order_type(config: dict) -> str | None:
 def check_config(config: dict | str | Path) -> RuleConfig | None:
     """Parse the optimizer section and refuse DeepSpeed settings that cannot work with it; touches nothing.
 
-    Returns None where the optimizer is not one of ours (its options come from an object, or it is DeepSpeed's own). Raises
-    ConfigError.
+    Returns None where the optimizer is not one of ours (its options come from an object, or it is DeepSpeed's own). DeepSpeed's
+    settings may still be "auto". Raises ConfigError.
     """
     config = read_config(config)
     name = zeroth_order_type(config)
@@ -78,122 +150,16 @@ def check_config(config: dict | str | Path) -> RuleConfig | None:
     return RULES[name].config_class.parse(config["optimizer"].get("params", {}))
 
 
-def check_warmup(config: dict) -> None:
-    """Raises ConfigError for a warm-up of the JSON's scheduler that DeepSpeed would refuse with the model in partitions."""
-    section = config.get("scheduler")
-    params = section.get("params") if isinstance(section, dict) else None
-    steps = params.get("warmup_num_steps") if isinstance(params, dict) else None
-    if steps not in (None, "auto") and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise ConfigError(
-            f'scheduler.params.warmup_num_steps is {steps!r}; it must be an integer >= 1, or "auto" without --warmup_steps '
-            "for no warm-up"
-        )
-
-
-def check_precision(config: dict) -> None:
+def check_precision(config: Config) -> None:
     """Refuse a precision that this machine does not have: DeepSpeed's accelerator says so, of fp16 on most CPUs.
 
-    Call it on all ranks, before a model is loaded. It is no part of ``check_config``, which also serves plans for another
-    machine. Raises ConfigError on all ranks.
+    Call it on all ranks, before a model is loaded. It is no part of ``load``, which also serves plans for another machine.
+    Raises ConfigError on all ranks.
     """
-    accelerator = get_accelerator()
-    precisions = (("fp16", "bf16", accelerator.is_fp16_supported), ("bf16", "fp16", accelerator.is_bf16_supported))
+    accelerator, mine, other = get_accelerator(), config.precision, "fp16" if config.precision == "bf16" else "bf16"
     with collective.on_all_ranks(ConfigError):
-        for section, other, supported in precisions:
-            if _enabled(config.get(section)) and not supported():
-                raise ConfigError(
-                    f"{section}.enabled is true, and DeepSpeed has no {section} on this machine "
-                    f'({accelerator.device_name()}, {platform.machine()}): set it to false and use "{other}" '
-                    f"(--{other}), or neither for fp32"
-                )
-
-
-def _enabled(section: Any) -> bool:
-    return isinstance(section, dict) and bool(section.get("enabled", False))
-
-
-def check_deepspeed_settings(config: dict) -> None:
-    """Refuse every DeepSpeed setting under which a zeroth-order step would be wrong, or that it would ignore."""
-    check_scheduler_section(config)
-    if all((config.get(key) or {}).get("enabled") is True for key in ("bf16", "fp16")):
-        raise ConfigError("bf16.enabled and fp16.enabled are both true; weights have one dtype: set one of them to false")
-    zero = config.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise ConfigError(f'zero_optimization is {zero!r}; it must be an object with "stage": 3')
-    stage = zero.get("stage", 0)
-    if stage != 3:
-        raise ConfigError(
-            f"zero_optimization.stage is {stage!r}; a zeroth-order step needs ZeRO-3 partitions: set it to 3, also for one rank"
-        )
-
-    def device_of(key: str) -> str:
-        return (zero.get(key) or {}).get("device", "none") or "none"
-
-    if device_of("offload_optimizer") != "none":
-        raise ConfigError(
-            f"zero_optimization.offload_optimizer.device is {device_of('offload_optimizer')!r}; the momentum lies beside "
-            "the weights, "
-            "so remove this section and use offload_param to move both to the CPU or to NVMe"
-        )
-    if device_of("offload_param") not in ("none", "cpu", "nvme"):
-        raise ConfigError(
-            f'zero_optimization.offload_param.device is {device_of("offload_param")!r}; supported are "cpu", "nvme" and "none"'
-        )
-    if nvme.wants_nvme(config):
-        nvme.check_settings(config)
-    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
-        if zero.get(key):
+        if mine != "fp32" and not getattr(accelerator, f"is_{mine}_supported")():
             raise ConfigError(
-                f"zero_optimization.{key} is {zero[key]!r}; quantized gathers would drown the perturbation: set it to false"
+                f"{mine}.enabled is true, and DeepSpeed has no {mine} on this machine ({accelerator.device_name()}, "
+                f'{platform.machine()}): set it to false and use "{other}" (--{other}), or neither for fp32'
             )
-    if zero.get("zero_hpz_partition_size", 1) != 1:
-        raise ConfigError(
-            f"zero_optimization.zero_hpz_partition_size is {zero['zero_hpz_partition_size']!r}; hpZ gathers from a "
-            "second copy that an "
-            "update does not reach: set it to 1"
-        )
-    if zero.get("zenflow"):
-        raise ConfigError("zero_optimization.zenflow is set; it selects gradients, and there are none: remove it")
-    check_warmup(config)
-    clipping = config.get("gradient_clipping", 0.0)
-    if clipping != 0.0:
-        raise ConfigError(f"gradient_clipping is {clipping!r}; there are no gradients to clip: remove it or set it to 0.0")
-    for key in ("torch_autocast", "amp", "hybrid_engine", "compile"):
-        if _enabled(config.get(key)):
-            raise ConfigError(
-                f"{key}.enabled is true; it is not supported with a zeroth-order optimizer: remove it"
-                + (' and choose the precision with "bf16" or "fp16"' if key in ("torch_autocast", "amp") else "")
-            )
-    _check_sections(config)
-    autotp = (config.get("tensor_parallel") or {}).get("autotp_size", 0)
-    if autotp > 1:
-        raise ConfigError(f"tensor_parallel.autotp_size is {autotp}; parameters are split by ZeRO-3 only: remove it")
-    if config.get("sequence_parallel_size", 1) > 1:
-        raise ConfigError(f"sequence_parallel_size is {config['sequence_parallel_size']}; it must be 1")
-    if config.get("managed_gradient_accumulation") is False:
-        raise ConfigError("managed_gradient_accumulation is false; train_batch accumulates by itself: remove it")
-    for key in ("data_efficiency", "curriculum_learning"):
-        if _enabled(config.get(key)):
-            raise ConfigError(f"{key}.enabled is true; the order of micro-batches must not depend on the ranks: remove it")
-
-
-_REFUSED_SECTIONS = {
-    "flops_profiler.enabled": "it takes one forward and one backward pass for a step; to see where a step's time goes use "
-    "launch/finetune.py --profile_steps",
-    "autotuning.enabled": "it ends the run after a few steps and tunes stages and batches of steps with backward passes",
-    "weight_quantization": "quantized weights would drown the perturbation",
-    "checkpoint.writer": "checkpoints are written by the engine's own writer, whole or not at all",
-    "datastates_ckpt": "checkpoints are written by the engine's own writer, whole or not at all",
-}
-
-
-def _check_sections(config: dict) -> None:
-    for path, reason in _REFUSED_SECTIONS.items():
-        section, _, key = path.partition(".")
-        value = config.get(section)
-        if key == "enabled":
-            is_set = _enabled(value)
-        else:
-            is_set = value.get(key) if key and isinstance(value, dict) else value and not key
-        if is_set:
-            raise ConfigError(f"{path} is set; {reason}: remove it")

@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,12 +75,7 @@ def replay(
         _verify_base(opened, contents.header)
         with collective.on_all_ranks(ReplayError):
             companions = _companions(folder, contents.header) if collective.rank() == 0 else {}
-        place = Path(os.path.realpath(output))
-        temporary, lock = place.with_name(f".{place.name}.replaying"), None
-        with collective.on_all_ranks(ReplayError):
-            if collective.rank() == 0:
-                lock = _claim(temporary)
-        try:
+        with _written(output) as temporary:
             sha256 = _rebuild(opened, rule, updates, contents.header, temporary, torch.device(device), show_progress)
             with collective.on_all_ranks(ReplayError):
                 if expect is not None and sha256 != expect.lower():
@@ -89,19 +85,33 @@ def replay(
                     )
                 if collective.rank() == 0:
                     _finish(opened, companions, temporary)
-                    lock.path.unlink()
-                    os.rename(temporary, place)  # into the place of an empty folder, but of nothing else
-                    sync_directory(place.parent)
-        except BaseException:
-            if collective.rank() == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        finally:
-            if lock is not None:
-                lock.release()
     finally:
         opened.close()
     return Replayed(output, len(contents.records), sha256)
+
+
+@contextmanager
+def _written(output: Path) -> Iterator[Path]:
+    """A folder that takes the place of ``output`` when the body ends, or is removed when it fails. On all ranks."""
+    place = Path(os.path.realpath(output))
+    temporary, lock = place.with_name(f".{place.name}.replaying"), None
+    with collective.on_all_ranks(ReplayError):
+        if collective.rank() == 0:
+            lock = _claim(temporary)
+    try:
+        yield temporary
+        with collective.on_all_ranks(ReplayError):
+            if lock is not None:
+                lock.path.unlink()
+                os.rename(temporary, place)  # into the place of an empty folder, but of nothing else
+                sync_directory(place.parent)
+    except BaseException:
+        if collective.rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 # --- what the journal and the base say ----------------------------------------------------------------------------------------

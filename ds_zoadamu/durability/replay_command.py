@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..distributed import collective
+from ..distributed.start import launched_world_size
 from ..distributed.waiting import time_limit
 from ..errors import ReplayError
 from .replay import replay
@@ -29,7 +30,7 @@ def add_arguments(parser: Any) -> None:
 def run(args: Any) -> int:
     """Rebuild the model, on one process or a launcher's ranks; returns the exit status. Raises ReplayError, JournalError."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+    if launched_world_size() > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=time_limit())
     if device == "cuda":
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % max(1, torch.cuda.device_count())}"

@@ -8,7 +8,19 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..errors import ConfigError
 from .safetensors_io import write_durably
+from .untrusted import parse_json
+
+
+def read_json(path: str | Path, what: str, remedy: str = "") -> Any:
+    """The value in a JSON file of a user. Raises ConfigError, which begins with ``what``, where it cannot be read or parsed."""
+    try:
+        return parse_json(Path(path).read_bytes(), nonfinite=True, repeated_keys=True)
+    except OSError as e:
+        raise ConfigError(f"{what} cannot be read: {e.strerror}{remedy}") from e
+    except ValueError as e:
+        raise ConfigError(f"{what} is not valid JSON: {e}") from e
 
 
 def dumps(value: Any, indent: int | None = None) -> str:

@@ -5,7 +5,6 @@
 
 import json
 import os
-import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -16,24 +15,30 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ds_zoadamu.config.auto import fill_auto_for_library, has_auto, hidden_size_of
-from ds_zoadamu.config.settings import check_precision, read_config, read_json
+from ds_zoadamu.config import Config, load
+from ds_zoadamu.config.auto import has_auto
+from ds_zoadamu.config.sections import check_stage
+from ds_zoadamu.config.settings import check_precision, read_config
 from ds_zoadamu.distributed import collective
-from ds_zoadamu.distributed.start import init_distributed, launched_world_size
+from ds_zoadamu.distributed.start import launched_world_size
 from ds_zoadamu.distributed.waiting import current_limit, limit_waits
 from ds_zoadamu.durability.base_model import check_whole
 from ds_zoadamu.errors import ConfigError
 from ds_zoadamu.files import folders
 from ds_zoadamu.files.hf_names import FileNames, Group
+from ds_zoadamu.files.json_files import read_json
 from ds_zoadamu.zero3 import agreement, nvme
 from ds_zoadamu.zero3 import hf as hf_zero3
 from ds_zoadamu.zero3.partition import whole_shape
+from ds_zoadamu.zero3.start import init_distributed
 
 _INDEX = "model.safetensors.index.json"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def load_causal_lm(path: str, config: dict | str | Path, dtype: torch.dtype | None = None, **kwargs) -> PreTrainedModel:
+def load_causal_lm(
+    path: str, config: dict | str | Path | Config, dtype: torch.dtype | None = None, **kwargs
+) -> PreTrainedModel:
     """Loads a causal language model so that each rank keeps only its ZeRO-3 partition of every parameter.
 
     Starts DeepSpeed's process group if there is none. Call it on all ranks.
@@ -56,11 +61,11 @@ def load_causal_lm(path: str, config: dict | str | Path, dtype: torch.dtype | No
     init_distributed()
     with collective.together("load_causal_lm"):
         with collective.on_all_ranks(ConfigError):
-            config = read_config(config)
-            _check_stage(config)
+            given = read_config(config)
+            check_stage(given, "load_causal_lm: ", "only stage 3 partitions the weights")
         with collective.on_all_ranks(OSError):
-            config = _filled(path, config, kwargs)
-            asked, dtype = dtype, config_dtype(config)
+            config = config if isinstance(config, Config) else _loaded(path, given, kwargs)
+            asked, dtype = dtype, config.dtype
             if asked not in (None, dtype):
                 raise ConfigError(
                     f"load_causal_lm: dtype is {asked}, the configuration's weights are {dtype}: set its bf16 or fp16 section"
@@ -70,38 +75,20 @@ def load_causal_lm(path: str, config: dict | str | Path, dtype: torch.dtype | No
         with collective.on_all_ranks(ConfigError):
             check_whole(path, kwargs.get("revision"))
         nvme.prepare(config)
-        with hf_zero3.zero3_known(config) as known:
+        with hf_zero3.zero3_known(config.deepspeed) as known:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
     limit_waits(current_limit())
     hf_zero3.attach(model, known)
     return model
 
 
-def _check_stage(config: dict) -> None:
-    stage = config.get("zero_optimization", {}).get("stage")
-    if stage != 3:
-        raise ConfigError(f"load_causal_lm: zero_optimization.stage is {stage!r}; only stage 3 partitions the weights")
-
-
-def _filled(path: str, config: dict, kwargs: dict) -> dict:
-    """A configuration without "auto". Raises OSError where there is no such model."""
-    if not has_auto(config):
-        return config
-    where = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in kwargs}
-    return fill_auto_for_library(
-        config,
-        world_size=launched_world_size(),
-        hidden_size=hidden_size_of(AutoConfig.from_pretrained(path, **where)),
-        num_examples=sys.maxsize,  # partitions do not depend on the number of steps
-    )
-
-
-def config_dtype(config: dict) -> torch.dtype:
-    """The dtype of the weights that a DeepSpeed configuration asks for."""
-    for section, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if config.get(section, {}).get("enabled", False):
-            return dtype
-    return torch.float32
+def _loaded(path: str, given: dict, kwargs: dict) -> Config:
+    """What of a configuration partitions depend on, without "auto". Raises OSError where there is no such model."""
+    given, model_info = {key: value for key, value in given.items() if key not in ("optimizer", "scheduler")}, None
+    if has_auto(given):
+        where = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in kwargs}
+        model_info = AutoConfig.from_pretrained(path, **where)
+    return load(given, world_size=launched_world_size(), model_info=model_info)
 
 
 def save_pretrained(

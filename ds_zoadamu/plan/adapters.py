@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from ..config.settings import read_json
 from ..errors import ConfigError
+from ..files.json_files import read_json
 
 
 def read_adapter(folder: str):

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, replace
 
+from ..config.offload import Offload
 from ..rules import RuleConfig, ZOAdaMUConfig
 from .gathers import GatherSettings
-from .memory import MemoryPlan, Model, Nvme, plan_memory
+from .memory import MemoryPlan, Model, plan_memory
 
 MODES = ("int8", "replay")
 """In the order of preference: int8 costs no extra noise; replay stores nothing."""
@@ -26,7 +27,7 @@ class Request:
     momentum: str | None = None
     accumulation: int = 1
     offload: bool = False
-    drive: Nvme | None = None
+    drive: Offload | None = None
     host_memory: int | None = None
     reserve: int | None = None
     settings: GatherSettings = GatherSettings()

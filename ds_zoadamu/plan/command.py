@@ -2,17 +2,16 @@
 
 import argparse
 import math
-import os
 
-from ..config.auto import hidden_size_of
+from ..config.sections import value_at
 from ..config.settings import read_config
+from ..distributed.start import launched_rank
 from ..errors import ConfigError
-from ..zero3.nvme import check_partition_sizes
 from .adapters import read_adapter
 from .choose import Choice, Request, choose
-from .configs import dtype_of, matching_config, options_of, read_for_plan, write_config
+from .configs import load_for_plan, matching_config, write_config
 from .gathers import GatherSettings
-from .memory import GB, Model, Nvme
+from .memory import GB, Model
 from .models import load_config
 from .report import full_report
 from .step_time import HARDWARE, Hardware, StepTime, estimate_step
@@ -86,69 +85,66 @@ def run(args: argparse.Namespace) -> int:
         if args.table or args.plot:
             return 0
         raise ConfigError("--model is missing; give for example --model facebook/opt-13b, or --table")
-    model, request, choice, hardware = make_plan(args)
+    given = None if args.config is None else read_config(args.config)
+    model, request, choice, hardware = make_plan(args, given)
     if args.rehearse:
-        return _rehearse(args, request, choice)
+        return _rehearse(args, given, model, request, choice)
     print(full_report(model, request, choice, _step_time(model, request, choice, hardware), hardware))
     if args.write:
         if not choice.fits:
             raise ConfigError(f"--write {args.write}: not written, since the plan does not fit")
-        base = None if args.config is None else read_config(args.config)
-        write_config(args.write, matching_config(base, model, choice))
+        write_config(args.write, matching_config(given, model, choice))
         print(f"written: {args.write}")
     return 0 if choice.fits else 3
 
 
-def _rehearse(args: argparse.Namespace, request: Request, choice: Choice) -> int:
+def _rehearse(args: argparse.Namespace, given: dict | None, model: Model, request: Request, choice: Choice) -> int:
     """0: weights and momentum are as planned on this rank, to the byte; 3: they are not."""
     from .rehearse import rehearse
 
-    result = rehearse(args, request, choice, integer("--rehearse-layers", args.rehearse_layers, 1, 10_000))
-    if int(os.environ.get("RANK", "0")) == 0:
+    result = rehearse(args, given, model, request, choice, integer("--rehearse-layers", args.rehearse_layers, 1, 10_000))
+    if launched_rank() == 0:
         print(result.text(), flush=True)
     return 0 if result.exact else 3
 
 
-def make_plan(args: argparse.Namespace) -> tuple[Model, Request, Choice, Hardware]:
-    """Everything the command works out, from its arguments. Raises ConfigError."""
+def make_plan(args: argparse.Namespace, given: dict | None) -> tuple[Model, Request, Choice, Hardware]:
+    """Everything the command works out, from its arguments and the JSON of --config. Raises ConfigError."""
     hardware = _hardware(args)
     world_size = integer("--gpus", args.gpus, 1, 65536)
     capacity = _capacity(args)
     batch = None if args.batch is None else integer("--batch", args.batch, 1, 2**20)
-    given = None if args.config is None else read_config(args.config)
     model_config = load_config(args.model)
-    hidden = hidden_size_of(model_config)
-    config = read_for_plan(
+    config = load_for_plan(
+        given,
         args.config,
         world_size=world_size,
-        hidden=hidden,
+        model_info=model_config,
         steps=integer("--steps", args.steps, 1, 2**32 - 1),
         dtype=args.dtype,
         micro_batch=batch,
     )
-    options = options_of(config)
-    momentum = (given or {}).get("optimizer", {}).get("params", {}).get("momentum", {}).get("dtype")
-    if batch is None and given is not None and isinstance(given.get("train_micro_batch_size_per_gpu"), int):
-        batch = given["train_micro_batch_size_per_gpu"]
+    given_batch = value_at(given, "train_micro_batch_size_per_gpu")
+    if batch is None and isinstance(given_batch, int):
+        batch = given_batch
     request = Request(
         world_size=world_size,
         capacity=capacity,
         length=integer("--seq", args.seq, 2, 2**20),
         micro_batch=batch,
-        momentum=momentum,
-        accumulation=config.get("gradient_accumulation_steps", 1),
-        offload=(config["zero_optimization"].get("offload_param") or {}).get("device", "none") != "none",
-        drive=Nvme.from_config(config),
+        momentum=value_at(given, "optimizer.params.momentum.dtype"),
+        accumulation=config.batch.accumulation,
+        offload=config.offload.device != "none",
+        drive=config.offload if config.offload.on_nvme else None,
         host_memory=None if args.host_memory is None else int(gigabytes("--host-memory", args.host_memory, 1e6) * GB),
         reserve=None if args.reserve is None else int(number("--reserve", args.reserve, 0.0, capacity / GB) * GB),
         settings=GatherSettings.from_config(config),
-        rule=config["optimizer"]["type"],
-        options=options,
+        rule=config.rule,
+        options=config.options,
     )
     adapter = None if args.adapter is None else read_adapter(args.adapter)
-    model = Model.build(args.model, model_config, dtype_of(config), adapter)
-    if request.drive is not None:
-        check_partition_sizes(config, ((size.name, size.numel) for size in model.sizes), world_size)
+    model = Model.build(args.model, model_config, config.precision, adapter)
+    config.offload.check_partition_sizes(((size.name, size.numel) for size in model.sizes), world_size)
     return model, request, choose(model, request), hardware
 
 

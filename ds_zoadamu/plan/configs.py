@@ -4,55 +4,42 @@ import json
 from argparse import Namespace
 from typing import Any
 
-from ..config.auto import fill_auto
-from ..config.settings import check_config, check_deepspeed_settings, read_config, zeroth_order_type
+from ..config import Config, load
 from ..errors import ConfigError
 from ..files.safetensors_io import write_durably
-from ..rules import RULES, RuleConfig
+from ..rules import RULES
 from .choose import Choice
 from .memory import Model
 
 _SECTIONS = ("optimizer", "zero_optimization", "bf16", "fp16", "scheduler")
 
 
-def read_for_plan(
-    path: str | None, *, world_size: int, hidden: int | None, steps: int, dtype: str, micro_batch: int | None
-) -> dict[str, Any]:
-    """A DeepSpeed configuration without "auto", as launch/finetune.py would fill it; from ``path``, or the plan's own where it
-    is None.
+def load_for_plan(
+    given: dict | None, path: str, *, world_size: int, model_info: Any, steps: int, dtype: str, micro_batch: int | None
+) -> Config:
+    """A DeepSpeed JSON as launch/finetune.py would fill it: ``given``, of the file ``path``, or the plan's own where None.
 
     ``dtype`` and ``micro_batch`` stand where the JSON leaves them open. Raises ConfigError: another stage, another optimizer, a
     contradiction.
     """
-    config = template() if path is None else dict(read_config(path))
+    config = template() if given is None else dict(given)
     for section in _SECTIONS:
         if not isinstance(config.get(section, {}), dict):
             raise ConfigError(f"{path}: {section} is {config[section]!r}; it must be an object")
-    if zeroth_order_type(config) is None:
-        named = config.get("optimizer", {}).get("type")
-        rules = " or ".join(f'"{rule}"' for rule in RULES)
-        raise ConfigError(f"{path}: optimizer.type is {named!r}; the plan is for {rules}: set it, or leave out --config")
-    check_deepspeed_settings({**config, "gradient_clipping": 0.0})  # before anything is filled; "auto" clipping becomes 0
     if micro_batch is not None:  # --batch wins over the JSON
         config |= {"train_micro_batch_size_per_gpu": micro_batch, "train_batch_size": "auto"}
     open_dtype = not any(str(config.get(key, {}).get("enabled", "auto")).lower() == "true" for key in ("bf16", "fp16"))
     args = Namespace(max_steps=steps, seed=0, **({dtype: True} if open_dtype and dtype != "fp32" else {}))
     try:
-        filled = fill_auto(config, args, world_size=world_size, hidden_size=hidden)
+        loaded = load(config, world_size=world_size, model_info=model_info, overrides=args)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    check_config(filled)
-    return filled
-
-
-def dtype_of(config: dict) -> str:
-    """The dtype of the weights under a filled configuration."""
-    return next((key for key in ("bf16", "fp16") if config.get(key, {}).get("enabled") is True), "fp32")
-
-
-def options_of(config: dict) -> RuleConfig:
-    """The parsed options of a filled configuration's rule."""
-    return RULES[config["optimizer"]["type"]].config_class.parse(config["optimizer"].get("params", {}))
+    if loaded.rule is None:
+        rules = " or ".join(f'"{rule}"' for rule in RULES)
+        raise ConfigError(
+            f"{path}: optimizer.type is {loaded.optimizer!r}; the plan is for {rules}: set it, or leave out --config"
+        )
+    return loaded
 
 
 def template(dtype: str = "bf16") -> dict[str, Any]:

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
+from ..config import Config
 from ..errors import ConfigError
 from ..zero3.chunks import CHUNK_ON_GPU
 from .sizes import ParameterSize
@@ -40,9 +41,9 @@ class GatherSettings:
     allgather_sequential: bool = False
 
     @classmethod
-    def from_config(cls, config: dict) -> "GatherSettings":
-        """From a DeepSpeed configuration without "auto". Raises ConfigError for a number below 0 or of another type."""
-        zero = dict(config.get("zero_optimization", {}))
+    def from_config(cls, config: Config) -> "GatherSettings":
+        """From a DeepSpeed configuration. Raises ConfigError for a number below 0 or of another type."""
+        zero = dict(config.deepspeed["zero_optimization"])
         if "use_all_reduce_for_fetch_params" in zero:
             zero["stage3_use_all_reduce_for_fetch_params"] = zero["use_all_reduce_for_fetch_params"]
         given = {}

@@ -5,13 +5,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..zero3 import nvme
+from ..config.offload import Offload
+from ..config.sections import DTYPES
 from .adapters import with_adapter
 from .gathers import GatherSettings, copied_numel, gather_use
 from .sizes import (
-    ITEMSIZE,
     MOMENTUM_BYTES,
-    TORCH_DTYPES,
     ParameterSize,
     buffer_bytes,
     meta_model,
@@ -22,24 +21,6 @@ from .sizes import (
 from .trace import ForwardTrace, trace_forward
 
 GB = 10**9
-
-
-@dataclass(frozen=True)
-class Nvme:
-    """Offload to NVMe under a JSON: partitions of ``smallest_file`` bytes or more go there, with their momentum; each rank
-    keeps ``buffers`` bytes of swap buffers in host memory, page-locked."""
-
-    smallest_file: int
-    buffers: int
-
-    @classmethod
-    def from_config(cls, config: dict) -> "Nvme | None":
-        """None where the JSON sends nothing to NVMe. Raises ConfigError."""
-        return cls(nvme.smallest_file_bytes(config), nvme.buffer_bytes(config)) if nvme.wants_nvme(config) else None
-
-    def takes(self, size: ParameterSize, world_size: int, itemsize: int) -> bool:
-        """Whether a parameter's partitions go to the drive."""
-        return size.partition_numel(world_size) * itemsize >= self.smallest_file
 
 
 RESERVE_SHARE = 0.05
@@ -65,7 +46,7 @@ class Model:
         module = meta_model(config, dtype)
         if adapter is not None:
             with torch.device("meta"):
-                module = with_adapter(module, adapter, TORCH_DTYPES[dtype])
+                module = with_adapter(module, adapter, DTYPES[dtype])
         return cls(name, module, parameter_sizes(module), buffer_bytes(module), dtype)
 
     @property
@@ -78,7 +59,7 @@ class Model:
 
     @property
     def itemsize(self) -> int:
-        return ITEMSIZE[self.dtype]
+        return DTYPES[self.dtype].itemsize
 
     def trace(self, batch: int, length: int) -> ForwardTrace:
         """The forward of a micro-batch; made once for each shape."""
@@ -138,7 +119,7 @@ class MemoryPlan:
 def plan_memory(
     model: Model, *, world_size: int, capacity: int, momentum: str, micro_batch: int, length: int,
     settings: GatherSettings | None = None, accumulation: int = 1, offload: bool = False, reserve: int | None = None,
-    drive: Nvme | None = None, num_perturbations: int = 1, gloo: bool = False,
+    drive: Offload | None = None, num_perturbations: int = 1, gloo: bool = False,
 ) -> MemoryPlan:  # fmt: skip
     """The plan of a zeroth-order run on ``world_size`` GPUs of ``capacity`` bytes each.
 
@@ -154,7 +135,7 @@ def plan_memory(
     )  # fmt: skip
     weights = weight_bytes(sizes, world_size, itemsize)
     stored = momentum_bytes(sizes, 0, world_size, momentum, num_perturbations)
-    on_drive = [size for size in sizes if offload and drive is not None and drive.takes(size, world_size, itemsize)]
+    on_drive = [size for size in sizes if offload and drive is not None and drive.takes(size.partition_numel(world_size))]
     files = _every_rank(on_drive, world_size, itemsize, momentum, num_perturbations)
     elsewhere = _every_rank(sizes, world_size, itemsize, momentum, num_perturbations) - files
     return MemoryPlan(

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ..config.settings import read_json
 from ..errors import ConfigError
+from ..files.json_files import read_json
 
 # name -> (hidden size, layers, attention heads). Source: Zhang et al. 2022 (arXiv 2205.01068), Table 1, and the config.json
 # files of facebook/opt-*.

@@ -8,19 +8,19 @@ import argparse
 import contextlib
 import copy
 import ctypes
-import os
 from dataclasses import dataclass, replace
 
-from ..config.auto import hidden_size_of
+from ..config import Config
 from ..config.settings import check_precision
+from ..distributed.start import ensure_launched, launched_rank, launched_world_size
 from ..errors import ConfigError
 from ..zero3 import nvme
 from .adapters import read_adapter, with_adapter
 from .choose import Choice, Request, plan_for
-from .configs import dtype_of, place_offload, read_for_plan, set_momentum
+from .configs import load_for_plan, matching_config
 from .memory import GB, MemoryPlan, Model
 from .models import load_config
-from .sizes import TORCH_DTYPES, buffer_bytes, momentum_bytes, weight_bytes
+from .sizes import buffer_bytes, momentum_bytes, weight_bytes
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h: blocks from this size on are mapped one by one
 
@@ -72,62 +72,50 @@ def reduced(config, layers: int):
     return config
 
 
-def rehearse(args: argparse.Namespace, request: Request, choice: Choice, layers: int, steps: int = 2) -> Rehearsal:
+def rehearse(
+    args: argparse.Namespace, given: dict | None, model: Model, request: Request, choice: Choice, layers: int, steps: int = 2
+) -> Rehearsal:
     """Build, step and measure; on all ranks of a launcher. Raises ConfigError where their number is not ``--gpus``."""
     from deepspeed.accelerator import get_accelerator
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = launched_world_size()
     if world_size != request.world_size:
         raise ConfigError(
             f"--rehearse: --gpus is {request.world_size} and {world_size} ranks were launched; start it with "
             f"deepspeed --num_gpus {request.world_size} --module ds_zoadamu.plan ..."
         )
     model_config = reduced(load_config(args.model), layers)
-    config = _config(args, request, choice, hidden_size_of(model_config))
-    dtype = dtype_of(config)
+    config = load_for_plan(  # the JSON that --write would write
+        matching_config(given, model, choice), args.config, world_size=world_size, model_info=model_config,
+        steps=int(args.steps), dtype=model.dtype, micro_batch=None,
+    )  # fmt: skip
     adapter = None if args.adapter is None else read_adapter(args.adapter)
-    small = Model.build(args.model, model_config, dtype, adapter)
+    small = Model.build(args.model, model_config, config.precision, adapter)
     here = replace(request, gloo=get_accelerator().device_name() == "cpu")  # on a CPU gathers go through gloo
     plan = plan_for(small, here, choice.plan.momentum_mode, choice.plan.micro_batch, choice.offload)
-    rank = int(os.environ.get("RANK", "0"))
     expected = {
         "weights": weight_bytes(small.sizes, world_size, small.itemsize),
-        "momentum": momentum_bytes(small.sizes, rank, world_size, plan.momentum_mode, request.num_perturbations),
+        "momentum": momentum_bytes(small.sizes, launched_rank(), world_size, plan.momentum_mode, request.num_perturbations),
         "buffers": small.buffers,
     }
-    measured, kind, losses = _measure(model_config, adapter, config, plan, TORCH_DTYPES[dtype], steps)
+    measured, kind, losses = _measure(model_config, adapter, config, plan, steps)
     return Rehearsal(plan, expected, measured, kind, losses)
 
 
-def _config(args: argparse.Namespace, request: Request, choice: Choice, hidden: int | None) -> dict:
-    """The JSON that is given, or the one that --write would write; filled as launch/finetune.py does."""
-    steps, batch = int(args.steps), choice.plan.micro_batch
-    config = read_for_plan(
-        args.config, world_size=request.world_size, hidden=hidden, steps=steps, dtype=args.dtype, micro_batch=batch
-    )
-    set_momentum(config, choice.plan.momentum_mode)
-    place_offload(config, choice)
-    return config
-
-
 def _measure(
-    model_config, adapter, config: dict, plan: MemoryPlan, dtype, steps: int
+    model_config, adapter, config: Config, plan: MemoryPlan, steps: int
 ) -> tuple[dict[str, int], str, tuple[float, ...]]:
     import torch
     from deepspeed.accelerator import get_accelerator
     from transformers import AutoModelForCausalLM
 
-    from ..distributed.start import init_distributed
     from ..initialization import initialize
     from ..training.memory import PeakMemory
     from ..zero3.hf import zero3_known
     from ..zero3.partition import stored_weight_bytes
+    from ..zero3.start import init_distributed
 
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29512")
-    for name in ("RANK", "LOCAL_RANK"):
-        os.environ.setdefault(name, "0")
-    os.environ.setdefault("WORLD_SIZE", "1")
+    ensure_launched()
     init_distributed()
     on_cpu = get_accelerator().device_name() == "cpu"
     if on_cpu:
@@ -135,10 +123,10 @@ def _measure(
     check_precision(config)
     nvme.prepare(config)  # Transformers partitions the model before an engine could check
     before = PeakMemory().report()["resident_baseline"]
-    with zero3_known(config):  # Transformers builds into partitions
-        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    with zero3_known(config.deepspeed):  # Transformers builds into partitions
+        model = AutoModelForCausalLM.from_config(model_config, dtype=config.dtype)
         if adapter is not None:
-            model = with_adapter(model, adapter, dtype)
+            model = with_adapter(model, adapter, config.dtype)
     engine = initialize(model=model, config=config)[0]
     generator = torch.Generator().manual_seed(0)
     vocab = model_config.get_text_config().vocab_size

@@ -5,13 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ..config.sections import DTYPES
 from ..errors import ConfigError
 
-ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
-"""Bytes of one stored weight."""
 MOMENTUM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "replay": 0, "none": 0}
 """Bytes of one momentum beside each trained weight; none: of a rule that has no momentum."""
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ def meta_model(config, dtype: str = "bf16") -> torch.nn.Module:
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=TORCH_DTYPES[dtype], trust_remote_code=False).eval()
+            return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], trust_remote_code=False).eval()
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise ConfigError(
             f"the model cannot be built from its configuration ({type(config).__name__}): {str(error).splitlines()[0]}"

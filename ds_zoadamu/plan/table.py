@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..config.auto import bucket_sizes
 from .gathers import GatherSettings, gather_use
 from .memory import GB, RESERVE_SHARE, Model
 from .models import OPT_SHAPES, opt_config
@@ -47,10 +48,8 @@ def need(model: Model, method: str, world_size: int, length: int, micro_batch: i
 
 def _settings(model: Model) -> GatherSettings:
     """What launch/finetune.py fills in for "auto"."""
-    hidden = model.module.config.hidden_size
-    return GatherSettings(
-        stage3_prefetch_bucket_size=int(0.9 * hidden * hidden), stage3_param_persistence_threshold=10 * hidden
-    )
+    sizes = bucket_sizes(model.module.config.hidden_size)
+    return GatherSettings(**{key: size for key, size in sizes.items() if key.startswith("stage3_")})
 
 
 def build_models(dtype: str = "bf16") -> dict[str, Model]:

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ds_zoadamu.distributed.collective import describe, leave, together
+from ds_zoadamu.distributed.start import ensure_launched
+from ds_zoadamu.distributed.start import launched_rank as rank
 from ds_zoadamu.distributed.waiting import is_known
 from ds_zoadamu.errors import CheckpointError, ConfigError, JournalError, NonFiniteWeightsError, RankError, ReplayError
 from ds_zoadamu.tasks import InputError
-from ds_zoadamu.training.plan import ensure_launched, rank
 
 
 def run_script(body: Callable[[], object]) -> int:

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import deepspeed
 
-from ds_zoadamu.config.auto import fill_auto
+from ds_zoadamu.config import load
+from ds_zoadamu.config.sections import check_stage
 from ds_zoadamu.config.settings import check_precision, read_config
+from ds_zoadamu.distributed.start import launched_rank, launched_world_size
 from ds_zoadamu.distributed.waiting import current_limit, limit_waits
 from ds_zoadamu.files.json_files import write_json
 from ds_zoadamu.hf.models import load_causal_lm
 from ds_zoadamu.tasks import InputError, evaluate, load_examples, majority_accuracy
 from ds_zoadamu.training.arguments import check_arguments
 from ds_zoadamu.training.output import environment
-from ds_zoadamu.training.plan import check_stage, rank, read_model_input, world_size
+from ds_zoadamu.training.plan import read_model_input
 
 # Only these matter without training; without a JSON each rank keeps its ZeRO-3 partition in fp32.
 _SECTIONS = ("zero_optimization", "bf16", "fp16")
@@ -36,15 +38,15 @@ def measure(args: Namespace) -> dict:
         raise InputError(f"--output_file {args.output_file}: there is no such folder; make it first")
     given = read_config(args.deepspeed_config) if args.deepspeed_config else _DEFAULT
     model_input = read_model_input(args)
-    check_stage(given, args.deepspeed_config)
-    config = {name: given[name] for name in _SECTIONS if name in given}
-    config["train_micro_batch_size_per_gpu"] = args.per_device_eval_batch_size
-    config = fill_auto(config, args, world_size=world_size(), hidden_size=model_input.hidden_size)
+    check_stage(given, f"{args.deepspeed_config}: ")
+    given = {name: given[name] for name in _SECTIONS if name in given}
+    given["train_micro_batch_size_per_gpu"] = args.per_device_eval_batch_size
+    config = load(given, world_size=launched_world_size(), model_info=model_input, overrides=args)
     check_precision(config)
     examples = load_examples(model_input.task, args.split, args.data_dir)
     encoded = model_input.encode(examples)
     model = load_causal_lm(args.model_name_or_path, config, trust_remote_code=args.trust_remote_code)
-    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine, *_ = deepspeed.initialize(model=model, config=config.deepspeed)
     limit_waits(current_limit())
     result = evaluate(engine.module, encoded, model_input.collate, args.per_device_eval_batch_size)
     figures = {
@@ -54,7 +56,7 @@ def measure(args: Namespace) -> dict:
         **asdict(result),
         "majority": majority_accuracy(examples),
     }
-    if rank() == 0:
+    if launched_rank() == 0:
         print(
             " ".join(
                 f"{name}={value:.4f}" if isinstance(value, float) else f"{name}={value}" for name, value in figures.items()
@@ -66,7 +68,7 @@ def measure(args: Namespace) -> dict:
                 **environment(),
                 "command": shlex.join(sys.argv),
                 "arguments": vars(args),
-                "config": config,
+                "config": config.deepspeed,
             }
             write_json(Path(args.output_file), everything)
     return figures

@@ -1,7 +1,5 @@
 """Everything a run needs, checked before a model is loaded or a file is written."""
 
-import os
-import socket
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +7,11 @@ from dataclasses import dataclass
 from deepspeed.utils import logger
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from ds_zoadamu.config.auto import STEPS_OF_A_RUN, fill_auto, hidden_size_of, value_at
-from ds_zoadamu.config.settings import check_config, check_precision, read_config
+from ds_zoadamu.config import Config, load
+from ds_zoadamu.config.auto import STEPS_OF_A_RUN, hidden_size_of
+from ds_zoadamu.config.sections import check_stage, value_at
+from ds_zoadamu.config.settings import check_precision, read_config
+from ds_zoadamu.distributed.start import launched_rank, launched_world_size
 from ds_zoadamu.rules import import_modules
 from ds_zoadamu.tasks import (
     EncodedExample,
@@ -52,13 +53,13 @@ class Plan:
     """A run's checked input.
 
     Attributes:
-        config: the DeepSpeed configuration without "auto".
+        config: the DeepSpeed configuration; None where none is read.
         train, dev, test: token ids.
         dev_majority, test_majority: accuracy of the most frequent label.
     """
 
     args: Namespace
-    config: dict
+    config: Config | None
     model_input: ModelInput
     train: Sequence[EncodedExample]
     dev: Sequence[EncodedExample]
@@ -84,7 +85,7 @@ def read_model_input(args: Namespace) -> ModelInput:
     tokenizer = _load(AutoTokenizer, args)
     vocab_size = getattr(config, "vocab_size", None)
     encoder = PromptEncoder(tokenizer, task, model_max_length(config, tokenizer, args.max_length), vocab_size)
-    for line in encoder.warnings if rank() == 0 else ():
+    for line in encoder.warnings if launched_rank() == 0 else ():
         logger.warning(f"task {task.name!r}: {line}")
     return ModelInput(
         task=task,
@@ -109,22 +110,21 @@ def make_plan(args: Namespace, ranks: int | None = None) -> Plan:
     import_modules(args.modules)
     if args.deepspeed_config is None:
         raise InputError("--deepspeed_config is missing; give a DeepSpeed JSON, for example one of ds_configs/")
-    config = read_config(args.deepspeed_config)
-    if "optimizer" not in config:
+    given = read_config(args.deepspeed_config)
+    if "optimizer" not in given:
         raise InputError(
             f'{args.deepspeed_config} has no "optimizer"; add one, for example '
             '{"type": "ZOAdaMU", "params": {"lr": "auto", "total_steps": "auto"}}'
         )
-    check_stage(config, args.deepspeed_config)
+    check_stage(given, f"{args.deepspeed_config}: ")
     model_input = read_model_input(args)
-    config = fill_auto(config, args, world_size=ranks or world_size(), hidden_size=model_input.hidden_size)
-    check_config(config)
+    config = load(given, world_size=ranks or launched_world_size(), model_info=model_input, overrides=args)
     check_steps(config, args.max_steps)
     check_precision(config)
     return encode_splits(args, config, model_input)
 
 
-def encode_splits(args: Namespace, config: dict, model_input: ModelInput) -> Plan:
+def encode_splits(args: Namespace, config: Config | None, model_input: ModelInput) -> Plan:
     """The plan of a run whose configuration is filled; reads the data.
 
     Raises:
@@ -134,7 +134,7 @@ def encode_splits(args: Namespace, config: dict, model_input: ModelInput) -> Pla
     splits = load_splits(model_input.task, args.data_dir, num_train=args.num_train, num_dev=args.num_dev, seed=data_seed)
     for name, examples in (("training", splits.train), ("development", splits.dev)):
         absent = set(range(model_input.task.num_labels)) - {example.label for example in examples}
-        if absent and rank() == 0:
+        if absent and launched_rank() == 0:
             words = ", ".join(repr(model_input.task.words[label]) for label in sorted(absent))
             logger.warning(f"no {name} example has the label of {words}: scores on that set say nothing of it")
     return Plan(
@@ -149,51 +149,19 @@ def encode_splits(args: Namespace, config: dict, model_input: ModelInput) -> Pla
     )
 
 
-def check_stage(config: dict, where: str) -> None:
-    """Refuses a DeepSpeed configuration that does not partition the weights; `where` names it.
-
-    Raises:
-        InputError: a ZeRO stage other than 3.
-    """
-    zero = config.get("zero_optimization")
-    stage = zero.get("stage") if isinstance(zero, dict) else None
-    if stage != 3:
-        raise InputError(f"{where}: zero_optimization.stage is {stage!r}; set it to 3, which partitions the weights")
-
-
-def check_steps(config: dict, max_steps: int) -> None:
+def check_steps(config: Config, max_steps: int) -> None:
     """Refuses a run that is longer than the schedule of its configuration, at whose end the lr may be 0.
 
     Raises:
         InputError: names --max_steps and the setting.
     """
     for path in STEPS_OF_A_RUN:
-        planned = value_at(config, path)
+        planned = value_at(config.deepspeed, path)
         if isinstance(planned, int) and max_steps > planned:
             raise InputError(
                 f'--max_steps {max_steps} is more than the {planned} steps of {path} in the DeepSpeed JSON; set that to "auto" '
                 "or to the length of the run"
             )
-
-
-def world_size() -> int:
-    """Number of ranks, known from the launcher before the process group exists; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    """This process's rank, known from the launcher before the process group exists."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def ensure_launched() -> None:
-    """Without a launcher, describes a group of one rank in the environment, as the launcher would for one device."""
-    if "WORLD_SIZE" in os.environ:
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def _load(kind, args: Namespace):

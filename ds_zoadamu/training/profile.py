@@ -9,17 +9,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import deepspeed
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 from ds_zoadamu import kernels
 from ds_zoadamu.distributed.collective import gather_json
-from ds_zoadamu.training.memory import PeakMemory, stored_bytes
+from ds_zoadamu.distributed.start import launched_rank as rank
+from ds_zoadamu.training.memory import PeakMemory
 from ds_zoadamu.training.output import JOURNAL, PROFILE, OutputDirectory, environment, quantiles
-from ds_zoadamu.training.plan import make_plan, rank
+from ds_zoadamu.training.plan import make_plan
 from ds_zoadamu.training.steps import Stepper, make_stepper
+from ds_zoadamu.zero3.instruments import GATHER, collectives_of
+from ds_zoadamu.zero3.memory import stored_bytes
 
 _WARM_UP = 3  # DeepSpeed records the order of gathers in the first pass and prefetches by it from then on
 Section = tuple[Any, str, str]
@@ -97,12 +98,12 @@ def profile(args: Namespace) -> dict:
     }
     results = {
         **measured,
-        "optimizer": plan.config["optimizer"]["type"],
+        "optimizer": plan.config.optimizer,
         "world_size": dist.get_world_size(),
         **environment(),
         "command": shlex.join(sys.argv),
         "arguments": vars(args),
-        "config": plan.config,
+        "config": plan.config.deepspeed,
     }
     output.write_json(PROFILE, results)
     if rank() == 0:
@@ -129,7 +130,7 @@ def _seconds(function: Callable[[], object]) -> float:
 def _split(stepper: Stepper, steps: int) -> dict[str, float]:
     """Mean seconds a step on this rank by part: gather, forward, backward, perturb, update, journal, other."""
     clock, engine = SectionClock(), stepper.engine
-    sections: list[Section] = [(PartitionedParameterCoordinator, "fetch_sub_module", "gather")]
+    sections: list[Section] = [(*GATHER, "gather")]
     if stepper.journaled:
         sections += [
             (engine, "loss_fn", "forward"),
@@ -147,25 +148,21 @@ def _split(stepper: Stepper, steps: int) -> dict[str, float]:
 
 
 def _collectives(stepper: Stepper, steps: int) -> dict:
-    """What DeepSpeed's comms logger sees in a step on this rank.
+    """The collectives of a step on this rank.
 
     Returns:
-        by_operation: name -> {calls, message_bytes} a step, as logged: of a gather the tensor that a rank gives, of a
-        reduce-scatter the tensor that is scattered. sent_bytes: what a rank sends for them in a ring, a step.
+        by_operation: name -> {calls, message_bytes} a step, see `collectives_of`. sent_bytes: what a rank sends for them in a
+        ring, a step.
     """
-    logger = deepspeed.comm.comm.comms_logger
-    logger.reset_data()
-    deepspeed.comm.configure(enabled=True, prof_all=True, verbose=False, debug=False)
-    try:
+
+    def run() -> None:
         for _ in range(steps):
             stepper.step()
-    finally:
-        deepspeed.comm.configure(enabled=False, prof_all=False)
-    by_operation, sent, ranks = {}, 0.0, dist.get_world_size()
-    for name, sizes in logger.get_raw_data().items():
-        calls, size = sum(entry[0] for entry in sizes.values()), sum(bytes_ * entry[0] for bytes_, entry in sizes.items())
+
+    by_operation, sent = {}, 0.0
+    for name, (calls, size) in collectives_of(run).items():
         by_operation[name] = {"calls": calls / steps, "message_bytes": size / steps}
-        sent += size / steps * _sent_share(name, ranks)
+        sent += size / steps * _sent_share(name, dist.get_world_size())
     return {"by_operation": by_operation, "sent_bytes": sent}
 
 

@@ -13,13 +13,14 @@ from deepspeed.utils import logger
 from tqdm import tqdm
 
 from ds_zoadamu.distributed.collective import gather_json
+from ds_zoadamu.distributed.start import launched_rank as rank
 from ds_zoadamu.durability.digest import weights_digest
 from ds_zoadamu.durability.engine import ZerothOrderEngine
 from ds_zoadamu.errors import CheckpointError, NonFiniteLossError
 from ds_zoadamu.hf.models import load_weights, save_pretrained
 from ds_zoadamu.tasks import Evaluation, InputError, evaluate
 from ds_zoadamu.training.curves import draw_curves
-from ds_zoadamu.training.memory import PeakMemory, stored_bytes
+from ds_zoadamu.training.memory import PeakMemory
 from ds_zoadamu.training.output import (
     BEST,
     CHECKPOINTS,
@@ -31,11 +32,12 @@ from ds_zoadamu.training.output import (
     environment,
     quantiles,
 )
-from ds_zoadamu.training.plan import Plan, make_plan, rank
+from ds_zoadamu.training.plan import Plan, make_plan
 from ds_zoadamu.training.progress import Progress, begin, better, resume
 from ds_zoadamu.training.steps import Stepper, make_stepper
 from ds_zoadamu.training.summary import scores, summary
 from ds_zoadamu.zero3.divergence import nonfinite_parameter, weights_are_the_reason
+from ds_zoadamu.zero3.memory import stored_bytes
 
 
 def finetune(args: Namespace) -> dict:
@@ -73,7 +75,7 @@ def finetune(args: Namespace) -> dict:
     results = _results(plan, stepper, before, (best_step, best, after), last, seconds, peak)
     output.write_json(RESULTS, results)
     if rank() == 0:
-        title = f"{plan.model_input.task.name}, {args.model_name_or_path}, {plan.config['optimizer']['type']}"
+        title = f"{plan.model_input.task.name}, {args.model_name_or_path}, {plan.config.optimizer}"
         if not draw_curves(output.records(), output.path / CURVES, title, plan.dev_majority):
             logger.warning(f"no {CURVES}: Matplotlib is not installed (pip install ds_zoadamu[plots])")
         if best.accuracy <= before["dev"].accuracy:
@@ -172,7 +174,7 @@ def _results(plan, stepper, before, best_model, last, seconds, peak) -> dict:
     return {
         "task": plan.model_input.task.name,
         "model": args.model_name_or_path,
-        "optimizer": plan.config["optimizer"]["type"],
+        "optimizer": plan.config.optimizer,
         "world_size": dist.get_world_size(),
         "max_steps": args.max_steps,
         "best_step": best_step,
@@ -186,5 +188,5 @@ def _results(plan, stepper, before, best_model, last, seconds, peak) -> dict:
         **environment(),
         "command": shlex.join(sys.argv),
         "arguments": vars(args),
-        "config": plan.config,
+        "config": plan.config.deepspeed,
     }

@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 
 from deepspeed import comm as dist
 
-from ds_zoadamu.config.settings import check_config, zeroth_order_type
+from ds_zoadamu.config import Config, load
+from ds_zoadamu.distributed.start import launched_rank as rank
 from ds_zoadamu.errors import NonFiniteLossError, NonFiniteWeightsError
 from ds_zoadamu.tasks import InputError, evaluate
 from ds_zoadamu.training.output import SEARCH, OutputDirectory, environment
-from ds_zoadamu.training.plan import Plan, make_plan, rank
+from ds_zoadamu.training.plan import Plan, make_plan
 from ds_zoadamu.training.steps import make_stepper
 
 
@@ -39,34 +40,32 @@ def find_lr(args: Namespace) -> list[Trial]:
     """
     output = OutputDirectory(args.output_dir, writes=rank() == 0, overwrite=args.overwrite_output_dir)
     plan = make_plan(args)
-    if zeroth_order_type(plan.config) is None:
-        raise InputError(f"--find_lr searches lr and zo_eps; the JSON's optimizer is {plan.config['optimizer']['type']}")
-    pairs = [(lr, zo_eps) for zo_eps in args.find_eps_values for lr in args.find_lr_values]
-    for lr, zo_eps in pairs:
-        check_config(_with(plan.config, lr, zo_eps))
-    directions = plan.config["optimizer"]["params"].get("num_perturbations", 1)
-    forwards = 2 * directions * args.max_steps * plan.config.get("gradient_accumulation_steps", 1)
+    if plan.config.rule is None:
+        raise InputError(f"--find_lr searches lr and zo_eps; the JSON's optimizer is {plan.config.optimizer}")
+    configs = [_with(plan.config, lr, zo_eps) for zo_eps in args.find_eps_values for lr in args.find_lr_values]
+    forwards = 2 * plan.config.options.num_perturbations * args.max_steps * plan.config.batch.accumulation
     _print(
-        f"{len(pairs)} trials of {args.max_steps} steps, {forwards} forwards a rank each, "
+        f"{len(configs)} trials of {args.max_steps} steps, {forwards} forwards a rank each, "
         f"judged by the loss on {len(plan.dev)} development examples"
     )
     output.begin()
     trials = []
-    for lr, zo_eps in pairs:
-        trials.append(_try(plan, lr, zo_eps))
-        _print(f"{len(trials)}/{len(pairs)} {_row(trials[-1])}")
+    for config in configs:
+        trials.append(_try(plan, config))
+        _print(f"{len(trials)}/{len(configs)} {_row(trials[-1])}")
     trials.sort(key=lambda trial: trial.dev_loss)
     output.write_json(
-        SEARCH, {"trials": [asdict(t) for t in trials], **environment(), "arguments": vars(args), "config": plan.config}
+        SEARCH,
+        {"trials": [asdict(t) for t in trials], **environment(), "arguments": vars(args), "config": plan.config.deepspeed},
     )
     _print("\n".join([_row(None), *map(_row, trials)]))
     return trials
 
 
-def _try(plan: Plan, lr: float, zo_eps: float) -> Trial:
+def _try(plan: Plan, config: Config) -> Trial:
     start = time.perf_counter()
     args = plan.args
-    stepper = make_stepper(plan, _with(plan.config, lr, zo_eps))
+    stepper = make_stepper(plan, config)
     try:
         for _ in range(args.max_steps):
             stepper.step()
@@ -80,16 +79,16 @@ def _try(plan: Plan, lr: float, zo_eps: float) -> Trial:
     del stepper
     gc.collect()  # engine and module refer to each other
     dist.barrier()
-    return Trial(lr, zo_eps, loss, accuracy, time.perf_counter() - start)
+    return Trial(config.options.lr, config.options.zo_eps, loss, accuracy, time.perf_counter() - start)
 
 
-def _with(config: dict, lr: float, zo_eps: float) -> dict:
-    """The configuration with another lr (also at the end of a scheduler's warm-up) and zo_eps."""
-    config = copy.deepcopy(config)
-    config["optimizer"]["params"].update(lr=lr, zo_eps=zo_eps)
-    if "warmup_max_lr" in config.get("scheduler", {}).get("params", {}):
-        config["scheduler"]["params"]["warmup_max_lr"] = lr
-    return config
+def _with(config: Config, lr: float, zo_eps: float) -> Config:
+    """The configuration with another lr (also at the end of a scheduler's warm-up) and zo_eps. Raises ConfigError."""
+    given = copy.deepcopy(config.deepspeed)
+    given["optimizer"]["params"].update(lr=lr, zo_eps=zo_eps)
+    if "warmup_max_lr" in given.get("scheduler", {}).get("params", {}):
+        given["scheduler"]["params"]["warmup_max_lr"] = lr
+    return load(given, world_size=config.world_size)
 
 
 def _row(trial: Trial | None) -> str:

@@ -7,7 +7,7 @@ import torch
 from deepspeed import comm as dist
 
 import ds_zoadamu
-from ds_zoadamu.config.settings import zeroth_order_type
+from ds_zoadamu.config import Config
 from ds_zoadamu.hf.models import load_causal_lm
 from ds_zoadamu.tasks import prompt_loss
 from ds_zoadamu.training.plan import Plan
@@ -28,7 +28,7 @@ class Stepper(Protocol):
         """Makes one step; returns its record for metrics.jsonl, with at least `loss`, `lr` and a gradient figure."""
 
 
-def make_stepper(plan: Plan, config: dict | None = None) -> Stepper:
+def make_stepper(plan: Plan, config: Config | None = None) -> Stepper:
     """Loads the model into partitions and sets up the engine that the configuration's optimizer asks for.
 
     Args:
@@ -38,7 +38,7 @@ def make_stepper(plan: Plan, config: dict | None = None) -> Stepper:
     """
     args, config, collate = plan.args, config or plan.config, plan.model_input.collate
     model = load_causal_lm(args.model_name_or_path, config, trust_remote_code=args.trust_remote_code)
-    zeroth_order = zeroth_order_type(config) is not None
+    zeroth_order = config.rule is not None
     engine, _, dataloader, _ = ds_zoadamu.initialize(
         model=model,
         model_parameters=None if zeroth_order else list(model.parameters()),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..config.settings import zeroth_order_type
+from ..config import Config
 from ..distributed import collective
 from ..distributed.waiting import current_limit
 from ..errors import ConfigError
@@ -56,12 +56,12 @@ def _short(value: Any, limit: int = 100) -> str:
     return text if len(text) <= limit else f"{text[:limit]}... (SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:8]})"
 
 
-def of_config(config: dict) -> dict[str, Any]:
+def of_config(config: Config) -> dict[str, Any]:
     """The values of a DeepSpeed configuration that must be the same, under dotted keys."""
     return {
         key: value
         for section in _SECTIONS
-        for key, value in _leaves(section, config.get(section))
+        for key, value in _leaves(section, config.deepspeed.get(section))
         if key.rpartition(".")[2] not in _A_RANKS_OWN
     }
 
@@ -74,7 +74,7 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def of_run(model: torch.nn.Module, config: dict, optimizer: Any, training_data: Any) -> dict[str, Any]:
+def of_run(model: torch.nn.Module, config: Config, optimizer: Any, training_data: Any) -> dict[str, Any]:
     """What of the arguments of ``initialize`` must be the same; the likely causes come before their consequences.
 
     The parameters are among them for a zeroth-order optimizer: another one may have parallelism of its own.
@@ -83,11 +83,11 @@ def of_run(model: torch.nn.Module, config: dict, optimizer: Any, training_data: 
     if (length := length_of(training_data)) is not None:
         settings["len(training_data)"] = length
     settings |= of_config(config)
-    if isinstance(optimizer, ZerothOrderOptimizer):
-        settings["rule"] = optimizer.rule.name
-        settings |= _leaves("options", dataclasses.asdict(optimizer.rule.config))
-    elif optimizer is not None or zeroth_order_type(config) is None:
+    if config.rule is None:
         return settings
+    if optimizer is not None:
+        settings["rule"] = config.rule
+        settings |= _leaves("options", dataclasses.asdict(config.options))
     names = []
     for name, param in model.named_parameters():
         names.append(canonical_name(name))

@@ -16,11 +16,11 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import log_dist, logger
 
 from .. import kernels
+from ..config import Config
 from ..config.learning_rate import beyond_plan, check_lrs, check_scheduler
-from ..config.settings import check_config, check_deepspeed_settings, read_config
 from ..distributed import collective
 from ..errors import ConfigError, NonFiniteLossError
-from ..rules import RULES, Evaluation, RuleConfig, make_rule
+from ..rules import RULES, Evaluation, make_rule
 from . import divergence, forward_hooks, nvme
 from .batches import fresh, mapped
 from .data import MicroBatchLoader, MicroBatchSampler, MicroBatchStream, TrainingData, check_training_data, is_stream
@@ -52,7 +52,8 @@ class ForwardOnlyEngine(DeepSpeedEngine):
     optimizer: ZerothOrderOptimizer
     last_step: StepRecord | None = None
 
-    def __init__(self, *args, loss_fn: LossFn | None = None, **kwargs):
+    def __init__(self, *args, settings: Config, loss_fn: LossFn | None = None, **kwargs):
+        self.settings = settings  # before DeepSpeed's set-up, which calls what is below
         super().__init__(*args, **kwargs)
         self.loss_fn = loss_fn or model_loss
         self._skipped_in_a_row = 0
@@ -331,13 +332,8 @@ class ForwardOnlyEngine(DeepSpeedEngine):
 
     def _do_sanity_check(self) -> None:
         # The first thing of DeepSpeedEngine.__init__ that sees the configuration: the model has not been touched.
-        config = read_config(self.config)
-        if isinstance(self.client_optimizer, ZerothOrderOptimizer):
-            check_deepspeed_settings(config)
-        elif self.client_optimizer is None:
-            check_config(config)
-        if self._zeroth_order_options() is not None:
-            nvme.prepare(config)
+        if self.settings.rule is not None:
+            nvme.prepare(self.settings)
         super()._do_sanity_check()
 
     def _is_supported_optimizer(self, optimizer_name: str) -> bool:
@@ -345,19 +341,19 @@ class ForwardOnlyEngine(DeepSpeedEngine):
 
     def _configure_distributed_model(self, model: torch.nn.Module) -> None:
         self._scalars = []
-        if self._zeroth_order_options() is not None:
-            reject_unusable(model, read_config(self.config))
+        if self.settings.rule is not None:
+            reject_unusable(model, self.settings)
             self._scalars = lift_scalars(model)
         super()._configure_distributed_model(model)
 
     def _configure_optimizer(self, client_optimizer, model_parameters) -> None:
-        if client_optimizer is None and self.optimizer_name() in RULES:
-            client_optimizer = ZerothOrderOptimizer(model_parameters, make_rule(self.optimizer_name(), self.optimizer_params()))
+        if client_optimizer is None and self.settings.rule is not None:
+            client_optimizer = ZerothOrderOptimizer(model_parameters, make_rule(self.settings.rule, self.optimizer_params()))
         if not isinstance(client_optimizer, ZerothOrderOptimizer):
             super()._configure_optimizer(client_optimizer, model_parameters)
             return
         self._check_for_duplicates(client_optimizer)
-        partition_onto_nvme(self.module, read_config(self.config), self.mpu)
+        partition_onto_nvme(self.module, self.settings, self.mpu)
         # Without an optimizer DeepSpeed partitions as for ZeRO-Inference: weights only.
         self._offload = self._configure_zero_optimizer(optimizer=None)
         reject_stored_dtypes(self.module)
@@ -374,11 +370,11 @@ class ForwardOnlyEngine(DeepSpeedEngine):
         )
 
     def _create_module_forward_pre_hook(self):
-        ours = self._zeroth_order_options() is not None
+        ours = self.settings.rule is not None
         return forward_hooks.before_forward(self) if ours else super()._create_module_forward_pre_hook()
 
     def _create_module_forward_post_hook(self):
-        ours = self._zeroth_order_options() is not None
+        ours = self.settings.rule is not None
         return forward_hooks.after_forward(self) if ours else super()._create_module_forward_post_hook()
 
     def _configure_lr_scheduler(self) -> None:
@@ -393,7 +389,7 @@ class ForwardOnlyEngine(DeepSpeedEngine):
         (MicroBatchLoader, MicroBatchStream). ``num_local_io_workers``: processes that read ahead (default: none), not for a
         stream. The loader takes the place of the engine's own where there is none, or one of the same data.
         """
-        options = self._zeroth_order_options()
+        options = self.settings.options
         if options is None or route != ROUTE_TRAIN or data_sampler is not None:
             return super().deepspeed_io(dataset, batch_size, route, pin_memory, data_sampler, collate_fn, **kwargs)
         check_training_data(dataset)
@@ -415,11 +411,6 @@ class ForwardOnlyEngine(DeepSpeedEngine):
         ):  # not where an evaluation's data goes this way
             self.training_dataloader = loader
         return loader
-
-    def _zeroth_order_options(self) -> RuleConfig | None:
-        if self.client_optimizer is not None:
-            return self.client_optimizer.rule.config if isinstance(self.client_optimizer, ZerothOrderOptimizer) else None
-        return check_config(self.config)
 
     def destroy(self) -> None:
         """DeepSpeed's, and ZeRO-3's hooks off the module, and the swap buffers: weights on NVMe cannot be read any more.

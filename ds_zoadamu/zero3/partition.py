@@ -21,8 +21,9 @@ from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedP
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
+from ..config import Config
 from ..errors import ConfigError
-from .nvme import mapped_zeros, smallest_file_bytes, wants_nvme
+from .nvme import mapped_zeros
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
@@ -188,18 +189,17 @@ def stored_weight_bytes(module: torch.nn.Module) -> int:
     return sum(p.ds_tensor.ds_numel * p.dtype.itemsize for p in module.parameters())
 
 
-def reject_other_dtypes(module: torch.nn.Module, config: dict) -> None:
+def reject_other_dtypes(module: torch.nn.Module, config: Config) -> None:
     """Raise ConfigError where a partition would go to NVMe in another dtype than its parameter has. Before partitioning.
 
     The swap buffers have one dtype, see ``partition_onto_nvme``; partitions that stay in memory keep their own.
     """
-    if not wants_nvme(config) or any((config.get(key) or {}).get("enabled") is True for key in ("bf16", "fp16")):
+    if config.precision != "fp32":
         return  # DeepSpeed casts the parameters to that one
-    stored = torch.float32
     for name, param in module.named_parameters():
         numel = -(-getattr(param, "ds_numel", param.numel()) // dist.get_world_size())
-        if param.dtype != stored and numel * stored.itemsize >= smallest_file_bytes(config):
-            _reject_dtype(name, param.dtype, stored)
+        if param.dtype != config.dtype and config.offload.takes(numel):
+            _reject_dtype(name, param.dtype, config.dtype)
 
 
 def reject_stored_dtypes(module: torch.nn.Module) -> None:
@@ -216,16 +216,16 @@ def _reject_dtype(name: str, dtype: torch.dtype, stored: torch.dtype) -> None:
     )
 
 
-def partition_onto_nvme(module: torch.nn.Module, config: dict, mpu=None) -> None:
+def partition_onto_nvme(module: torch.nn.Module, config: Config, mpu=None) -> None:
     """Partition a whole model that goes to NVMe, with swap buffers of the configuration's dtype. Any other is left alone.
 
     DeepSpeed 0.19.8's engine would, and names the dtype; where there is no fp16, as on most CPUs, ``zero.Init`` then takes bf16
     whatever was named (``dtype or a if b else c``), and an fp32 model's forward fails. Without a name it reads the
     configuration.
     """
-    if wants_nvme(config) and not any(hasattr(p, "ds_id") for p in module.parameters()):
+    if config.offload.on_nvme and not any(hasattr(p, "ds_id") for p in module.parameters()):
         group = None if mpu is None else mpu.get_data_parallel_group()
-        deepspeed.zero.Init(module=module, data_parallel_group=group, config_dict_or_path=config, mpu=mpu)
+        deepspeed.zero.Init(module=module, data_parallel_group=group, config_dict_or_path=config.deepspeed, mpu=mpu)
 
 
 def lift_scalars(module: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -3,17 +3,18 @@
 import torch
 from deepspeed import comm as dist
 
+from ..config import Config
 from ..errors import ConfigError
-from .nvme import check_partition_sizes, wants_nvme
 from .partition import WRAPPER_PREFIXES, canonical_name, reject_other_dtypes
 
 
-def reject_unusable(module: torch.nn.Module, config: dict) -> None:
+def reject_unusable(module: torch.nn.Module, config: Config) -> None:
     """Raise ConfigError for a module with parameters that cannot be trained in partitions, before they are partitioned."""
     _reject_empty(module)
     _reject_same_names(module)
     _reject_rescaling(module)
-    _reject_too_large(module, config)
+    numels = ((name, getattr(p, "ds_numel", p.numel())) for name, p in module.named_parameters())
+    config.offload.check_partition_sizes(numels, dist.get_world_size())
     reject_other_dtypes(module, config)
 
 
@@ -49,13 +50,6 @@ def _reject_empty(module: torch.nn.Module) -> None:
                 f"parameter {name!r} has 0 elements, which ZeRO-3 cannot gather on {dist.get_world_size()} ranks; remove it "
                 "from the model, or register it as a buffer"
             )
-
-
-def _reject_too_large(module: torch.nn.Module, config: dict) -> None:
-    """Raise ConfigError where a partition would go to NVMe and is larger than the swap buffers. Before partitioning."""
-    if wants_nvme(config):
-        numels = ((name, getattr(p, "ds_numel", p.numel())) for name, p in module.named_parameters())
-        check_partition_sizes(config, numels, dist.get_world_size())
 
 
 class TrainedSet:

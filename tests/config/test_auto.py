@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import ds_zoadamu
-from ds_zoadamu.config.auto import fill_auto, fill_auto_for_library
-from ds_zoadamu.config.settings import check_config
+from ds_zoadamu.config import load
+from ds_zoadamu.config.auto import fill
+from ds_zoadamu.config.settings import check_config, zeroth_order_type
 from ds_zoadamu.errors import ConfigError
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.arguments import check_arguments, finetune_parser
@@ -23,7 +24,11 @@ def arguments(*given):
 
 
 def filled(config, *given, world_size=2):
-    return fill_auto(config, arguments(*given), world_size=world_size, hidden_size=64)
+    return fill_by(arguments(*given), config, world_size=world_size)
+
+
+def fill_by(overrides, config, world_size=2, hidden_size=64, **data):
+    return fill(config, overrides, rule=zeroth_order_type(config), world_size=world_size, hidden_size=hidden_size, **data)
 
 
 def zeroth_order(**params):
@@ -200,7 +205,7 @@ def test_what_the_message_advises_works(change, message, path, remedy):
         with pytest.raises(ConfigError, match=message):
             filled(config, *given)
     with pytest.raises(ConfigError, match=message):
-        fill_auto_for_library(config, world_size=2, hidden_size=64, num_examples=100)
+        fill_by(None, config, num_examples=100)
     check_config(filled(remedied(config, path, remedy)))
 
 
@@ -239,17 +244,18 @@ def test_number_of_steps_in_the_library(given, scheduled, batch, steps):
         config["optimizer"]["params"]["total_steps"] = given
     if scheduled is not None:
         config["scheduler"] = {"type": "WarmupDecayLR", "params": {"total_num_steps": scheduled}}
-    filled = fill_auto_for_library(config, world_size=2, hidden_size=None, num_examples=40)
+    filled = fill_by(None, config, hidden_size=None, num_examples=40)
     params, scheduler = filled["optimizer"]["params"], filled.get("scheduler", {"params": {}})["params"]
     assert (params.get("total_steps"), scheduler.get("total_num_steps")) == steps
 
 
 def test_a_run_longer_than_its_schedule_is_refused():
-    config = zeroth_order(lr=1e-6, total_steps=40)
+    config = load(zeroth_order(lr=1e-6, total_steps=40))
     check_steps(config, 40)
     with pytest.raises(InputError, match="--max_steps 41 is more than the 40 steps of optimizer.params.total_steps .*auto"):
         check_steps(config, 41)
-    config = {**zeroth_order(lr=1e-6), "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 20}}}
+    scheduler = {"type": "WarmupDecayLR", "params": {"total_num_steps": 20}}
+    config = load({**zeroth_order(lr=1e-6, total_steps=40), "scheduler": scheduler})
     with pytest.raises(InputError, match="--max_steps 21 is more than the 20 steps of scheduler.params.total_num_steps"):
         check_steps(config, 21)
 

@@ -158,11 +158,26 @@ def test_a_checkpoint_is_saved_though_an_older_one_cannot_be_removed(tmp_path):
 # --- refusals -----------------------------------------------------------------------------------------------------------------
 
 
+def _rewritten(file, change):
+    return lambda path: (path / file).write_bytes(change((path / file).read_bytes()))
+
+
+def _forged(change):
+    """With another manifest, whose checksum is right."""
+    from ds_zoadamu.durability import checkpoint_store as store
+
+    def rewrite(path):
+        manifest = store.read_manifest(path)
+        change(manifest)
+        (path / "manifest.json").write_bytes(store.encode_manifest(manifest))
+
+    return rewrite
+
+
 def refused(rank, world_size, folder):
     """The message of each load or save that must fail. Nothing in memory and no earlier checkpoint may change."""
     import torch.distributed as dist
 
-    from ds_zoadamu.durability import checkpoint_store as store
     from ds_zoadamu.errors import CheckpointError
 
     folder = Path(folder)
@@ -191,29 +206,16 @@ def refused(rank, world_size, folder):
         dist.barrier()
         attempt(name, lambda engine: engine.load_checkpoint(folder / name))
 
-    def rewrite(file, change):
-        return lambda path: (path / file).write_bytes(change((path / file).read_bytes()))
-
-    def forged(name, change):
-        """With another manifest, whose checksum is right."""
-
-        def rewrite_manifest(path):
-            manifest = store.read_manifest(path)
-            change(manifest)
-            (path / "manifest.json").write_bytes(store.encode_manifest(manifest))
-
-        damaged(name, rewrite_manifest)
-
     second = "rank-00001-of-00002.safetensors"
     damaged("missing file", lambda path: (path / second).unlink())
-    damaged("shortened file", rewrite(second, lambda data: data[:-8]))
-    damaged("flipped bit", rewrite(second, lambda data: data[:-5] + bytes([data[-5] ^ 1]) + data[-4:]))
+    damaged("shortened file", _rewritten(second, lambda data: data[:-8]))
+    damaged("flipped bit", _rewritten(second, lambda data: data[:-5] + bytes([data[-5] ^ 1]) + data[-4:]))
     damaged("no manifest", lambda path: (path / "manifest.json").unlink())
-    damaged("changed manifest", rewrite("manifest.json", lambda data: data.replace(b'"step": 3', b'"step": 4', 1)))
+    damaged("changed manifest", _rewritten("manifest.json", lambda data: data.replace(b'"step": 3', b'"step": 4', 1)))
     damaged("latest astray", lambda path: (path.parent / "latest").write_text("global_step9"))
     damaged("latest outside", lambda path: (path.parent / "latest").write_text("../../etc"))
-    forged("a gap", lambda manifest: manifest["files"][1]["ranges"].update({"embed.weight": [40, 77]}))
-    forged("an attribute", lambda manifest: manifest["counters"].update(train_batch=0))
+    damaged("a gap", _forged(lambda manifest: manifest["files"][1]["ranges"].update({"embed.weight": [40, 77]})))
+    damaged("an attribute", _forged(lambda manifest: manifest["counters"].update(train_batch=0)))
     good = folder / "good"
     attempt("other model", lambda engine: engine.load_checkpoint(good), model="opt")
     attempt("other dtype", lambda engine: engine.load_checkpoint(good), dtype="bf16")

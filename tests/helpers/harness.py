@@ -45,7 +45,7 @@ def _child(connection, function, rank, world_size, port, args):
 
     torch.set_num_threads(1)  # the same for every number of ranks: a matrix product's bits may depend on it
     try:
-        from ds_zoadamu.distributed.start import init_distributed
+        from ds_zoadamu.zero3.start import init_distributed
 
         init_distributed(verbose=False)
         torch.distributed.barrier()  # a rank that has little to do must not be gone before its peers have connected

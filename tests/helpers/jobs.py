@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import ds_zoadamu
+from ds_zoadamu.config import load
 from ds_zoadamu.config.settings import check_precision
 
 
@@ -25,8 +26,9 @@ def config(world_size: int, accumulation: int = 1, micro_batch: int = 2, zero: d
 
 def skip_unsupported(config: dict) -> None:
     """Skip the test where this machine does not have the configuration's precision: fp16 on most CPUs."""
+    settings = load(config)
     try:
-        check_precision(config)
+        check_precision(settings)
     except ds_zoadamu.ConfigError as error:
         pytest.skip(str(error))
 

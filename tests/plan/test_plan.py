@@ -9,9 +9,10 @@ import torch
 import transformers
 
 from ds_zoadamu import ConfigError, check_config
+from ds_zoadamu.config import load
 from ds_zoadamu.plan.__main__ import main
 from ds_zoadamu.plan.gathers import GatherSettings, gather_use
-from ds_zoadamu.plan.memory import Model, Nvme, plan_memory
+from ds_zoadamu.plan.memory import Model, plan_memory
 from ds_zoadamu.plan.models import OPT_SHAPES, load_config, opt_config
 from ds_zoadamu.plan.sizes import ParameterSize, meta_model, momentum_bytes, parameter_sizes, weight_bytes
 from ds_zoadamu.plan.step_time import HARDWARE, estimate_step
@@ -207,8 +208,8 @@ def test_offload_moves_weights_and_momentum_to_the_host():
 def test_offload_to_nvme_keeps_small_partitions_and_the_buffers_in_host_memory():
     model = opt("125m")
     offload_param = {"device": "nvme", "nvme_path": "/drive", "buffer_count": 3, "buffer_size": 1000}
-    drive = Nvme.from_config({"zero_optimization": {"offload_param": offload_param}, "bf16": {"enabled": True}})
-    assert drive == Nvme(smallest_file=2**20, buffers=3 * 1024 * 2)  # each aligned to 1024 bytes
+    drive = load({"zero_optimization": {"offload_param": offload_param}, "bf16": {"enabled": True}}).offload
+    assert (drive.smallest_file, drive.buffers) == (2**20, 3 * 1024 * 2)  # each aligned to 1024 bytes
     common = {"world_size": 2, "capacity": 10**10, "momentum": "int8", "micro_batch": 1, "length": 64, "offload": True}
     host, nvme = plan_memory(model, **common), plan_memory(model, **common, drive=drive)
     # Two ranks: half of each large matrix in bf16, and its momentum. fc1, fc2 of 12 layers and the two embeddings; the

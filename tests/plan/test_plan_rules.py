@@ -6,9 +6,10 @@ import sys
 import pytest
 
 from ds_zoadamu import ConfigError, check_config
+from ds_zoadamu.config.offload import Offload
 from ds_zoadamu.plan.__main__ import main
 from ds_zoadamu.plan.adapters import read_adapter
-from ds_zoadamu.plan.memory import Model, Nvme, plan_memory
+from ds_zoadamu.plan.memory import Model, plan_memory
 from ds_zoadamu.plan.models import opt_config
 from ds_zoadamu.plan.sizes import momentum_bytes
 from ds_zoadamu.plan.step_time import HARDWARE, estimate_step
@@ -95,7 +96,7 @@ def test_offloaded_momenta_lie_on_the_host_and_one_goes_along_with_a_gather(opt)
 
 
 def test_nvme_takes_every_momentum_along(opt):
-    drive = Nvme(smallest_file=2**20, buffers=10**8)
+    drive = Offload("nvme", itemsize=2, smallest_file=2**20, buffers=10**8)
     large = sum(size.numel for size in opt.sizes if size.numel >= 2**20)  # 2 bytes a weight, 2 ranks
     on_drive = [
         plan(opt, momentum=momentum, num_perturbations=3, offload=True, drive=drive).on_drive for momentum in ("none", "int8")
