@@ -162,6 +162,16 @@ def _rewritten(file, change):
     return lambda path: (path / file).write_bytes(change((path / file).read_bytes()))
 
 
+def _save_too_much(engine, folder):
+    from ds_zoadamu.durability import checkpoint_store as store
+
+    store._MAX_BYTES, bound = 20_000, store._MAX_BYTES
+    try:
+        engine.save_checkpoint(folder, client_state={"text": "x" * 30_000})
+    finally:
+        store._MAX_BYTES = bound
+
+
 def _forged(change):
     """With another manifest, whose checksum is right."""
     from ds_zoadamu.durability import checkpoint_store as store
@@ -224,13 +234,9 @@ def refused(rank, world_size, folder):
     attempt("scheduler", lambda engine: engine.load_checkpoint(good), scheduler=True)
     attempt("weights of other dtype", lambda engine: engine.load_checkpoint(good, load_module_only=True), dtype="bf16")
     attempt("client_state", lambda engine: engine.save_checkpoint(good, client_state={"model": torch.nn.Linear(1, 1)}))
-    deep: list = []
-    for _ in range(120):
-        deep = [deep]
-    attempt("too deep", lambda engine: engine.save_checkpoint(good, client_state={"tree": deep}))
-    store._MAX_BYTES, bound = 20_000, store._MAX_BYTES
-    attempt("too large", lambda engine: engine.save_checkpoint(folder / "large", client_state={"text": "x" * 30_000}))
-    store._MAX_BYTES = bound
+    deep = {"tree": json.loads("[" * 120 + "]" * 120)}
+    attempt("too deep", lambda engine: engine.save_checkpoint(good, client_state=deep))
+    attempt("too large", lambda engine: _save_too_much(engine, folder / "large"))
     attempt("tag", lambda engine: engine.save_checkpoint(good, "a/b"))
     attempt("limit", lambda engine: engine.save_checkpoint(good, save_total_limit=0))
     attempt("different tags", lambda engine: engine.save_checkpoint(good, f"rank{rank}"))
