@@ -17,7 +17,7 @@ from deepspeed.utils import log_dist, logger
 
 from .. import kernels
 from ..config import Config
-from ..config.learning_rate import beyond_plan, check_lrs, check_scheduler
+from ..config.learning_rate import begins_at_zero, beyond_plan, check_lrs, check_scheduler
 from ..distributed import collective
 from ..errors import ConfigError, NonFiniteLossError
 from ..rules import RULES, Evaluation, make_rule
@@ -282,9 +282,10 @@ class ForwardOnlyEngine(DeepSpeedEngine):
 
     def _check_lrs(self) -> None:
         check_lrs(self.optimizer, self.lr_scheduler)
-        warning = beyond_plan(self.optimizer, self.lr_scheduler, self._told_beyond)
-        if warning is not None and self.global_rank == 0:
-            logger.warning(warning)
+        beyond = beyond_plan(self.optimizer, self.lr_scheduler, self._told_beyond)
+        for warning in (beyond, begins_at_zero(self.optimizer, self.lr_scheduler)):
+            if warning is not None and self.global_rank == 0:
+                logger.warning(warning)
 
     # --- reports
 
