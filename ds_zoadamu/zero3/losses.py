@@ -65,9 +65,9 @@ def _labels_that_count(module: torch.nn.Module, output: Any, batch: Any) -> torc
 
 def _first_that_counts(module: torch.nn.Module, output: Any, labels: torch.Tensor, classes: set[str]) -> int:
     """Which place of a causal model's labels is the first that its loss compares with a prediction."""
-    ways = {
-        str(getattr(m.active_peft_config.peft_type, "value", "")) for m in module.modules() if hasattr(m, "active_peft_config")
-    }
+    ways = set()
+    if any(name.startswith("Peft") for name in classes):
+        ways = {m.active_peft_config.peft_type.value for m in module.modules() if hasattr(m, "active_peft_config")}
     if "CPT" in ways:
         raise _unknown_weight(module, "has adapters of PEFT's CPT, which weighs labels by itself")
     if ways & set(_VIRTUAL_TOKENS):
