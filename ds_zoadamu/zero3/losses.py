@@ -67,7 +67,8 @@ def _first_that_counts(module: torch.nn.Module, output: Any, labels: torch.Tenso
     """Which place of a causal model's labels is the first that its loss compares with a prediction."""
     ways = set()
     if any(name.startswith("Peft") for name in classes):
-        ways = {m.active_peft_config.peft_type.value for m in module.modules() if hasattr(m, "active_peft_config")}
+        kinds = [m.active_peft_config.peft_type for m in module.modules() if hasattr(m, "active_peft_config")]
+        ways = {getattr(kind, "value", kind) for kind in kinds}
     if "CPT" in ways:
         raise _unknown_weight(module, "has adapters of PEFT's CPT, which weighs labels by itself")
     if ways & set(_VIRTUAL_TOKENS):
