@@ -77,7 +77,7 @@ def append_times(engine, folder: Path, fsync_every: int, steps: int) -> tuple[li
         record = Record(step, plus, minus, (round_grad((plus - minus) / 2e-3),), (1e-6,), False, (step // 100, step % 100))
         collective.barrier()
         start = time.perf_counter()
-        engine._before_update(record, None, [])
+        engine.before_update(record, None, [])
         times.append(time.perf_counter() - start)
     engine.close_journal()
     assert len(read_journal(path).records) == steps

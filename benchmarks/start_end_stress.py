@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ds_zoadamu.benchmark.processes import free_port
+from ds_zoadamu.distributed.start import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 2

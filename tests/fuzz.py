@@ -41,7 +41,7 @@ from ds_zoadamu.files.typed_json import encode
 from ds_zoadamu.kernels.types import round_grad
 from ds_zoadamu.rules import RULES
 from ds_zoadamu.rules.zo_adamu import MOMENTUM_DTYPES
-from ds_zoadamu.tasks import InputError, load_examples, load_task
+from ds_zoadamu.tasks import InputError, load_task
 
 # --- damage -------------------------------------------------------------------------------------------------------------------
 
@@ -391,7 +391,7 @@ def task_reader(folder: Path) -> Reader:
     def read() -> None:
         task = load_task(str(path))
         for split in ("train", "validation"):
-            load_examples(task, split, str(folder))
+            task.rows(split, str(folder))
 
     return Reader(write, read, (InputError,))
 

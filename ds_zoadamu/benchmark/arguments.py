@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from ds_zoadamu.tasks import InputError
-from ds_zoadamu.training.arguments import add_task_arguments
+from ds_zoadamu.training.arguments import add_options, add_set_arguments, add_task_arguments, check_arguments
 
 # Arguments that launch/finetune.py knows too; they are the same for every run.
 _SHARED = (
@@ -32,12 +32,11 @@ def benchmark_parser() -> argparse.ArgumentParser:
         help="which of --configs and of the built-in ones: zoadamu-fp32, -bf16, -fp16, -int8, -replay, mezo, adamw, plain-mezo "
         "(default: --configs and plain-mezo; without --configs all built-in ones)",
     )
-    group.add_argument("--ranks", type=int, default=2, help="of every contender but plain-mezo (default: %(default)s)")
-    group.add_argument("--threads", type=int, help="CPU threads a rank; plain-mezo gets those of all (default: cores / ranks)")
+    threads = (None, "CPU threads a rank; plain-mezo gets those of all (default: cores / ranks)")
+    add_options(group, int, ranks=(2, "of every contender but plain-mezo"), threads=threads)
     group = parser.add_argument_group("budget, the same for all: one of these")
-    group.add_argument("--max_steps", type=int, help="optimizer steps")
-    group.add_argument("--max_items", type=int, help="training examples seen")
-    group.add_argument("--max_seconds", type=float, help="of training; steps are derived from the profile of each contender")
+    add_options(group, int, max_steps=(None, "optimizer steps"), max_items=(None, "training examples seen"))
+    add_options(group, float, max_seconds=(None, "of training; steps are derived from the profile of each contender"))
     group = parser.add_argument_group("learning rates")
     group.add_argument(
         "--lr_grid",
@@ -50,23 +49,26 @@ def benchmark_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--zo_eps_grid", nargs="+", metavar="[NAME=]EPS,...", default=["1e-3"], help="as --lr_grid, for those without gradients"
     )
-    group.add_argument("--trial_steps", type=int, help="length of a trial (default: a quarter of the contender's budget)")
+    add_options(group, int, trial_steps=(None, "length of a trial (default: a quarter of the contender's budget)"))
     group = parser.add_argument_group("examples and batches")
-    group.add_argument("--num_train", type=int, default=1000, help="training examples (default: %(default)s)")
-    group.add_argument("--num_dev", type=int, default=500, help="development examples (default: %(default)s)")
-    group.add_argument("--data_seed", type=int, help="seed of their draw (default: each run's seed)")
-    group.add_argument("--per_device_train_batch_size", type=int, help="examples in a micro-batch (default: 8)")
-    group.add_argument("--gradient_accumulation_steps", type=int, help="micro-batches a rank takes in a step (default: 1)")
-    group.add_argument("--eval_steps", type=int, help="steps between evaluations (default: a tenth of the budget)")
+    add_set_arguments(group)
+    add_options(
+        group,
+        int,
+        data_seed=(None, "seed of the draw of examples (default: each run's seed)"),
+        eval_steps=(None, "steps between evaluations (default: a tenth of the budget)"),
+    )
     group.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each; trials use the first (%(default)s)"
     )
     group = parser.add_argument_group("measurement and output")
-    group.add_argument(
-        "--profile_steps", type=int, default=10, help="steps measured for time, memory, collectives (%(default)s)"
+    add_options(group, float, target=(None, "report the seconds until the metric on the development set is this good"))
+    add_options(
+        group,
+        int,
+        profile_steps=(10, "steps measured for time, memory, collectives"),
+        master_port=(None, "of every run's process group (default: a free one each time)"),
     )
-    group.add_argument("--target_accuracy", type=float, help="report the seconds until the development accuracy is this high")
-    group.add_argument("--master_port", type=int, help="of every run's process group (default: a free one each time)")
     group.add_argument("--output_dir", required=True, help="a run's folder each, results.json, report.md and the plots")
     return parser
 
@@ -77,25 +79,20 @@ def check_numbers(args: argparse.Namespace) -> None:
     Raises:
         InputError: names the argument, its value and the bound.
     """
-    for name in ("ranks", "threads", "profile_steps", "trial_steps", "num_train", "num_dev"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} must be at least 1, got {value}")
     given = [name for name in ("max_steps", "max_items", "max_seconds") if getattr(args, name) is not None]
     if len(given) != 1:
         raise InputError(f"give one of --max_steps, --max_items, --max_seconds; got {', '.join(given) or 'none of them'}")
     amount = getattr(args, given[0])
     if not 0 < amount < float("inf"):
         raise InputError(f"--{given[0]} is {amount}, a budget of nothing; give a finite number above 0")
-    if args.target_accuracy is not None and not 0 < args.target_accuracy <= 1:
-        raise InputError(f"--target_accuracy must be above 0 and at most 1, got {args.target_accuracy}")
+    check_arguments(args)
     if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
         raise InputError(f"--seeds are {args.seeds}; give different numbers >= 0")
 
 
 def shared_arguments(args: argparse.Namespace, without: Sequence[str] = ()) -> list[str]:
     """The command line of launch/finetune.py as far as it is the same for every run; some arguments may be left out."""
-    words: list[str] = []
+    words = [word for module in args.modules for word in ("--import", module)]
     for name in _SHARED:
         if name in without:
             continue

@@ -4,13 +4,14 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from ds_zoadamu.benchmark.outcomes import FINISHED, Outcome
+from ds_zoadamu.tasks import Metric
 
 BACKWARD_IN_FORWARDS = 2
 """What a backward pass counts as, in forward passes: it makes two products for every one of a forward."""
 
 
-def curve(outcome: Outcome) -> list[dict]:
-    """Development loss and accuracy at each evaluated step, with the passes and the seconds of training up to there."""
+def curve(outcome: Outcome, metric: Metric) -> list[dict]:
+    """Development loss and metric at each evaluated step, with the passes and the seconds of training up to there."""
     seconds, points = [0.0], []
     for line in outcome.metrics:
         if line["kind"] == "step":
@@ -19,22 +20,14 @@ def curve(outcome: Outcome) -> list[dict]:
     a_step = passes["forward"] + BACKWARD_IN_FORWARDS * passes["backward"]
     for line in outcome.metrics:
         if line["kind"] == "eval" and line["split"] == "dev":
-            step = line["step"]
-            points.append(
-                {
-                    "step": step,
-                    "passes": step * a_step,
-                    "seconds": seconds[step],
-                    "loss": line["loss"],
-                    "accuracy": line["accuracy"],
-                }
-            )
+            at = {"step": line["step"], "passes": line["step"] * a_step, "seconds": seconds[line["step"]]}
+            points.append({**at, **{key: line[key] for key in ("loss", metric.name)}})
     return points
 
 
-def seconds_to(points: Sequence[dict], accuracy: float) -> float | None:
-    """Seconds of training until a curve has an accuracy at least this high; None: never."""
-    return next((point["seconds"] for point in points if point["accuracy"] >= accuracy), None)
+def seconds_to(points: Sequence[dict], target: float, metric: Metric) -> float | None:
+    """Seconds of training until the metric of a curve is at least this good; None: never."""
+    return next((point["seconds"] for point in points if not metric.improves(target, point[metric.name])), None)
 
 
 def spread(values: Iterable[float | None]) -> dict | None:
@@ -83,18 +76,14 @@ def cost(profile: Outcome, items_a_step: int) -> dict:
     }
 
 
-def summary(outcomes: dict[int, Outcome], items_a_step: int, target: float | None) -> dict:
+def summary(outcomes: dict[int, Outcome], items_a_step: int, target: float | None, metric: Metric) -> dict:
     """A contender's runs by seed: status of each, spreads over those that finished."""
     finished = [outcome for outcome in outcomes.values() if outcome.status == FINISHED]
-    curves = [curve(outcome) for outcome in finished]
+    curves, kinds = [curve(outcome, metric) for outcome in finished], ("loss", metric.name)
     summed = {
         "status": {str(seed): {"status": o.status, "reason": o.reason} for seed, o in outcomes.items()},
-        "curves": {key: mean_curve(curves, key) for key in ("loss", "accuracy")},
-        **{
-            f"{kind}_{name}": spread(o.results[kind][name] for o in finished)
-            for kind in ("accuracy", "loss")
-            for name in _NAMES
-        },
+        "curves": {key: mean_curve(curves, key) for key in kinds},
+        **{f"{kind}_{name}": spread(o.results[kind][name] for o in finished) for kind in kinds for name in _NAMES},
     }
     if finished:
         # The median of a run, then the mean over runs: a machine that was busy for a while shows in the spread.
@@ -104,7 +93,7 @@ def summary(outcomes: dict[int, Outcome], items_a_step: int, target: float | Non
         summed["seconds_of_training"] = spread(points[-1]["seconds"] for points in curves)
         summed["passes"] = curves[0][-1]["passes"]
     if target is not None:
-        reached = [seconds_to(points, target) for points in curves]
+        reached = [seconds_to(points, target, metric) for points in curves]
         summed["seconds_to_target"] = {"seconds": reached, "reached": sum(s is not None for s in reached)}
     return summed
 

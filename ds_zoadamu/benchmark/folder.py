@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from ds_zoadamu.files.json_files import write_json
 from ds_zoadamu.tasks import InputError
+from ds_zoadamu.training.output import check_writable
 
 SETTINGS, _LOCK = "settings.json", ".lock"
 
@@ -20,11 +20,7 @@ def check_folder(path: Path) -> None:
     Raises:
         InputError: the folder is a file, cannot be written, or holds something else.
     """
-    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if not existing.is_dir():
-        raise InputError(f"--output_dir {path}: {existing} is a file, not a folder")
-    if not os.access(existing, os.W_OK):
-        raise InputError(f"--output_dir {path}: no permission to write in {existing}")
+    check_writable(path)
     if path.exists() and {p.name for p in path.iterdir()} - {_LOCK} and not (path / SETTINGS).exists():
         raise InputError(f"--output_dir {path} holds files but no benchmark ({SETTINGS}); give another folder")
 

@@ -21,6 +21,7 @@ from ds_zoadamu.benchmark.runs import Runner
 from ds_zoadamu.benchmark.settings import check_settings
 from ds_zoadamu.files.json_files import write_json
 from ds_zoadamu.files.safetensors_io import write_durably
+from ds_zoadamu.tasks import Metric
 
 RESULTS, REPORT = "results.json", "report.md"
 _ENVIRONMENT = ("versions", "platform", "processor", "num_cpus", "accelerator")
@@ -41,7 +42,7 @@ def benchmark(args: Namespace, repository: Path) -> int:
     check_numbers(args)
     contenders = choose_contenders(args, repository / "ds_configs")
     grids = make_grids(args, contenders)
-    common = check_settings(args, contenders, grids)
+    common, metric = check_settings(args, contenders, grids)
     output, items = Path(args.output_dir), common["batch"]["train_batch_size"]
     check_folder(output)
     runner = Runner(args, common["batch"], repository, _commit(repository))
@@ -53,19 +54,19 @@ def benchmark(args: Namespace, repository: Path) -> int:
     }
     with locked(output):
         claim_folder(output, settings, {c.name: c.config for c in contenders if not c.plain})
-        phases = Phases(args, runner, items, lambda text: print(text, flush=True))
+        phases = Phases(args, runner, items, metric, lambda text: print(text, flush=True))
         results = {
             "date": datetime.date.today().isoformat(),
             "command": shlex.join(sys.argv),
-            "settings": {**settings, **common, "seeds": args.seeds, "target_accuracy": args.target_accuracy},
+            "settings": {**settings, **common, "seeds": args.seeds, "target": args.target},
             "budget": {name: getattr(args, name) for name in ("max_steps", "max_items", "max_seconds") if getattr(args, name)},
-            **_run_all(args, phases, contenders, grids, items),
+            **_run_all(args, phases, contenders, grids, items, metric),
         }
-        _write(output, results)
+        _write(output, results, metric)
     return int(_any_failed(results["contenders"]))
 
 
-def _run_all(args: Namespace, phases: Phases, contenders: list[Contender], grids: dict, items: int) -> dict:
+def _run_all(args: Namespace, phases: Phases, contenders: list[Contender], grids: dict, items: int, metric: Metric) -> dict:
     """All phases; returns environment and contenders of results.json."""
     profiles = phases.profiles(contenders, grids)
     able = [c for c in contenders if profiles[c.name].status == FINISHED]
@@ -80,7 +81,7 @@ def _run_all(args: Namespace, phases: Phases, contenders: list[Contender], grids
         if profile.status == FINISHED:
             point, trials = searches[c.name]
             entry |= {"cost": cost(profile, items), "steps": steps[c.name], "chosen": point and vars(point), "trials": trials}
-            entry |= _status_of_search(point, trials) | {"runs": summary(finals[c.name], items, args.target_accuracy)}
+            entry |= _status_of_search(point, trials) | {"runs": summary(finals[c.name], items, args.target, metric)}
         entries[c.name] = entry
     outcomes = [*profiles.values(), *(outcome for by_seed in finals.values() for outcome in by_seed.values())]
     return {"environment": _environment(outcomes), "contenders": entries}
@@ -95,10 +96,11 @@ def _status_of_search(point: object, trials: list[dict]) -> dict:
     }
 
 
-def _write(output: Path, results: dict) -> None:
+def _write(output: Path, results: dict, metric: Metric) -> None:
     write_json(output / RESULTS, results)
-    plots = [name for name, draw in (("curves.png", draw_curves), ("cost.png", draw_cost)) if draw(results, output / name)]
-    text = markdown(results, plots)
+    plots = ["curves.png"] if draw_curves(results, output / "curves.png", metric) else []
+    plots += ["cost.png"] if draw_cost(results, output / "cost.png") else []
+    text = markdown(results, metric, plots)
     write_durably(output / REPORT, text.encode())
     print(text)
     if not plots:

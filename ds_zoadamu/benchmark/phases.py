@@ -8,6 +8,7 @@ from ds_zoadamu.benchmark.contenders import Contender
 from ds_zoadamu.benchmark.grid import Point
 from ds_zoadamu.benchmark.outcomes import FINISHED, Outcome
 from ds_zoadamu.benchmark.runs import Run, Runner
+from ds_zoadamu.tasks import Metric
 
 Say = Callable[[str], None]
 _PROFILED_RUN = 1000  # steps; its schedule ends at the same values whatever the length
@@ -20,11 +21,12 @@ class Phases:
         args: of `benchmark_parser`.
         runner: starts a run.
         items_a_step: training examples of one step.
+        metric: the task's main one.
         say: prints a line.
     """
 
-    def __init__(self, args: Namespace, runner: Runner, items_a_step: int, say: Say):
-        self._args, self._runner, self._items, self._say = args, runner, items_a_step, say
+    def __init__(self, args: Namespace, runner: Runner, items_a_step: int, metric: Metric, say: Say):
+        self._args, self._runner, self._items, self._metric, self._say = args, runner, items_a_step, metric.name, say
 
     def profiles(self, contenders: Sequence[Contender], grids: Mapping[str, Sequence[Point]]) -> dict[str, Outcome]:
         """What a step of each contender costs; the lr does not matter."""
@@ -46,7 +48,7 @@ class Phases:
     def search(self, contender: Contender, points: Sequence[Point], budget: int) -> tuple[Point | None, list[dict]]:
         """The point with the lowest development loss at a trial's end, and all trials; None where no trial finished.
 
-        One point needs no trial. A trial's accuracy on the test set plays no part.
+        One point needs no trial. The test set plays no part.
         """
         if len(points) == 1:
             return points[0], []
@@ -55,7 +57,7 @@ class Phases:
             run = self._runner.plan("trial", contender, point, steps, self._args.seeds[0], "--eval_steps", str(steps))
             outcome = self._outcome(run)
             last = [e for e in outcome.metrics if e["kind"] == "eval" and e["split"] == "dev" and e["step"] == steps]
-            scores = {"dev_loss": last[0]["loss"], "dev_accuracy": last[0]["accuracy"]} if last else {}
+            scores = {f"dev_{key}": last[0][key] for key in ("loss", self._metric)} if last else {}
             trials.append({"lr": point.lr, "zo_eps": point.zo_eps, "steps": steps, "status": outcome.status, **scores})
         finished = [
             (trial["dev_loss"], index)

@@ -1,23 +1,24 @@
 """The report's pictures: how the contenders learn, and what a step of theirs costs."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from ds_zoadamu.benchmark.report import PARTS
+from ds_zoadamu.tasks import Metric
+from ds_zoadamu.training.curves import write_figure
 
 _AXES = (("step", "optimizer steps"), ("passes", "forward passes (a backward counts as 2)"), ("seconds", "seconds of training"))
 _MARKERS = "os^Dv*Pp<>"
 _BYTES = (("weights_bytes", "weights"), ("optimizer_bytes", "optimizer state"), ("gradients_bytes", "gradients"))
 
 
-def draw_curves(results: dict, path: Path) -> bool:
-    """Development loss and accuracy against steps, forward passes and seconds: means over seeds, and bands from the least to
+def draw_curves(results: dict, path: Path, metric: Metric) -> bool:
+    """Development loss and metric against steps, forward passes and seconds: means over seeds, and bands from the least to
     the greatest. Returns False where Matplotlib is not installed.
     """
 
     def draw(figure) -> None:
         axes = figure.subplots(2, 3, sharey="row")
-        for row, (key, title) in zip(axes, (("loss", "development loss"), ("accuracy", "development accuracy")), strict=True):
+        for row, key in zip(axes, ("loss", metric.name), strict=True):
             for axis, (x, label) in zip(row, _AXES, strict=True):
                 for index, (name, entry) in enumerate(results["contenders"].items()):
                     points = entry.get("runs", {}).get("curves", {}).get(key, [])
@@ -31,13 +32,13 @@ def draw_curves(results: dict, path: Path) -> bool:
                     )
                 axis.set(xlabel=label)
                 axis.grid(alpha=0.3)
-            row[0].set(ylabel=title)
-        for axis in axes[1]:
-            axis.axhline(results["settings"]["majority"]["dev"], linestyle="--", color="0.5", label="majority class")
+            row[0].set(ylabel=f"development {key}")
+        for axis in axes[1] if (baseline := metric.baseline) else ():
+            axis.axhline(results["settings"][baseline.name]["dev"], linestyle="--", color="0.5", label=baseline.title)
         handles, labels = axes[1, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
 
-    return _draw(path, (13, 8), draw)
+    return write_figure(path, (13, 8), draw)
 
 
 def draw_cost(results: dict, path: Path) -> bool:
@@ -69,17 +70,4 @@ def draw_cost(results: dict, path: Path) -> bool:
             axis.grid(axis="x", alpha=0.3)
             axis.set_axisbelow(True)
 
-    return bool(names) and _draw(path, (13, 1.8 + 0.42 * len(names)), draw)
-
-
-def _draw(path: Path, size: tuple[float, float], draw: Callable) -> bool:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    draw(figure)
-    figure.savefig(path, dpi=110)
-    return True
+    return bool(names) and write_figure(path, (13, 1.8 + 0.42 * len(names)), draw)

@@ -3,52 +3,56 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from ds_zoadamu.benchmark.outcomes import FINISHED
+from ds_zoadamu.tasks import Metric
 
 PARTS = ("gather", "forward", "backward", "perturb", "update", "journal", "other")
 
 
-def markdown(results: dict, plots: Sequence[str] = ()) -> str:
+def markdown(results: dict, metric: Metric, plots: Sequence[str] = ()) -> str:
     """The report.
 
     Args:
         results: what results.json holds.
+        metric: the task's main one.
         plots: names of the plots beside it.
     """
-    sections = [_head(results), _reached(results), _cost(results), _split(results), _trials(results), _surroundings(results)]
+    sections = [_head(results, metric), _reached(results, metric.name), _cost(results), _split(results)]
+    sections += [_trials(results, metric.name), _surroundings(results)]
     sections += [f"![{name.removesuffix('.png')}]({name})" for name in plots]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _head(results: dict) -> str:
+def _head(results: dict, metric: Metric) -> str:
     settings, batch = results["settings"], results["settings"]["batch"]
-    examples, accuracy = settings["num_examples"], settings["majority"]["test"]
+    examples, before = settings["num_examples"], f"{metric.name}_test_before"
     (kind, amount), *_ = results["budget"].items()
-    finished = [entry["runs"] for entry in results["contenders"].values() if entry.get("runs", {}).get("accuracy_test_before")]
-    zero_shot = f"{finished[0]['accuracy_test_before']['mean']:.4f}" if finished else "not measured"
+    finished = [entry["runs"] for entry in results["contenders"].values() if entry.get("runs", {}).get(before)]
+    zero_shot = f"{finished[0][before]['mean']:.4f}" if finished else "not measured"
+    known = metric.baseline and f" {metric.baseline.title.capitalize()}: {settings[metric.baseline.name]['test']:.4f}."
     return (
         f"# Benchmark, {results['date']}\n\n"
         f"Budget {amount:g} {kind.removeprefix('max_')} a run, {batch['train_batch_size']} examples a step, "
         f"{batch['precision']}, seeds {', '.join(map(str, settings['seeds']))}. {examples['train']} training, "
         f"{examples['dev']} development and {examples['test']} test examples.\n\n"
-        f"Test accuracy without training (zero-shot): {zero_shot}. Majority class: {accuracy:.4f}."
+        f"Test {metric.name} without training (zero-shot): {zero_shot}.{known or ''}"
     )
 
 
-def _reached(results: dict) -> str:
-    target = results["settings"]["target_accuracy"]
+def _reached(results: dict, metric: str) -> str:
+    target = results["settings"]["target"]
     columns: list[tuple[str, Callable[[dict], str]]] = [
         ("lr", lambda e: _chosen(e, "lr")),
         ("zo_eps", lambda e: _chosen(e, "zo_eps")),
         ("steps", lambda e: f"{e['steps']:,}" if "steps" in e else ""),
         ("passes", lambda e: _or_empty(e["runs"].get("passes"), "{:,.0f}")),
         ("runs", _status),
-        ("test accuracy at the end", lambda e: _spread(e["runs"]["accuracy_test_last"])),
-        ("test accuracy, best on development", lambda e: _spread(e["runs"]["accuracy_test_after"])),
+        (f"test {metric} at the end", lambda e: _spread(e["runs"][f"{metric}_test_last"])),
+        (f"test {metric}, best on development", lambda e: _spread(e["runs"][f"{metric}_test_after"])),
         ("test loss at the end", lambda e: _spread(e["runs"]["loss_test_last"])),
         ("seconds of training", lambda e: _spread(e["runs"].get("seconds_of_training"), 1)),
     ]
     if target is not None:
-        columns.append((f"seconds to development accuracy {target:g}", _to_target))
+        columns.append((f"seconds to development {metric} {target:g}", _to_target))
     return "## What it reached\n\nMean ± standard deviation over seeds.\n\n" + _table(results, columns)
 
 
@@ -83,19 +87,19 @@ def _split(results: dict) -> str:
     return "## A step by its parts\n\nMilliseconds on rank 0.\n\n" + _table(results, [(name, part(name)) for name in used])
 
 
-def _trials(results: dict) -> str:
+def _trials(results: dict, metric: str) -> str:
     rows = []
     for name, entry in results["contenders"].items():
         for trial in entry.get("trials", ()):
             chosen = entry["chosen"] is not None and all(trial[key] == entry["chosen"][key] for key in ("lr", "zo_eps"))
-            loss, accuracy = (_or_empty(trial.get(key), "{:.4f}") for key in ("dev_loss", "dev_accuracy"))
-            score = (loss, accuracy) if trial["status"] == FINISHED else (trial["status"], "")
+            loss, value = (_or_empty(trial.get(f"dev_{key}"), "{:.4f}") for key in ("loss", metric))
+            score = (loss, value) if trial["status"] == FINISHED else (trial["status"], "")
             rows.append(
                 (name, f"{trial['lr']:g}", _or_empty(trial["zo_eps"], "{:g}"), trial["steps"], *score, "x" if chosen else "")
             )
     if not rows:
         return ""
-    header = ("contender", "lr", "zo_eps", "steps", "development loss", "development accuracy", "chosen")
+    header = ("contender", "lr", "zo_eps", "steps", "development loss", f"development {metric}", "chosen")
     return f"## Trials\n\nWith seed {results['settings']['seeds'][0]}; the lowest development loss is chosen.\n\n" + _rows(
         header, rows
     )

@@ -10,7 +10,8 @@ from ds_zoadamu.benchmark.arguments import shared_arguments
 from ds_zoadamu.benchmark.contenders import Contender
 from ds_zoadamu.benchmark.grid import Point
 from ds_zoadamu.benchmark.outcomes import FAILED, LOG, OUTCOME, Outcome, judge, read_outcome
-from ds_zoadamu.benchmark.processes import execute, free_port
+from ds_zoadamu.benchmark.processes import execute
+from ds_zoadamu.distributed.start import free_port
 from ds_zoadamu.files.folders import remove
 from ds_zoadamu.files.json_files import write_json
 from ds_zoadamu.training.output import BEST, CHECKPOINTS, MODEL

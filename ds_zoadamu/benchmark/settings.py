@@ -13,35 +13,44 @@ from ds_zoadamu.config import Config, load
 from ds_zoadamu.config.auto import DEFAULT_MICRO_BATCH_SIZE
 from ds_zoadamu.config.settings import check_precision
 from ds_zoadamu.errors import ConfigError
-from ds_zoadamu.tasks import InputError
-from ds_zoadamu.training.arguments import check_arguments, finetune_parser
-from ds_zoadamu.training.plan import ModelInput, Plan, encode_splits, read_model_input
+from ds_zoadamu.tasks import InputError, Metric
+from ds_zoadamu.training.arguments import finetune_parser
+from ds_zoadamu.training.plan import ModelInput, encode_splits, read_model_input
 
 _EQUAL = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "precision")
 
 
-def check_settings(args: Namespace, contenders: Sequence[Contender], grids: dict[str, list[Point]]) -> dict:
+def check_settings(args: Namespace, contenders: Sequence[Contender], grids: dict[str, list[Point]]) -> tuple[dict, Metric]:
     """Checks task, data, model and every contender's filled configuration; loads no weights, writes nothing.
 
     Returns:
-        batch (the settings that are equal for all), num_examples and the majority classes' accuracies.
+        batch (the settings that are equal for all), num_examples, the values of the metric's baseline; and the metric.
 
     Raises:
         InputError, ConfigError: what is wrong, in which contender, and the remedy.
     """
     run_args = finetune_args(args, max_steps=args.max_steps or 1)
-    check_arguments(run_args)
     model_input = read_model_input(run_args)
+    metric = model_input.task.main_metric
+    _check_target(args.target, metric)
     filled = {c.name: _filled(args, c, grids[c.name], model_input) for c in contenders if not c.plain}
     batch = _equal({name: _batch_settings(config) for name, config in filled.items()}) or _plain_batch(args)
-    plan: Plan = encode_splits(finetune_args(args, max_steps=1, seed=args.seeds[0]), None, model_input)
-    if batch["train_batch_size"] > len(plan.train):
-        raise InputError(f"--num_train {len(plan.train)} is less than one step's {batch['train_batch_size']} examples")
-    return {
-        "batch": batch,
-        "num_examples": {name: len(getattr(plan, name)) for name in ("train", "dev", "test")},
-        "majority": {"dev": plan.dev_majority, "test": plan.test_majority},
-    }
+    plan = encode_splits(finetune_args(args, max_steps=1, seed=args.seeds[0]), None, model_input)
+    if batch["train_batch_size"] > plan.num_examples["train"]:
+        raise InputError(
+            f"--num_train {plan.num_examples['train']} is less than one step's {batch['train_batch_size']} examples"
+        )
+    common = {"batch": batch, "num_examples": plan.num_examples}
+    if metric.baseline is not None:
+        common[metric.baseline.name] = {split: plan.baseline(split) for split in ("dev", "test")}
+    return common, metric
+
+
+def _check_target(target: float | None, metric: Metric) -> None:
+    if target is None or (metric.improves(target, metric.worst) and not metric.improves(target, metric.best)):
+        return
+    beyond, most = ("above", "at most") if metric.higher_is_better else ("below", "at least")
+    raise InputError(f"--target must be {beyond} {metric.worst:g} and {most} {metric.best:g} ({metric.name}), got {target}")
 
 
 def finetune_args(args: Namespace, point: Point | None = None, **more: object) -> Namespace:

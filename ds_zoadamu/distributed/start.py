@@ -18,9 +18,13 @@ def launched_rank() -> int:
 
 def ensure_launched() -> None:
     """Without a launcher, describe a group of one rank in the environment, as the launcher would for one device."""
-    if "WORLD_SIZE" in os.environ:
-        return
+    if "WORLD_SIZE" not in os.environ:
+        port = str(free_port())
+        os.environ.update(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        return free.getsockname()[1]

@@ -85,6 +85,14 @@ class ZerothOrderEngine(ForwardOnlyEngine):
             self._hold_journal(journal)
         return resumed
 
+    def skip_to(self, step: int) -> None:
+        """Count the steps up to ``step`` as taken without taking them, to measure a step in the middle of a schedule. On all
+        ranks. An open journal goes on from there, and nothing can be rebuilt from it.
+        """
+        self.optimizer.step_count = step
+        if self._journal is not None:
+            self._journal.last_step = step
+
     def close_journal(self) -> None:
         """Make the journal durable and give up its lock; later steps are not recorded. On all ranks."""
         journal, self._journal, self.journaling = self._journal, None, False
@@ -192,9 +200,9 @@ class ZerothOrderEngine(ForwardOnlyEngine):
 
     # --- called by train_batch ------------------------------------------------------------------------------------------------
 
-    def _before_update(self, record: StepRecord, batch: Any, micro_batches: Sequence[Any]) -> None:
+    def before_update(self, record: StepRecord, batch: Any, micro_batches: Sequence[Any]) -> None:
         """Write the record, or end on all ranks."""
-        super()._before_update(record, batch, micro_batches)
+        super().before_update(record, batch, micro_batches)
         if hasattr(batch, "state_dict") and hasattr(batch, "load_state_dict"):
             self.data_source = batch
         if not self.journaling:

@@ -1,31 +1,34 @@
-"""Prompt tasks: data, prompts, loss and accuracy."""
+"""Tasks: what a model is trained on and judged by. `protocol` says what a run needs of one."""
 
+from ds_zoadamu.tasks.classification import ClassificationTask, candidate_scores
 from ds_zoadamu.tasks.errors import InputError
-from ds_zoadamu.tasks.examples import Example, Splits, load_examples, load_splits, majority_accuracy
-from ds_zoadamu.tasks.metrics import Evaluation, candidate_scores, evaluate, prompt_loss
-from ds_zoadamu.tasks.prompts import EncodedExample, PromptCollator, PromptEncoder, encoded_sha256, model_max_length, padding_id
-from ds_zoadamu.tasks.task import SST2, TASKS, Task, label_words_from, load_task
+from ds_zoadamu.tasks.evaluation import summed
+from ds_zoadamu.tasks.prompt_task import SST2, TASKS, PromptTask, label_words_from, load_task
+from ds_zoadamu.tasks.prompts import EncodedExample, PromptCollator, PromptEncoder, PromptRow, model_max_length, padding_id
+from ds_zoadamu.tasks.protocol import Baseline, Evaluation, Metric, Task, TaskData, is_finite
+from ds_zoadamu.tasks.splits import load_splits
 
 __all__ = [
     "SST2",
     "TASKS",
+    "Baseline",
+    "ClassificationTask",
     "EncodedExample",
     "Evaluation",
-    "Example",
     "InputError",
+    "Metric",
     "PromptCollator",
     "PromptEncoder",
-    "Splits",
+    "PromptRow",
+    "PromptTask",
     "Task",
+    "TaskData",
     "candidate_scores",
-    "encoded_sha256",
-    "evaluate",
+    "is_finite",
     "label_words_from",
-    "load_examples",
     "load_splits",
     "load_task",
-    "majority_accuracy",
     "model_max_length",
     "padding_id",
-    "prompt_loss",
+    "summed",
 ]

@@ -1,8 +1,6 @@
 """Prompts as token ids, and micro-batches of them."""
 
-import hashlib
 import itertools
-import json
 import math
 import string
 from collections.abc import Iterator, Sequence
@@ -11,8 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from ds_zoadamu.tasks.errors import InputError
-from ds_zoadamu.tasks.examples import Example
-from ds_zoadamu.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One prompt (the filled template) and its class index."""
+
+    prompt: str
+    label: int
 
 
 @dataclass(frozen=True)
@@ -30,20 +34,12 @@ class EncodedExample:
     label: int
 
 
-def encoded_sha256(examples: Sequence[EncodedExample]) -> str:
-    """SHA-256 over the tokens and labels of examples, in their order: one line of JSON each."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(json.dumps([example.context, example.candidates, example.label], separators=(",", ":")).encode() + b"\n")
-    return digest.hexdigest()
-
-
 class PromptEncoder:
-    """Turns examples into token ids of at most `max_length`, cutting a text from its left so that the prompt's end stays.
+    """Turns rows into token ids of at most `max_length`, cutting a text from its left so that the prompt's end stays.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        task: gives the label words and the template.
+        task: a `PromptTask`; gives the label words and the template.
         max_length: tokens the model may see at once; None: no limit.
         vocab_size: rows of the model's embedding; None: unknown.
 
@@ -55,7 +51,7 @@ class PromptEncoder:
             tokens are the same or none; a token that the embedding does not hold.
     """
 
-    def __init__(self, tokenizer, task: Task, max_length: int | None, vocab_size: int | None = None):
+    def __init__(self, tokenizer, task, max_length: int | None, vocab_size: int | None = None):
         self._tokenizer = tokenizer
         self._words = task.words
         self._max_length = max_length
@@ -75,8 +71,8 @@ class PromptEncoder:
         self._check_held((*self._prefix, *body), candidates, prompt)
         self.warnings = (*self._shadowed_words(candidates), *self._words_without_space(prompt))
 
-    def encode(self, example: Example) -> EncodedExample:
-        """Token ids of one example.
+    def encode(self, row: PromptRow) -> EncodedExample:
+        """Token ids of one row.
 
         Prompt and word are tokenized together and split after the tokens that all candidates share, since a tokenizer
         may merge across the seam.
@@ -84,18 +80,18 @@ class PromptEncoder:
         Raises:
             InputError: no token would stand before the label words, or as for the class.
         """
-        body, candidates = self._split(example.prompt)
+        body, candidates = self._split(row.prompt)
         if self._max_length is not None:
             # A candidate's last token is only predicted, never fed to the model.
             room = self._max_length - len(self._prefix) - max(map(len, candidates)) + 1
             body = body[max(0, len(body) - room) :]
         if not self._prefix and not body:
             raise InputError(
-                f"the prompt {example.prompt!r} leaves no token before the label words; give the template words of its own"
+                f"the prompt {row.prompt!r} leaves no token before the label words; give the template words of its own"
             )
         context = (*self._prefix, *body)
-        self._check_held(context, candidates, example.prompt)
-        return EncodedExample(context, candidates, example.label)
+        self._check_held(context, candidates, row.prompt)
+        return EncodedExample(context, candidates, row.label)
 
     def _split(self, prompt: str) -> tuple[list[int], tuple[tuple[int, ...], ...]]:
         """The tokens of a prompt that all candidates share, and those of each candidate behind them. Raises InputError."""

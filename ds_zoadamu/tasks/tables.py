@@ -8,15 +8,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ds_zoadamu.tasks.errors import InputError
-from ds_zoadamu.tasks.task import Task
 
 SUFFIXES = (".jsonl", ".json", ".csv")
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 """What Python's "surrogateescape" makes of a byte that is not UTF-8."""
 
 
-def read_rows(task: Task, split: str, data_dir: str | None) -> Iterator[tuple[str, dict]]:
+def read_rows(task, split: str, data_dir: str | None) -> Iterator[tuple[str, dict]]:
     """Yields (where, row) for the task's "train" or "validation" split; `where` names the file and line for messages.
+
+    `task` is a `PromptTask`, or has its `name`, `train_file`, `validation_file`, `hub_path` and `hub_name`.
 
     Local files are read here rather than through `datasets`, whose errors do not say which line is at fault.
 
@@ -31,7 +32,7 @@ def read_rows(task: Task, split: str, data_dir: str | None) -> Iterator[tuple[st
         raise InputError(f"task {task.name!r} is not on the hub: give the folder of its files with --data_dir")
 
 
-def find_file(task: Task, split: str, data_dir: str) -> Path:
+def find_file(task, split: str, data_dir: str) -> Path:
     """The local file of a split.
 
     Raises:
@@ -96,7 +97,7 @@ def _read_csv(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, dict]]:
         raise InputError(f"{path}:{reader.reader.line_num}: malformed CSV: {error}") from error
 
 
-def _read_hub(task: Task, split: str) -> Iterator[tuple[str, dict]]:
+def _read_hub(task, split: str) -> Iterator[tuple[str, dict]]:
     import datasets
 
     name = task.train_file if split == "train" else task.validation_file

@@ -5,8 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ds_zoadamu.distributed.collective import describe, leave, together
-from ds_zoadamu.distributed.start import ensure_launched
-from ds_zoadamu.distributed.start import launched_rank as rank
+from ds_zoadamu.distributed.start import ensure_launched, launched_rank
 from ds_zoadamu.distributed.waiting import is_known
 from ds_zoadamu.errors import CheckpointError, ConfigError, JournalError, NonFiniteWeightsError, RankError, ReplayError
 from ds_zoadamu.tasks import InputError
@@ -24,15 +23,15 @@ def run_script(body: Callable[[], object]) -> int:
         with together(Path(sys.argv[0]).name):  # nodes may have it under different paths
             _whole(body)
     except (InputError, ConfigError, JournalError, CheckpointError, ReplayError, NonFiniteWeightsError) as error:
-        print(f"{sys.argv[0]}: error on rank {rank()}: {error}", file=sys.stderr, flush=True)
+        print(f"{sys.argv[0]}: error on rank {launched_rank()}: {error}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:
         if not is_known(error):
             raise
-        print(f"{sys.argv[0]}: error on rank {rank()}: {describe(error)}", file=sys.stderr, flush=True)
+        print(f"{sys.argv[0]}: error on rank {launched_rank()}: {describe(error)}", file=sys.stderr, flush=True)
         return 1
     except RankError as error:
-        print(f"{sys.argv[0]}: rank {rank()} ends: {error}", file=sys.stderr, flush=True)
+        print(f"{sys.argv[0]}: rank {launched_rank()} ends: {error}", file=sys.stderr, flush=True)
         return 1
     leave()
     return 0

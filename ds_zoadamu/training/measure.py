@@ -1,9 +1,6 @@
-"""Accuracy of a model on a task without training."""
+"""A model on a task without training."""
 
-import shlex
-import sys
 from argparse import Namespace
-from dataclasses import asdict
 from pathlib import Path
 
 import deepspeed
@@ -15,9 +12,9 @@ from ds_zoadamu.distributed.start import launched_rank, launched_world_size
 from ds_zoadamu.distributed.waiting import current_limit, limit_waits
 from ds_zoadamu.files.json_files import write_json
 from ds_zoadamu.hf.models import load_causal_lm
-from ds_zoadamu.tasks import InputError, evaluate, load_examples, majority_accuracy
+from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.arguments import check_arguments
-from ds_zoadamu.training.output import environment
+from ds_zoadamu.training.output import settings
 from ds_zoadamu.training.plan import read_model_input
 
 # Only these matter without training; without a JSON each rank keeps its ZeRO-3 partition in fp32.
@@ -26,7 +23,7 @@ _DEFAULT = {"zero_optimization": {"stage": 3}}
 
 
 def measure(args: Namespace) -> dict:
-    """Runs what launch/evaluate.py's arguments say; returns accuracy, loss, the majority class's accuracy and the settings.
+    """Runs what launch/evaluate.py's arguments say; returns the evaluation, the metric's baseline and what was evaluated.
 
     Raises:
         InputError, ConfigError: before a model is loaded or a file written.
@@ -43,32 +40,17 @@ def measure(args: Namespace) -> dict:
     given["train_micro_batch_size_per_gpu"] = args.per_device_eval_batch_size
     config = load(given, world_size=launched_world_size(), model_info=model_input, overrides=args)
     check_precision(config)
-    examples = load_examples(model_input.task, args.split, args.data_dir)
-    encoded = model_input.encode(examples)
+    task = model_input.task
+    examples = [task.encode(row) for row in model_input.data.rows(args.split, args.data_dir)]
     model = load_causal_lm(args.model_name_or_path, config, trust_remote_code=args.trust_remote_code)
     engine, *_ = deepspeed.initialize(model=model, config=config.deepspeed)
     limit_waits(current_limit())
-    result = evaluate(engine.module, encoded, model_input.collate, args.per_device_eval_batch_size)
-    figures = {
-        "task": model_input.task.name,
-        "model": args.model_name_or_path,
-        "split": args.split,
-        **asdict(result),
-        "majority": majority_accuracy(examples),
-    }
+    result = task.evaluate(engine.module, examples)
+    figures = {"task": task.name, "model": args.model_name_or_path, "split": args.split, **result}
+    if (baseline := task.main_metric.baseline) is not None:
+        figures[baseline.name] = task.baseline(examples)
     if launched_rank() == 0:
-        print(
-            " ".join(
-                f"{name}={value:.4f}" if isinstance(value, float) else f"{name}={value}" for name, value in figures.items()
-            )
-        )
+        print(*(f"{name}={value:.4f}" if isinstance(value, float) else f"{name}={value}" for name, value in figures.items()))
         if args.output_file:
-            everything = {
-                **figures,
-                **environment(),
-                "command": shlex.join(sys.argv),
-                "arguments": vars(args),
-                "config": config.deepspeed,
-            }
-            write_json(Path(args.output_file), everything)
+            write_json(Path(args.output_file), {**figures, **settings(args, config)})
     return figures

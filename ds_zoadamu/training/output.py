@@ -3,16 +3,22 @@
 import json
 import os
 import platform
+import shlex
+import sys
+from argparse import Namespace
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from ds_zoadamu.config import Config
+from ds_zoadamu.durability.journal import Record
 from ds_zoadamu.files.folders import put_back, remove, replace
 from ds_zoadamu.files.json_files import dumps, write_json
 from ds_zoadamu.files.locks import is_locked
 from ds_zoadamu.files.safetensors_io import naming, write_durably
 from ds_zoadamu.tasks import InputError
+from ds_zoadamu.zero3.records import StepRecord
 
 METRICS, RESULTS, CURVES, SEARCH, BEST, MODEL = "metrics.jsonl", "results.json", "curves.png", "find_lr.json", "best", "model"
 PROFILE = "profile.json"
@@ -56,11 +62,7 @@ class OutputDirectory:
                 f"--output_dir {path}: another run is writing its {JOURNAL} now; wait until that has ended, stop it, or give "
                 "another folder"
             )
-        existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
-        if not existing.is_dir():
-            raise InputError(f"--output_dir {path}: {existing} is a file, not a folder")
-        if not os.access(existing, os.W_OK):
-            raise InputError(f"--output_dir {path}: no permission to write in {existing}")
+        check_writable(self.path)
 
     def begin(self) -> None:
         """Makes the folder and removes an earlier run's results, which the constructor was allowed to overwrite."""
@@ -113,10 +115,31 @@ class OutputDirectory:
             remove(aside)
 
 
+def check_writable(path: Path) -> None:
+    """Raises InputError where --output_dir cannot be made or written."""
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise InputError(f"--output_dir {path}: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"--output_dir {path}: no permission to write in {existing}")
+
+
 def quantiles(seconds: list[float]) -> dict[str, float]:
     """median, p10 and p90 of at least one number."""
     times = torch.tensor(seconds, dtype=torch.float64)
     return {name: times.quantile(q).item() for name, q in (("median", 0.5), ("p10", 0.1), ("p90", 0.9))}
+
+
+def step_scalars(record: StepRecord | Record) -> dict:
+    """Of a step, as metrics.jsonl has them: a number, a list for several directions; the first group's lr."""
+    grads = record.projected_grads
+    return {"projected_grad": grads[0] if len(grads) == 1 else list(grads), "lr": record.lrs[0]}
+
+
+def settings(args: Namespace, config: Config | None) -> dict:
+    """What was asked for and on which machine, for a results file."""
+    given = {} if config is None else config.deepspeed
+    return {**environment(), "command": shlex.join(sys.argv), "arguments": vars(args), "config": given}
 
 
 def environment() -> dict:

@@ -1,8 +1,9 @@
 """Everything a run needs, checked before a model is loaded or a file is written."""
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from deepspeed.utils import logger
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
@@ -13,39 +14,23 @@ from ds_zoadamu.config.sections import check_stage, value_at
 from ds_zoadamu.config.settings import check_precision, read_config
 from ds_zoadamu.distributed.start import launched_rank, launched_world_size
 from ds_zoadamu.rules import import_modules
-from ds_zoadamu.tasks import (
-    EncodedExample,
-    Example,
-    InputError,
-    PromptCollator,
-    PromptEncoder,
-    Task,
-    encoded_sha256,
-    load_splits,
-    majority_accuracy,
-    model_max_length,
-    padding_id,
-)
+from ds_zoadamu.tasks import InputError, Task, TaskData, load_splits
 from ds_zoadamu.training.arguments import check_arguments, task_from
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInput:
-    """How a task's examples reach a model.
+    """A task bound to a model, and what else is known of the model without its weights.
 
     Attributes:
+        data: the task without the model.
         hidden_size: of the model; None where its configuration does not say.
     """
 
+    data: TaskData
     task: Task
     tokenizer: PreTrainedTokenizerBase
-    encoder: PromptEncoder
-    collate: PromptCollator
     hidden_size: int | None
-
-    def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
-        """Token ids of examples."""
-        return [self.encoder.encode(example) for example in examples]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,23 +39,28 @@ class Plan:
 
     Attributes:
         config: the DeepSpeed configuration; None where none is read.
-        train, dev, test: token ids.
-        dev_majority, test_majority: accuracy of the most frequent label.
+        sets: "train", "dev" and "test": encoded examples.
     """
 
     args: Namespace
     config: Config | None
-    model_input: ModelInput
-    train: Sequence[EncodedExample]
-    dev: Sequence[EncodedExample]
-    test: Sequence[EncodedExample]
-    dev_majority: float
-    test_majority: float
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    sets: Mapping[str, Sequence[Any]]
+
+    @property
+    def num_examples(self) -> dict[str, int]:
+        """Of each set."""
+        return {name: len(examples) for name, examples in self.sets.items()}
 
     def task_identity(self) -> dict[str, str]:
         """What a run is trained and judged on, for the header of its journal: the metric, and SHA-256 of each encoded set."""
-        sets = {"train": self.train, "dev": self.dev, "test": self.test}
-        return {"metric": "accuracy", **{f"{name}_sha256": encoded_sha256(examples) for name, examples in sets.items()}}
+        digests = {f"{name}_sha256": self.task.digest(examples) for name, examples in self.sets.items()}
+        return {"metric": self.task.main_metric.name, **digests}
+
+    def baseline(self, split: str) -> float | None:
+        """The value of the metric's baseline on "dev" or "test"; None where there is none."""
+        return self.task.baseline(self.sets[split]) if self.task.main_metric.baseline else None
 
 
 def read_model_input(args: Namespace) -> ModelInput:
@@ -79,21 +69,15 @@ def read_model_input(args: Namespace) -> ModelInput:
     Raises:
         InputError: what is wrong with --task, --template, --label_words, --model_name_or_path or --max_length.
     """
-    task = task_from(args)
+    import_modules(args.modules)
+    data = task_from(args)
     # Models with several parts keep the language model's sizes in a section of their own.
     config = _load(AutoConfig, args).get_text_config()
     tokenizer = _load(AutoTokenizer, args)
-    vocab_size = getattr(config, "vocab_size", None)
-    encoder = PromptEncoder(tokenizer, task, model_max_length(config, tokenizer, args.max_length), vocab_size)
-    for line in encoder.warnings if launched_rank() == 0 else ():
+    task = data.bind(tokenizer, config, max_length=args.max_length, batch_size=args.per_device_eval_batch_size)
+    for line in task.warnings if launched_rank() == 0 else ():
         logger.warning(f"task {task.name!r}: {line}")
-    return ModelInput(
-        task=task,
-        tokenizer=tokenizer,
-        encoder=encoder,
-        collate=PromptCollator(padding_id(tokenizer, vocab_size)),
-        hidden_size=hidden_size_of(config),
-    )
+    return ModelInput(data=data, task=task, tokenizer=tokenizer, hidden_size=hidden_size_of(config))
 
 
 def make_plan(args: Namespace, ranks: int | None = None) -> Plan:
@@ -107,7 +91,6 @@ def make_plan(args: Namespace, ranks: int | None = None) -> Plan:
         InputError, ConfigError: what is wrong, where, and the remedy.
     """
     check_arguments(args)
-    import_modules(args.modules)
     if args.deepspeed_config is None:
         raise InputError("--deepspeed_config is missing; give a DeepSpeed JSON, for example one of ds_configs/")
     given = read_config(args.deepspeed_config)
@@ -130,23 +113,13 @@ def encode_splits(args: Namespace, config: Config | None, model_input: ModelInpu
     Raises:
         InputError: as `load_splits`.
     """
-    data_seed = args.seed if args.data_seed is None else args.data_seed
-    splits = load_splits(model_input.task, args.data_dir, num_train=args.num_train, num_dev=args.num_dev, seed=data_seed)
-    for name, examples in (("training", splits.train), ("development", splits.dev)):
-        absent = set(range(model_input.task.num_labels)) - {example.label for example in examples}
-        if absent and launched_rank() == 0:
-            words = ", ".join(repr(model_input.task.words[label]) for label in sorted(absent))
-            logger.warning(f"no {name} example has the label of {words}: scores on that set say nothing of it")
-    return Plan(
-        args=args,
-        config=config,
-        model_input=model_input,
-        train=model_input.encode(splits.train),
-        dev=model_input.encode(splits.dev),
-        test=model_input.encode(splits.test),
-        dev_majority=majority_accuracy(splits.dev),
-        test_majority=majority_accuracy(splits.test),
-    )
+    task, data_seed = model_input.task, args.seed if args.data_seed is None else args.data_seed
+    rows = load_splits(model_input.data, args.data_dir, num_train=args.num_train, num_dev=args.num_dev, seed=data_seed)
+    sets = {name: list(map(task.encode, part)) for name, part in rows.items()}
+    for name, split in (("training", "train"), ("development", "dev")) if launched_rank() == 0 else ():
+        for line in task.remarks(name, sets[split]):
+            logger.warning(line)
+    return Plan(args=args, config=config, task=task, tokenizer=model_input.tokenizer, sets=sets)
 
 
 def check_steps(config: Config, max_steps: int) -> None:

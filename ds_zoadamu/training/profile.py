@@ -1,30 +1,23 @@
 """What a step costs: its time, the parts of its time, its collectives and the memory it takes, without any evaluation."""
 
-import shlex
-import sys
 import time
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
 
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
-from ds_zoadamu import kernels
 from ds_zoadamu.distributed.collective import gather_json
-from ds_zoadamu.distributed.start import launched_rank as rank
+from ds_zoadamu.distributed.start import launched_rank
 from ds_zoadamu.training.memory import PeakMemory
-from ds_zoadamu.training.output import JOURNAL, PROFILE, OutputDirectory, environment, quantiles
+from ds_zoadamu.training.output import JOURNAL, PROFILE, OutputDirectory, quantiles
 from ds_zoadamu.training.plan import make_plan
-from ds_zoadamu.training.steps import Stepper, make_stepper
-from ds_zoadamu.zero3.instruments import GATHER, collectives_of
-from ds_zoadamu.zero3.memory import stored_bytes
+from ds_zoadamu.training.steps import MakePlan, MakeStepper, Section, Stepper, about, make_stepper
+from ds_zoadamu.zero3.instruments import collectives_of
 
 _WARM_UP = 3  # DeepSpeed records the order of gathers in the first pass and prefetches by it from then on
-Section = tuple[Any, str, str]
-"""An object, the name of its function, and the part of a step that the function is."""
 
 
 class SectionClock:
@@ -37,17 +30,12 @@ class SectionClock:
     @contextmanager
     def on(self, sections: Sequence[Section]) -> Iterator[None]:
         """Inside, the functions are timed."""
-        stored = [(owner, name, vars(owner).get(name)) for owner, name, _ in sections]
-        for owner, name, part in sections:
-            setattr(owner, name, self.timed(getattr(owner, name), part))
-        try:
+        with ExitStack() as undo:
+            for owner, name, part in sections:
+                own = vars(owner).get(name)  # None: a method of the class, which the timed one covers
+                undo.callback(*((delattr, owner, name) if own is None else (setattr, owner, name, own)))
+                setattr(owner, name, self.timed(getattr(owner, name), part))
             yield
-        finally:
-            for owner, name, before in stored:
-                if before is None:  # a method of the class, which the timed one has covered
-                    delattr(owner, name)
-                else:
-                    setattr(owner, name, before)
 
     def timed(self, function: Callable, part: str) -> Callable:
         """The function, with its time counted for a part."""
@@ -68,55 +56,38 @@ class SectionClock:
         return run
 
 
-def profile(args: Namespace) -> dict:
+def profile(args: Namespace, make_plan: MakePlan = make_plan, make_stepper: MakeStepper = make_stepper) -> dict:
     """Measures --profile_steps steps of a run at its schedule's plateau; returns what profile.json holds. All ranks call it.
 
     Takes the steps three times: plainly for time and memory, then by parts, then under DeepSpeed's comms logger, since both
-    make a step longer.
+    make a step longer. Arguments as of `finetune`.
 
     Raises:
         InputError, ConfigError: before a model is loaded or a file written.
     """
-    output = OutputDirectory(args.output_dir, writes=rank() == 0, overwrite=args.overwrite_output_dir)
+    output = OutputDirectory(args.output_dir, writes=launched_rank() == 0, overwrite=args.overwrite_output_dir)
     plan = make_plan(args)
     memory = PeakMemory()
     stepper = make_stepper(plan)
     output.begin()
-    if stepper.journaled:
-        stepper.engine.open_journal(output.path / JOURNAL, fsync_every=args.journal_fsync_every)
-        _move_to_plateau(stepper.engine)
+    if (engine := stepper.durable) is not None:
+        engine.open_journal(output.path / JOURNAL, fsync_every=args.journal_fsync_every)
+        engine.skip_to(getattr(engine.optimizer.rule.config, "t2", 0))  # the plateau, where replayed momentum costs most
     for _ in range(_WARM_UP):
         stepper.step()
     seconds = [_seconds(stepper.step) for _ in range(args.profile_steps)]
-    measured = {
+    results = {
+        **about(plan, stepper),
         "steps": args.profile_steps,
         "seconds_a_step": quantiles(seconds),
-        "passes_a_step": stepper.passes_a_step,
-        "ranks": gather_json({**memory.report(), **stored_bytes(stepper.engine)}),
+        "ranks": gather_json({**memory.report(), **stepper.stored_bytes()}),
         "split_seconds": _split(stepper, args.profile_steps),
         "collectives": _collectives(stepper, args.profile_steps),
     }
-    results = {
-        **measured,
-        "optimizer": plan.config.optimizer,
-        "world_size": dist.get_world_size(),
-        **environment(),
-        "command": shlex.join(sys.argv),
-        "arguments": vars(args),
-        "config": plan.config.deepspeed,
-    }
     output.write_json(PROFILE, results)
-    if rank() == 0:
+    if launched_rank() == 0:
         print(f"{args.profile_steps} steps measured: {results['seconds_a_step']['median']:.4f} s a step", flush=True)
     return results
-
-
-def _move_to_plateau(engine) -> None:
-    """Sets the step to the schedule's plateau, where replayed momentum costs most; the journal goes on from there."""
-    plateau = getattr(engine.optimizer.rule.config, "t2", 0)
-    engine.optimizer.step_count = plateau
-    if engine._journal is not None:
-        engine._journal.last_step = plateau
 
 
 def _seconds(function: Callable[[], object]) -> float:
@@ -128,20 +99,10 @@ def _seconds(function: Callable[[], object]) -> float:
 
 
 def _split(stepper: Stepper, steps: int) -> dict[str, float]:
-    """Mean seconds a step on this rank by part: gather, forward, backward, perturb, update, journal, other."""
-    clock, engine = SectionClock(), stepper.engine
-    sections: list[Section] = [(*GATHER, "gather")]
-    if stepper.journaled:
-        sections += [
-            (engine, "loss_fn", "forward"),
-            (kernels, "perturb_", "perturb"),
-            (engine.optimizer, "step", "update"),
-            (engine, "_before_update", "journal"),
-        ]
-    else:
-        sections += [(engine, "forward", "forward"), (engine, "backward", "backward"), (engine, "step", "update")]
+    """Mean seconds a step on this rank by part: those of the stepper's sections, and other."""
+    clock = SectionClock()
     step = clock.timed(stepper.step, "other")
-    with clock.on(sections):
+    with clock.on(stepper.sections()):
         for _ in range(steps):
             step()
     return {part: seconds / steps for part, seconds in clock.seconds.items()}

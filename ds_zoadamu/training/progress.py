@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from ds_zoadamu.distributed import collective
 from ds_zoadamu.durability.journal import read_journal
-from ds_zoadamu.tasks import Evaluation, InputError
-from ds_zoadamu.training.output import CHECKPOINTS, JOURNAL, OutputDirectory
+from ds_zoadamu.tasks import Evaluation, InputError, Metric
+from ds_zoadamu.training.output import CHECKPOINTS, JOURNAL, OutputDirectory, step_scalars
 from ds_zoadamu.training.plan import Plan
-from ds_zoadamu.training.steps import Stepper, step_scalars
+from ds_zoadamu.training.steps import Stepper
 
 
 @dataclass
@@ -26,26 +26,13 @@ class Progress:
     evaluations: dict[tuple[str, int], Evaluation] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
 
-    def best(self) -> tuple[int, Evaluation | None]:
+    def best(self, metric: Metric) -> tuple[int, Evaluation | None]:
         """The evaluated step that is best on the development set, the first of equals; (0, None) before there is one."""
         best_step, best = 0, None
         for (split, step), now in sorted(self.evaluations.items()):
-            if split == "dev" and step and better(now, best):
+            if split == "dev" and step and metric.is_better(now, best):
                 best_step, best = step, now
         return best_step, best
-
-
-def better(now: Evaluation, best: Evaluation | None) -> bool:
-    """Whether an evaluation beats the best one so far; one that is not finite never does."""
-    return now.finite and (best is None or (now.accuracy, -now.loss) > (best.accuracy, -best.loss))
-
-
-def begin(plan: Plan, output: OutputDirectory, stepper: Stepper) -> None:
-    """Makes the output directory of a new run and opens its journal. All ranks call it. Raises JournalError."""
-    output.begin()
-    if stepper.journaled:
-        path, fsync_every = output.path / JOURNAL, plan.args.journal_fsync_every
-        stepper.engine.open_journal(path, fsync_every=fsync_every, task=plan.task_identity())
 
 
 def resume(plan: Plan, output: OutputDirectory, stepper: Stepper) -> Progress | None:
@@ -56,12 +43,12 @@ def resume(plan: Plan, output: OutputDirectory, stepper: Stepper) -> Progress | 
         JournalError, CheckpointError: what is wrong with the run's files.
     """
     args = plan.args
-    if args.resume and not stepper.journaled:
-        raise InputError("--resume needs a zeroth-order optimizer: only its steps are in a journal")
+    if args.resume and stepper.durable is None:
+        raise InputError(f"--resume needs a zeroth-order optimizer of a JSON: steps of {stepper.optimizer} are in no journal")
     journal = output.path / JOURNAL
     if not (args.resume and collective.broadcast_bytes(b"1" if journal.exists() else b"")):
         return None
-    resumed = stepper.engine.resume(
+    resumed = stepper.durable.resume(
         journal, output.path / CHECKPOINTS, fsync_every=args.journal_fsync_every, task=plan.task_identity()
     )
     lines = []
@@ -78,17 +65,9 @@ def _repaired(output: OutputDirectory, step: int) -> list[dict]:
     known = {line["step"] for line in lines if line["kind"] == "step"}
     for record in read_journal(output.path / JOURNAL, until=step).records:
         if record.step not in known:
-            lines.append(
-                {
-                    "kind": "step",
-                    "step": record.step,
-                    "loss": (record.loss_plus + record.loss_minus) / 2.0,
-                    "loss_plus": record.loss_plus,
-                    "loss_minus": record.loss_minus,
-                    **step_scalars(record),
-                    "skipped": record.skipped,
-                }
-            )
+            losses = {name: getattr(record, name) for name in ("loss_plus", "loss_minus")}
+            scalars = {"loss": sum(losses.values()) / 2.0, **losses, **step_scalars(record)}
+            lines.append({"kind": "step", "step": record.step, **scalars, "skipped": record.skipped})
     return lines
 
 
@@ -106,14 +85,13 @@ def _progress(step: int, lines: list[dict]) -> Progress:
             progress.seconds.append(line["seconds"])
     if step and not {("dev", 0), ("test", 0)} <= progress.evaluations.keys():
         raise InputError(
-            f"--resume: metrics.jsonl has lost the accuracies before training, and the model is at step {step}; rebuild "
-            "the model with "
-            "ds_zoadamu replay and measure it with launch/evaluate.py"
+            f"--resume: metrics.jsonl has lost the evaluations before training, and the model is at step {step}; rebuild "
+            "the model with ds_zoadamu replay and measure it with launch/evaluate.py"
         )
     return progress
 
 
 def _evaluation(line: dict) -> Evaluation:
-    """Of a line of metrics.jsonl, where null stands for a loss that was not finite; older ones have no num_nonfinite."""
-    loss = math.nan if line["loss"] is None else line["loss"]
-    return Evaluation(line["accuracy"], loss, line["num_examples"], line.get("num_nonfinite", 0))
+    """Of a line of metrics.jsonl, where null stands for a number that was not finite; older ones have no num_nonfinite."""
+    line = {"num_nonfinite": 0, **line}
+    return {name: math.nan if value is None else value for name, value in line.items() if name not in ("kind", "split", "step")}

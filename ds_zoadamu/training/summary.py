@@ -2,42 +2,34 @@
 
 from collections.abc import Mapping
 
-from ds_zoadamu.tasks import Evaluation
+from ds_zoadamu.tasks import Evaluation, Metric
 from ds_zoadamu.training.plan import Plan
 
 
-def scores(plan: Plan, before: Mapping[str, Evaluation], best: Evaluation, after: Evaluation, last: Evaluation) -> dict:
-    """accuracy, loss and num_nonfinite of results.json.
+def scores(plan: Plan, evaluations: Mapping[str, Evaluation]) -> dict:
+    """The metrics, loss and num_nonfinite of results.json, each by the name of an evaluation; the main metric's baseline too.
 
     Args:
-        before: on "dev" and "test", before training.
-        best: on the development set, of the best step.
-        after, last: on the test set, of the best and of the last step.
+        evaluations: "dev_before" and "test_before", before training; "dev_best", of the best step; "test_after" and
+            "test_last", of the best and of the last step.
     """
-    found = {
-        "dev_before": before["dev"],
-        "dev_best": best,
-        "test_before": before["test"],
-        "test_after": after,
-        "test_last": last,
-    }
-    majority = {"dev_majority": plan.dev_majority, "test_majority": plan.test_majority}
-    by_kind = {
-        kind: {name: getattr(evaluation, kind) for name, evaluation in found.items()}
-        for kind in ("accuracy", "loss", "num_nonfinite")
-    }
-    return {**by_kind, "accuracy": by_kind["accuracy"] | majority}
+    kinds = [kind for kind in evaluations["dev_best"] if kind != "num_examples"]
+    by_kind = {kind: {name: evaluation[kind] for name, evaluation in evaluations.items()} for kind in kinds}
+    metric = plan.task.main_metric
+    if metric.baseline is not None:
+        by_kind[metric.name] |= {f"{split}_{metric.baseline.name}": plan.baseline(split) for split in ("dev", "test")}
+    return by_kind
 
 
-def summary(results: dict, output_dir: str) -> str:
-    """A table of what results.json holds: accuracies, seconds a step, memory a rank, and where the outputs are."""
-    accuracy = results["accuracy"]
-    rows = [
-        ("", "before", "after", "majority class"),
-        ("held-out accuracy", *(f"{accuracy[f'test_{name}']:.4f}" for name in ("before", "after", "majority"))),
-        ("development accuracy", *(f"{accuracy[f'dev_{name}']:.4f}" for name in ("before", "best", "majority"))),
-    ]
-    lines = [f"{title:<22}{before:>9}{after:>9}{majority:>17}" for title, before, after, majority in rows]
+def summary(results: dict, metric: Metric, output_dir: str) -> str:
+    """A table of what results.json holds: the main metric, seconds a step, memory a rank, and where the outputs are."""
+    values, baseline = results[metric.name], metric.baseline
+    names = [("before", "before", 9), ("after", "after", 9), *([(baseline.name, baseline.title, 17)] if baseline else [])]
+    lines = [" " * 22 + "".join(f"{title:>{width}}" for _, title, width in names)]
+    for title, split in (("held-out", "test"), ("development", "dev")):
+        row = [values[f"{split}_{'best' if (split, name) == ('dev', 'after') else name}"] for name, *_ in names]
+        cells = "".join(f"{value:>{width}.4f}" for value, (*_, width) in zip(row, names, strict=True))
+        lines.append(f"{f'{title} {metric.name}':<22}{cells}")
     figures = [
         ("steps", f"{results['max_steps']}, the best was {results['best_step']}"),
         ("seconds a step", f"{results['seconds_a_step']['median']:.3f} (median)"),

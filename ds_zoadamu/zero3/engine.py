@@ -96,7 +96,7 @@ class ForwardOnlyEngine(DeepSpeedEngine):
             record = self._record(evaluations, global_means(passes, self.device))
             if record.skipped and record.step == 1:
                 divergence.refuse_nonfinite_weights(self, record)
-            self._before_update(record, batch, drawn)
+            self.before_update(record, batch, drawn)
             self.optimizer.observe(None if record.skipped else record.projected_grads)
             with self.gathers.writing():
                 self._step_and_count()
@@ -187,7 +187,7 @@ class ForwardOnlyEngine(DeepSpeedEngine):
         """Bytes that persist on this rank for the trained parameters: {"weights": partitions, "momentum": optimizer state}."""
         return self.optimizer.memory_bytes()
 
-    def _before_update(self, record: StepRecord, batch: Any, micro_batches: Sequence[Any]) -> None:
+    def before_update(self, record: StepRecord, batch: Any, micro_batches: Sequence[Any]) -> None:
         """The step's losses are known and no partition has changed; what raises here ends the step before it begins.
 
         ``batch``: as given to ``train_batch``; ``micro_batches``: what was drawn of it.

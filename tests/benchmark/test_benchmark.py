@@ -28,7 +28,7 @@ def arguments(folder):
     words = [
         "--model_name_or_path", folder / "model", "--data_dir", folder / "data", "--num_train", 40, "--num_dev", 13,
         "--per_device_train_batch_size", 4, "--ranks", 2, "--threads", 1, "--contenders", "zoadamu-int8", "plain-mezo",
-        "--max_steps", 4, "--eval_steps", 2, "--lr_grid", 1e-3, "--seeds", 0, "--profile_steps", 1, "--target_accuracy", 1.0,
+        "--max_steps", 4, "--eval_steps", 2, "--lr_grid", 1e-3, "--seeds", 0, "--profile_steps", 1, "--target", 1.0,
         "--output_dir", folder / "out",
     ]  # fmt: skip
     return list(map(str, words))

@@ -15,7 +15,9 @@ from ds_zoadamu.benchmark.phases import Phases
 from ds_zoadamu.benchmark.plots import draw_cost, draw_curves
 from ds_zoadamu.benchmark.report import markdown
 from ds_zoadamu.benchmark.runs import Runner
+from ds_zoadamu.tasks import ClassificationTask
 
+METRIC = ClassificationTask.main_metric
 BATCH = {
     "train_batch_size": 16,
     "train_micro_batch_size_per_gpu": 4,
@@ -77,10 +79,10 @@ def write_run(folder: Path, status=FINISHED, reason="", losses=(0.7, 0.6, 0.5), 
 
 def test_a_curve_knows_passes_and_seconds_up_to_each_evaluation(tmp_path):
     write_run(tmp_path / "run")
-    points = curve(read_outcome(tmp_path / "run"))
+    points = curve(read_outcome(tmp_path / "run"), METRIC)
     # One forward and one backward, which counts as two, a step.
     assert [(p["step"], p["passes"], p["seconds"]) for p in points] == [(0, 0, 0.0), (4, 12, 2.0), (8, 24, 4.0)]
-    assert seconds_to(points, 0.4) == 2.0 and seconds_to(points, 0.75) is None
+    assert seconds_to(points, 0.4, METRIC) == 2.0 and seconds_to(points, 0.75, METRIC) is None
 
 
 def test_spreads_over_seeds():
@@ -155,10 +157,10 @@ def test_the_lowest_development_loss_of_the_trials_is_chosen(tmp_path):
     for point in points:
         status, loss = ends[point.lr]
         write_run(runner.plan("trial", ADAM, point, 8, 0).folder, status, losses=(0.7, 0.1, loss))
-    chosen, trials = Phases(args, runner, 16, print).search(ADAM, points, 32)
+    chosen, trials = Phases(args, runner, 16, METRIC, print).search(ADAM, points, 32)
     assert chosen == points[1]
     assert [(t["lr"], t["status"], t["dev_loss"]) for t in trials] == [(lr, *ends[lr]) for lr in (1.0, 2.0, 3.0)]
-    assert Phases(args, runner, 16, print).search(ADAM, points[:1], 32) == (points[0], [])
+    assert Phases(args, runner, 16, METRIC, print).search(ADAM, points[:1], 32) == (points[0], [])
 
 
 @pytest.mark.parametrize("budget, steps", {"--max_steps 5": 5, "--max_items 100": 6, "--max_seconds 2.2": 4}.items())
@@ -166,7 +168,7 @@ def test_a_budget_becomes_steps(tmp_path, budget, steps):
     write_run(tmp_path / "profile", profile=True)  # 0.5 s a step, 16 items
     args = parsed(tmp_path, budget)
     args.max_steps = args.max_steps if "steps" in budget else None
-    assert Phases(args, None, 16, print).steps(read_outcome(tmp_path / "profile")) == steps
+    assert Phases(args, None, 16, METRIC, print).steps(read_outcome(tmp_path / "profile")) == steps
 
 
 @pytest.fixture
@@ -183,14 +185,20 @@ def results(tmp_path):
 
     def entry(status=FINISHED, reason="", chosen=point, trials=trials, **outcomes):
         seeds = {int(seed[1:]): outcome for seed, outcome in outcomes.items()}
-        runs = {"cost": cost(profile, 16), "steps": 8, "chosen": chosen, "trials": trials, "runs": summary(seeds, 16, 0.55)}
+        runs = {
+            "cost": cost(profile, 16),
+            "steps": 8,
+            "chosen": chosen,
+            "trials": trials,
+            "runs": summary(seeds, 16, 0.55, METRIC),
+        }
         return {"status": status, "reason": reason, **runs}
 
     return {
         "date": "2026-11-22",
         "command": "benchmark.py",
         "settings": {
-            "batch": BATCH, "seeds": [0, 1], "target_accuracy": 0.55, "num_examples": {"train": 40, "dev": 13, "test": 21},
+            "batch": BATCH, "seeds": [0, 1], "target": 0.55, "num_examples": {"train": 40, "dev": 13, "test": 21},
             "majority": {"dev": 0.5, "test": 0.5238},
         },
         "budget": {"max_steps": 8},
@@ -215,7 +223,7 @@ def row(report: str, title: str, name: str) -> dict[str, str]:
 
 
 def test_the_report_tells_means_and_spreads_and_what_went_wrong(results):
-    report = markdown(results, ["curves.png"])
+    report = markdown(results, METRIC, ["curves.png"])
     whole, half = row(report, "What it reached", "whole"), row(report, "What it reached", "half")
     assert whole["test accuracy at the end"] == "0.7500 ± 0.1768" and whole["runs"] == "2 finished"
     assert whole["test accuracy, best on development"] == "0.7500 ± 0.0000" and whole["passes"] == "24"
@@ -233,8 +241,8 @@ def test_the_report_tells_means_and_spreads_and_what_went_wrong(results):
 
 
 def test_plots_of_whatever_finished(results, tmp_path):
-    for name, draw in (("curves.png", draw_curves), ("cost.png", draw_cost)):
-        assert draw(results, tmp_path / name)
+    for name, draw, more in (("curves.png", draw_curves, [METRIC]), ("cost.png", draw_cost, [])):
+        assert draw(results, tmp_path / name, *more)
         assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     nothing = {**results, "contenders": {"large": results["contenders"]["large"]}}
     assert not draw_cost(nothing, tmp_path / "none.png") and not (tmp_path / "none.png").exists()

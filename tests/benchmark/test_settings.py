@@ -74,13 +74,14 @@ def test_grids_by_name_pattern_have_as_many_trials_for_all(tiny):
 def test_a_batch_that_all_share_comes_from_the_arguments(tiny):
     args = arguments(tiny, "--max_steps 400 --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --ranks 2 --bf16")
     contenders = choose_contenders(args, CONFIGS)
-    common = check_settings(args, contenders, make_grids(args, contenders))
+    common, metric = check_settings(args, contenders, make_grids(args, contenders))
     assert common["batch"] == {
         "train_batch_size": 16,
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 2,
         "precision": "bf16",
     }
+    assert metric.name == "accuracy" and common["majority"].keys() == {"dev", "test"}
     assert common["num_examples"] == {"train": 40, "dev": 13, "test": 21}
 
 
@@ -91,7 +92,7 @@ REFUSED = {
     "--max_seconds 0": "--max_seconds is 0.0, a budget of nothing",
     "--max_steps 400 --ranks 0": "--ranks must be at least 1, got 0",
     "--max_steps 400 --seeds 1 1": "--seeds are [1, 1]; give different numbers",
-    "--max_steps 400 --target_accuracy 80": "--target_accuracy must be above 0 and at most 1, got 80.0",
+    "--max_steps 400 --target 80": "--target must be above 0 and at most 1 (accuracy), got 80.0",
     "--max_steps 400 --configs": "--configs has no value; give NAME=FILE",
     "--max_steps 400 --contenders": "--contenders is empty",
     "--max_steps 400 --contenders sgd": "unknown contender 'sgd'; known: zoadamu-fp32",

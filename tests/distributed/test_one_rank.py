@@ -16,7 +16,7 @@ from ..helpers import jobs, runs
 from ..helpers.disks import file_size_limit
 from ..helpers.harness import run_ranks
 from ..helpers.models import OddModel, odd_batches
-from ..hf.test_models import encoded_examples
+from ..hf.test_models import task_and_examples
 
 pytestmark = pytest.mark.ranks
 
@@ -175,15 +175,14 @@ def _saving_and_loading(rank, world_size, source, folder):
 
 
 def _failing_evaluation(rank, engine) -> str:
-    from ds_zoadamu.tasks import PromptCollator, evaluate
+    task, examples = task_and_examples()
 
     def collate(examples):
-        if rank == 1:
-            raise IndexError("no such token")
-        return PromptCollator(1)(examples)
+        raise IndexError("no such token")
 
+    task.collate = collate if rank == 1 else task.collate
     _limited()
-    return _outcome(evaluate, engine.module, encoded_examples(), collate, 2)
+    return _outcome(task.evaluate, engine.module, examples)
 
 
 def test_a_model_that_one_rank_cannot_save_load_or_evaluate(tmp_path):

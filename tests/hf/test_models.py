@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from ds_zoadamu.hf.models import save_pretrained
-from ds_zoadamu.tasks import SST2, Example, PromptCollator, PromptEncoder, prompt_loss
+from ds_zoadamu.tasks import SST2, PromptRow
 from tests.helpers import jobs
 from tests.helpers.crashes import run_outcomes, run_to_crash
 from tests.helpers.harness import run_ranks
@@ -226,25 +226,23 @@ def test_a_partitioned_model_is_resized_and_adapted(tmp_path):
         assert saved and all(shape == (before[1],) for shape in saved)
 
 
-def encoded_examples() -> list:
-    encoder = PromptEncoder(make_tokenizer(), SST2, 32)
-    return [encoder.encode(Example(f"film {'is ' * index}It was", index % 2)) for index in range(5)]
+def task_and_examples() -> tuple:
+    task = SST2.bind(make_tokenizer(), None, max_length=32, batch_size=2)
+    return task, [task.encode(PromptRow(f"film {'is ' * index}It was", index % 2)) for index in range(5)]
 
 
 def _train_and_score(rank, world_size, source, target):
     """One step and an evaluation on the prompt task."""
     import ds_zoadamu
-    from ds_zoadamu.tasks import PromptCollator, evaluate, prompt_loss
 
     config = jobs.config(world_size)
-    examples = encoded_examples()
-    collate = PromptCollator(1)
+    task, examples = task_and_examples()
     model = ds_zoadamu.load_causal_lm(str(source), config=config)
-    engine = jobs.engine_for(model, config, loss_fn=prompt_loss)
-    start = evaluate(engine.module, examples, collate, 2)
-    loss = engine.train_batch(collate(examples[:2]))
+    engine = jobs.engine_for(model, config, loss_fn=task.loss)
+    start = task.evaluate(engine.module, examples)
+    loss = engine.train_batch(task.collate(examples[:2]))
     save_pretrained(engine, target)
-    return start.loss, loss, evaluate(engine.module, examples, collate, 2)
+    return start["loss"], loss, task.evaluate(engine.module, examples)
 
 
 def test_another_architecture_trains_on_prompts_and_is_saved(tmp_path):
@@ -256,9 +254,9 @@ def test_another_architecture_trains_on_prompts_and_is_saved(tmp_path):
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
     results = run_ranks(2, _train_and_score, tmp_path / "source", tmp_path / "target")
     (start, loss, after), other = results
-    assert results[0] == other and loss > 0 and after.loss != start and after.num_examples == 5
+    assert results[0] == other and loss > 0 and after["loss"] != start and after["num_examples"] == 5
     # The saved model scores as the partitioned one did: fp32, other order of summation at most.
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "target").eval()
-    batch = PromptCollator(1)(encoded_examples())
+    task, examples = task_and_examples()
     with torch.no_grad():
-        assert prompt_loss(model, batch)[0].item() == pytest.approx(after.loss, rel=1e-5)
+        assert task.loss(model, task.collate(examples))[0].item() == pytest.approx(after["loss"], rel=1e-5)

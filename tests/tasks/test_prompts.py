@@ -5,19 +5,20 @@ import torch
 
 from ds_zoadamu.tasks import (
     SST2,
-    Example,
     InputError,
     PromptCollator,
     PromptEncoder,
-    Task,
+    PromptRow,
+    PromptTask,
+    candidate_scores,
     model_max_length,
     padding_id,
-    prompt_loss,
 )
-from ds_zoadamu.tasks.metrics import candidate_scores
 from tests.helpers.tiny_lm import make_model, make_tokenizer, save_model
 
-LONG_WORDS = Task(name="long", template="{sentence} It was", label_words={"0": " terrible", "1": " splendid", "2": " so so"})
+LONG_WORDS = PromptTask(
+    name="long", template="{sentence} It was", label_words={"0": " terrible", "1": " splendid", "2": " so so"}
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def model():
 
 
 def examples(task, *sentences):
-    return [Example(task.template.format(sentence=text), index % task.num_labels) for index, text in enumerate(sentences)]
+    return [PromptRow(task.template.format(sentence=text), index % len(task.words)) for index, text in enumerate(sentences)]
 
 
 def plain_scores(model, tokenizer, example, task):
@@ -61,11 +62,11 @@ class AllLogits(torch.nn.Module):
 @pytest.mark.parametrize("task", [SST2, LONG_WORDS], ids=["one token", "several tokens"])
 def test_scores_equal_the_plain_computation(model, tokenizer, task, wrap):
     items = examples(task, "film is great", "is", "film film film is dull and awful", "a")
-    encoder = PromptEncoder(tokenizer, task, 64)
-    batch = PromptCollator(tokenizer.pad_token_id)([encoder.encode(item) for item in items])
+    bound = task.bind(tokenizer, model.config)
+    batch = bound.collate([bound.encode(item) for item in items])
     with torch.no_grad():
         scores = candidate_scores(wrap(model), batch)
-        loss, weight = prompt_loss(wrap(model), batch)
+        loss, weight = bound.loss(wrap(model), batch)
     expected = torch.stack([plain_scores(model, tokenizer, item, task) for item in items])
     # fp32 with other matrix shapes: a few roundings on numbers of size 1 to 30.
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-4)
@@ -96,7 +97,7 @@ def test_padding_goes_right_and_depends_on_the_micro_batch_alone(tokenizer):
 
 
 def test_prompts_begin_with_the_tokenizers_own_token(tokenizer):
-    encoded = PromptEncoder(tokenizer, SST2, 64).encode(Example("film It was", 1))
+    encoded = PromptEncoder(tokenizer, SST2, 64).encode(PromptRow("film It was", 1))
     assert encoded.context[0] == tokenizer.bos_token_id
     assert encoded.context == tuple(tokenizer("film It was").input_ids)
     assert [tokenizer.decode(ids) for ids in encoded.candidates] == [" terrible", " great"]
@@ -136,13 +137,13 @@ def test_a_prompt_without_any_token_before_the_word_is_refused(tokenizer):
         def __call__(self, text, add_special_tokens=True):
             return type("Encoding", (), {"input_ids": [hash(text) % 1000]})()
 
-    task = Task(name="bare", template="{sentence}", label_words={"0": "x", "1": "y"})
+    task = PromptTask(name="bare", template="{sentence}", label_words={"0": "x", "1": "y"})
     with pytest.raises(InputError, match="no token before the label words"):
-        PromptEncoder(Merging(), task, None).encode(Example("a", 0))
+        PromptEncoder(Merging(), task, None).encode(PromptRow("a", 0))
 
 
 def words_task(*words, template="{sentence} It was"):
-    return Task(name="words", template=template, label_words={str(index): word for index, word in enumerate(words)})
+    return PromptTask(name="words", template=template, label_words={str(index): word for index, word in enumerate(words)})
 
 
 def lower_casing_tokenizer():
@@ -182,9 +183,9 @@ def test_words_that_are_the_same_tokens_behind_some_text_only_are_refused_there(
             return str(ids)
 
     encoder = PromptEncoder(Merging(), words_task("x", "y", template="{sentence}"), None)
-    encoder.encode(Example("a", 0))
+    encoder.encode(PromptRow("a", 0))
     with pytest.raises(InputError, match="'x' and 'y' are the same tokens"):
-        encoder.encode(Example("a!", 0))
+        encoder.encode(PromptRow("a!", 0))
 
 
 def test_a_word_that_begins_another_is_warned_of(tokenizer, model):
@@ -237,8 +238,8 @@ def test_a_token_that_the_embedding_does_not_hold_is_refused(template, words, se
     tokenizer.add_tokens(["<new>"])
     size, task = len(tokenizer) - 1, words_task(*words, template=template)
     with pytest.raises(InputError, match=message + rf".*holds {size}, ids 0 to {size - 1}"):
-        PromptEncoder(tokenizer, task, 64, size).encode(Example(template.format(sentence=sentence), 0))
-    PromptEncoder(tokenizer, task, 64, size + 1).encode(Example(template.format(sentence=sentence), 0))
+        PromptEncoder(tokenizer, task, 64, size).encode(PromptRow(template.format(sentence=sentence), 0))
+    PromptEncoder(tokenizer, task, 64, size + 1).encode(PromptRow(template.format(sentence=sentence), 0))
 
 
 @pytest.mark.parametrize("known, expected", [(7, 7), (8, 0), (-1, 0), (None, 0)])
@@ -260,11 +261,11 @@ def test_scores_do_not_depend_on_the_pad_id(tmp_path, model, tokenizer):
     tokenizer.add_special_tokens({"pad_token": "<behind the end>"})
     assert tokenizer.pad_token_id == model.config.vocab_size
     tokenizer.save_pretrained(tmp_path)
-    model_input = read_model_input(evaluate_parser().parse_args(["--model_name_or_path", str(tmp_path)]))
-    items = model_input.encode(examples(SST2, "film", "film film film is dull and awful"))
+    task = read_model_input(evaluate_parser().parse_args(["--model_name_or_path", str(tmp_path)])).task
+    items = [task.encode(row) for row in examples(SST2, "film", "film film film is dull and awful")]
     with torch.no_grad():
-        scores = candidate_scores(model, model_input.collate(items))
-        expected = torch.cat([candidate_scores(model, model_input.collate([item])) for item in items])
+        scores = candidate_scores(model, task.collate(items))
+        expected = torch.cat([candidate_scores(model, task.collate([item])) for item in items])
     # Two rows in a matrix product instead of one.
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-4)
 

@@ -4,21 +4,21 @@ import json
 
 import pytest
 
-from ds_zoadamu.tasks import SST2, InputError, Task, load_examples, load_splits, load_task, majority_accuracy
-from tests.helpers.tiny_lm import sentences, write_data, write_jsonl
+from ds_zoadamu.tasks import SST2, InputError, PromptTask, load_splits, load_task
+from tests.helpers.tiny_lm import make_tokenizer, sentences, write_data, write_jsonl
 
 
 def test_sst2_prompt_and_labels(tmp_path):
     rows = [{"sentence": "a joy ", "label": 1, "idx": 0}, {"sentence": "a bore", "label": 0, "idx": 1}]
     write_jsonl(tmp_path / "validation.jsonl", rows)
-    examples = load_examples(SST2, "validation", str(tmp_path))
+    examples = SST2.rows("validation", str(tmp_path))
     assert [(e.prompt, e.label) for e in examples] == [("a joy It was", 1), ("a bore It was", 0)]
     assert SST2.words == (" terrible", " great")
 
 
 def test_csv_reads_as_json_lines_do(tmp_path):
     (tmp_path / "validation.csv").write_text('sentence,label,idx\n"good, and\nlong",1,0\nbad,0,1\n', encoding="utf-8")
-    examples = load_examples(SST2, "validation", str(tmp_path))
+    examples = SST2.rows("validation", str(tmp_path))
     assert [(e.prompt, e.label) for e in examples] == [("good, and\nlong It was", 1), ("bad It was", 0)]
 
 
@@ -29,24 +29,24 @@ def test_hub_reader_goes_through_datasets(tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    task = Task(name="t", template=SST2.template, label_words=SST2.label_words, hub_path=str(data))
-    assert load_examples(task, "validation", None) == load_examples(SST2, "validation", str(data))
+    task = PromptTask(name="t", template=SST2.template, label_words=SST2.label_words, hub_path=str(data))
+    assert task.rows("validation", None) == SST2.rows("validation", str(data))
 
 
 def test_hub_failure_names_data_dir(tmp_path):
-    task = Task(name="t", template="{a}", label_words={"0": "x", "1": "y"}, hub_path=str(tmp_path / "nowhere"))
+    task = PromptTask(name="t", template="{a}", label_words={"0": "x", "1": "y"}, hub_path=str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="cannot load .*nowhere.*--data_dir"):
-        load_examples(task, "train", None)
+        task.rows("train", None)
 
 
 def test_splits_are_disjoint_and_follow_the_seed(tmp_path):
     data = str(write_data(tmp_path))
     splits = load_splits(SST2, data, num_train=30, num_dev=20, seed=0)
-    assert (len(splits.train), len(splits.dev), len(splits.test)) == (30, 20, 21)
-    assert not {e.prompt for e in splits.train} & {e.prompt for e in splits.dev}
+    assert (len(splits["train"]), len(splits["dev"]), len(splits["test"])) == (30, 20, 21)
+    assert not {e.prompt for e in splits["train"]} & {e.prompt for e in splits["dev"]}
     assert splits == load_splits(SST2, data, num_train=30, num_dev=20, seed=0)
-    assert splits.train != load_splits(SST2, data, num_train=30, num_dev=20, seed=1).train
-    assert splits.test == load_examples(SST2, "validation", data)
+    assert splits["train"] != load_splits(SST2, data, num_train=30, num_dev=20, seed=1)["train"]
+    assert splits["test"] == SST2.rows("validation", data)
 
 
 def test_repeated_texts_do_not_reach_the_development_set(tmp_path):
@@ -54,7 +54,7 @@ def test_repeated_texts_do_not_reach_the_development_set(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", rows * 3)
     write_jsonl(tmp_path / "validation.jsonl", rows)
     splits = load_splits(SST2, str(tmp_path), num_train=8, num_dev=2, seed=0)
-    assert not {e.prompt for e in splits.train} & {e.prompt for e in splits.dev}
+    assert not {e.prompt for e in splits["train"]} & {e.prompt for e in splits["dev"]}
 
 
 def test_too_few_examples_names_the_counts(tmp_path):
@@ -92,7 +92,7 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     good = json.dumps({"sentence": "fine", "label": 1})
     (tmp_path / "train.jsonl").write_text(f"{good}\n\n{line}\n{good}\n", encoding="utf-8", errors="surrogateescape")
     with pytest.raises(InputError, match=message):
-        load_examples(SST2, "train", str(tmp_path))
+        SST2.rows("train", str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -112,17 +112,17 @@ def test_a_bad_line_is_named(tmp_path, line, message):
 def test_bad_csv_is_named(tmp_path, text, message):
     (tmp_path / "train.csv").write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(InputError, match=message):
-        load_examples(SST2, "train", str(tmp_path))
+        SST2.rows("train", str(tmp_path))
 
 
 def test_missing_files_and_folders_are_named(tmp_path):
     with pytest.raises(InputError, match="nowhere: no such folder"):
-        load_examples(SST2, "train", str(tmp_path / "nowhere"))
+        SST2.rows("train", str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="the train split is missing: looked for .*train.jsonl, .*train.json, .*train.csv"):
-        load_examples(SST2, "train", str(tmp_path))
+        SST2.rows("train", str(tmp_path))
     (tmp_path / "train.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="train.jsonl:1: not UTF-8: byte 0xff"):
-        load_examples(SST2, "train", str(tmp_path))
+        SST2.rows("train", str(tmp_path))
 
 
 def test_a_task_file_needs_no_code(tmp_path):
@@ -138,10 +138,10 @@ def test_a_task_file_needs_no_code(tmp_path):
     )
     task = load_task(str(tmp_path / "topic.json"))
     write_jsonl(tmp_path / "held_out.jsonl", [{"title": "Cup", "body": "They won.", "topic": "sports"}])
-    (example,) = load_examples(task, "validation", str(tmp_path))
+    (example,) = task.rows("validation", str(tmp_path))
     assert (task.name, example.prompt, example.label) == ("topic", "Cup: They won. Topic:", 0)
     with pytest.raises(InputError, match="not on the hub.*--data_dir"):
-        load_examples(task, "validation", None)
+        task.rows("validation", None)
 
 
 @pytest.mark.parametrize(
@@ -179,17 +179,21 @@ def test_unknown_tasks_are_named(tmp_path):
 )
 def test_a_task_is_text(change):
     with pytest.raises(InputError, match="lone surrogate.*position"):
-        Task(**{"name": "t", "template": "{a}", "label_words": {"0": " x", "1": " y"}, **change})
+        PromptTask(**{"name": "t", "template": "{a}", "label_words": {"0": " x", "1": " y"}, **change})
 
 
 def test_a_file_may_begin_with_a_byte_order_mark_and_end_its_lines_in_any_way(tmp_path):
     rows = [json.dumps({"sentence": f"s{i}", "label": i % 2}) for i in range(4)]
     (tmp_path / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + "{}\r\n{}\r{}\n{}".format(*rows).encode())
-    assert [e.label for e in load_examples(SST2, "train", str(tmp_path))] == [0, 1, 0, 1]
+    assert [e.label for e in SST2.rows("train", str(tmp_path))] == [0, 1, 0, 1]
     (tmp_path / "validation.csv").write_bytes(b"\xef\xbb\xbfsentence,label\r\na,1\r\n")
-    assert [e.label for e in load_examples(SST2, "validation", str(tmp_path))] == [1]
+    assert [e.label for e in SST2.rows("validation", str(tmp_path))] == [1]
 
 
 def test_majority_accuracy(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"sentence": f"s{i}", "label": int(i < 7)} for i in range(10)])
-    assert majority_accuracy(load_examples(SST2, "train", str(tmp_path))) == 0.7
+    task = SST2.bind(make_tokenizer(), None)
+    examples = [task.encode(row) for row in SST2.rows("train", str(tmp_path))]
+    assert task.baseline(examples) == 0.7 and list(task.remarks("training", examples)) == []
+    (remark,) = task.remarks("development", [example for example in examples if example.label == 0])
+    assert remark == "no development example has the label of ' great': scores on that set say nothing of it"

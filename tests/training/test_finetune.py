@@ -18,8 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ds_zoadamu.tasks import SST2, PromptCollator, PromptEncoder, load_examples
-from ds_zoadamu.tasks.metrics import candidate_scores
+from ds_zoadamu.tasks import SST2, candidate_scores
 from tests.helpers.harness import HANG, free_port, run_ranks, still_running
 from tests.helpers.tiny_lm import make_tokenizer, save_model, write_data
 
@@ -139,10 +138,9 @@ def test_the_saved_model_is_the_evaluated_one(run, data):
     """The accuracy in results.json, by plain Transformers on the whole model, one example at a time."""
     output, _ = run
     model = AutoModelForCausalLM.from_pretrained(output / "model")
-    encoder, collate = PromptEncoder(make_tokenizer(), SST2, 64), PromptCollator(1)
-    examples = load_examples(SST2, "validation", str(data))
+    task, rows = SST2.bind(make_tokenizer(), model.config), SST2.rows("validation", str(data))
     with torch.no_grad():
-        hits = [int(candidate_scores(model, collate([encoder.encode(e)])).argmax()) == e.label for e in examples]
+        hits = [int(candidate_scores(model, task.collate([task.encode(row)])).argmax()) == row.label for row in rows]
     assert sum(hits) / len(hits) == json.loads((output / "results.json").read_text())["accuracy"]["test_after"]
 
 

@@ -9,8 +9,7 @@ import torch
 from deepspeed.utils import logger
 
 from ds_zoadamu.durability.journal import read_journal
-from ds_zoadamu.tasks import SST2, Evaluation, Example, PromptCollator, PromptEncoder, Task, evaluate
-from ds_zoadamu.tasks.metrics import candidate_scores
+from ds_zoadamu.tasks import SST2, ClassificationTask, PromptRow, PromptTask, candidate_scores, is_finite
 from tests.helpers.harness import run_ranks
 from tests.helpers.jobs import as_bytes, config, engine_for
 from tests.helpers.models import OddModel, odd_batches
@@ -42,8 +41,10 @@ def _broken_model():
 def _classes(renamed):
     """SST-2, and the same with its classes numbered the other way round; the examples of each."""
     rows = [(row["sentence"], row["label"]) for row in sentences(37, seed=3)]
-    task = Task(name="renamed", template=SST2.template, label_words={"0": " great", "1": " terrible"}) if renamed else SST2
-    return task, [Example(f"{text} It was", 1 - label if renamed else label) for text, label in rows]
+    task = (
+        PromptTask(name="renamed", template=SST2.template, label_words={"0": " great", "1": " terrible"}) if renamed else SST2
+    )
+    return task, [PromptRow(f"{text} It was", 1 - label if renamed else label) for text, label in rows]
 
 
 def _evaluations(rank, world_size):
@@ -51,17 +52,17 @@ def _evaluations(rank, world_size):
     logger.addFilter(lambda record: warnings.append(record.getMessage()) or True)
     for renamed in (False, True):
         task, items = _classes(renamed)
-        encoder = PromptEncoder(make_tokenizer(), task, 64)
-        found.append(evaluate(model, [encoder.encode(item) for item in items], PromptCollator(1), 4))
+        task = task.bind(make_tokenizer(), model.config, batch_size=4)
+        found.append(task.evaluate(model, list(map(task.encode, items))))
     return found, sum("scores of some examples are not finite" in line for line in warnings)
 
 
 def test_scores_that_are_not_finite_are_wrong_answers_and_counted():
     model, (task, items) = _broken_model(), _classes(False)
-    encoder, collate, hits, broken = PromptEncoder(make_tokenizer(), task, 64), PromptCollator(1), 0, 0
+    task, hits, broken = task.bind(make_tokenizer(), model.config), 0, 0
     for item in items:
         with torch.no_grad():
-            terrible, great = candidate_scores(model, collate([encoder.encode(item)]))[0].tolist()
+            terrible, great = candidate_scores(model, task.collate([task.encode(item)]))[0].tolist()
         finite = math.isfinite(terrible) and math.isfinite(great)
         broken += not finite
         hits += finite and (great > terrible) == (item.label == 1)
@@ -70,19 +71,24 @@ def test_scores_that_are_not_finite_are_wrong_answers_and_counted():
         for rank, (found, warned) in enumerate(run_ranks(world_size, _evaluations)):
             assert warned == (rank == 0)  # of two evaluations, once
             for result in found:  # the names of the classes do not matter
-                assert (result.accuracy, result.num_nonfinite, result.num_examples) == (hits / 37, broken, 37)
-                assert math.isnan(result.loss) and not result.finite
+                assert (result["accuracy"], result["num_nonfinite"], result["num_examples"]) == (hits / 37, broken, 37)
+                assert math.isnan(result["loss"]) and not is_finite(result)
+
+
+def _evaluation(accuracy, loss, num_examples, num_nonfinite=0):
+    return {"accuracy": accuracy, "loss": loss, "num_examples": num_examples, "num_nonfinite": num_nonfinite}
 
 
 def test_an_evaluation_that_is_not_finite_is_never_the_best():
-    from ds_zoadamu.training.progress import Progress, better
+    from ds_zoadamu.training.progress import Progress
 
-    good, nan, overflown = Evaluation(0.25, 0.9, 8), Evaluation(1.0, math.nan, 8, 8), Evaluation(1.0, math.inf, 8)
+    better, metric = ClassificationTask.main_metric.is_better, ClassificationTask.main_metric
+    good, nan, overflown = _evaluation(0.25, 0.9, 8), _evaluation(1.0, math.nan, 8, 8), _evaluation(1.0, math.inf, 8)
     assert better(good, None) and not better(nan, None) and not better(nan, good) and not better(overflown, good)
-    assert not better(Evaluation(1.0, 0.1, 8, 1), good)
+    assert not better(_evaluation(1.0, 0.1, 8, 1), good)
     evaluations = {("dev", 0): good, ("dev", 2): nan, ("dev", 4): good, ("dev", 6): overflown}
-    assert Progress(6, evaluations).best() == (4, good)
-    assert Progress(6, {("dev", 2): nan}).best() == (0, None)
+    assert Progress(6, evaluations).best(metric) == (4, good)
+    assert Progress(6, {("dev", 2): nan}).best(metric) == (0, None)
 
 
 def test_a_run_of_an_older_release_that_may_have_kept_such_a_model_is_refused():
@@ -91,7 +97,7 @@ def test_a_run_of_an_older_release_that_may_have_kept_such_a_model_is_refused():
 
     line = {"kind": "eval", "split": "dev", "step": 0, "accuracy": 0.5, "loss": 0.7, "num_examples": 8}
     before = [line, {**line, "split": "test"}]
-    assert _progress(2, before).evaluations["dev", 0] == Evaluation(0.5, 0.7, 8)
+    assert _progress(2, before).evaluations["dev", 0] == _evaluation(0.5, 0.7, 8)
     with pytest.raises(InputError, match="an earlier release has evaluated step 2, whose loss .* replay --until"):
         _progress(2, [*before, {**line, "step": 2, "accuracy": 0.9, "loss": None}])
 

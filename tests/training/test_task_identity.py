@@ -10,7 +10,7 @@ from ds_zoadamu.durability.journal import header_line, read_journal, record_line
 from tests.helpers.harness import run_ranks
 from tests.helpers.jobs import config, engine_for
 from tests.helpers.models import OddModel
-from tests.helpers.tiny_lm import save_model, sentences, write_data, write_jsonl
+from tests.helpers.tiny_lm import make_tokenizer, save_model, sentences, write_data, write_jsonl
 
 pytestmark = pytest.mark.ranks
 
@@ -122,9 +122,10 @@ def test_a_run_goes_on_with_its_own_task_only(folder):
 
 
 def test_the_digest_is_of_the_tokens():
-    from ds_zoadamu.tasks import EncodedExample, encoded_sha256
+    from ds_zoadamu.tasks import SST2, EncodedExample
 
+    digest = SST2.bind(make_tokenizer(), None).digest
     examples = [EncodedExample((2, 5), ((7,), (8, 9)), 1), EncodedExample((2,), ((7,), (8,)), 0)]
     lines = b"[[2,5],[[7],[8,9]],1]\n[[2],[[7],[8]],0]\n"
-    assert encoded_sha256(examples) == hashlib.sha256(lines).hexdigest() != encoded_sha256(examples[::-1])
+    assert digest(examples) == hashlib.sha256(lines).hexdigest() != digest(examples[::-1])
     assert [json.loads(line)[2] for line in lines.splitlines()] == [1, 0]

@@ -1,6 +1,7 @@
-"""What a prompt task is: a template over the columns of a table, and one word for each label."""
+"""Classification in prompt form as data: a template over the columns of a table, and one word for each label."""
 
 import json
+import math
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -8,14 +9,17 @@ from pathlib import Path
 
 from ds_zoadamu.errors import printed, shown, unknown_keys_message
 from ds_zoadamu.files.untrusted import is_text, parse_json, read_file
+from ds_zoadamu.tasks.classification import ClassificationTask
 from ds_zoadamu.tasks.errors import InputError, check_text
+from ds_zoadamu.tasks.prompts import PromptRow
+from ds_zoadamu.tasks.protocol import TaskData
+from ds_zoadamu.tasks.tables import read_rows
 
 _MAX_BYTES = 1 << 24
-_TASK_KEYS = ("name", "template", "label_words", "label_column", "train_file", "validation_file", "hub_path", "hub_name")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class PromptTask:
     """A classification task in prompt form.
 
     Attributes:
@@ -99,14 +103,24 @@ class Task:
         return tuple(dict.fromkeys(names))
 
     @property
-    def num_labels(self) -> int:
-        """Number of classes."""
-        return len(self.label_words)
-
-    @property
     def words(self) -> tuple[str, ...]:
         """The label words, by class index."""
         return tuple(self.label_words.values())
+
+    def rows(self, split: str, data_dir: str | None) -> list[PromptRow]:
+        """All rows of a split ("train" or "validation"), in the order of the source.
+
+        Raises:
+            InputError: a missing file or column, a malformed line, an unknown label, an empty text, no rows at all.
+        """
+        rows = [self._row(where, row) for where, row in read_rows(self, split, data_dir)]
+        if not rows:
+            raise InputError(f"the {split} split of task {self.name!r} is empty" + (f" in {data_dir}" if data_dir else ""))
+        return rows
+
+    def bind(self, tokenizer, model_config, *, max_length: int | None = None, batch_size: int = 16) -> ClassificationTask:
+        """As `TaskData.bind`."""
+        return ClassificationTask(self, tokenizer, model_config, max_length, batch_size)
 
     def label_index(self, value: object) -> int | None:
         """Class index of a label value as it stands in the data (1, 1.0, "1" and True are the same); None if unknown."""
@@ -115,15 +129,35 @@ class Task:
         keys = list(self.label_words)
         return keys.index(str(value)) if str(value) in keys else None
 
+    def _row(self, where: str, row: dict) -> PromptRow:
+        for column in (*self.columns, self.label_column):
+            if column not in row:
+                raise InputError(f"{where}: column {column!r} is missing; the row has {', '.join(map(shown, row)) or 'none'}")
+        values = {column: row[column] for column in self.columns}
+        for column, value in values.items():
+            if not isinstance(value, (str, int, float)) or (isinstance(value, float) and not math.isfinite(value)):
+                raise InputError(f"{where}: column {column!r} must hold text, got {shown(value)}")
+            check_text(f"{where}: column {column!r}", str(value))
+            if not str(value).strip():
+                raise InputError(f"{where}: column {column!r} is empty")
+        label = self.label_index(row[self.label_column])
+        if label is None:
+            raise InputError(
+                f"{where}: column {self.label_column!r} has the label {shown(row[self.label_column])}; "
+                f"task {self.name!r} knows {', '.join(map(printed, self.label_words))}"
+            )
+        return PromptRow(self.template.format(**{column: str(value).strip() for column, value in values.items()}), label)
 
-SST2 = Task(
+
+SST2 = PromptTask(
     name="sst2",
     template="{sentence} It was",
     label_words={"0": " terrible", "1": " great"},
     hub_path="nyu-mll/glue",
     hub_name="sst2",
 )
-TASKS = {task.name: task for task in (SST2,)}
+TASKS: dict[str, TaskData] = {task.name: task for task in (SST2,)}
+"""The tasks that --task knows by name; a module of --import may add its own."""
 
 
 def label_words_from(words: object, where: str) -> dict[str, str]:
@@ -141,8 +175,8 @@ def label_words_from(words: object, where: str) -> dict[str, str]:
     )
 
 
-def load_task(name_or_path: str) -> Task:
-    """A built-in task by its name, or a task file: a JSON object with `template`, `label_words` and what else `Task` has.
+def load_task(name_or_path: str) -> TaskData:
+    """A built-in task by its name, or a task file: a JSON object with `template`, `label_words` and what else `PromptTask` has.
 
     Raises:
         InputError: no such task or file, not JSON, an unknown or missing key.
@@ -162,13 +196,14 @@ def load_task(name_or_path: str) -> Task:
         raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(section, dict):
         raise InputError(f"{path}: a task file is one JSON object, got {type(section).__name__}")
-    if unknown := set(section) - set(_TASK_KEYS):
-        raise InputError(unknown_keys_message(str(path), unknown, _TASK_KEYS))
+    keys = [field.name for field in fields(PromptTask)]
+    if unknown := set(section) - set(keys):
+        raise InputError(unknown_keys_message(str(path), unknown, keys))
     for key in ("template", "label_words"):
         if key not in section:
             raise InputError(f"{path}: the key {key!r} is missing")
     section["label_words"] = label_words_from(section["label_words"], str(path))
     try:
-        return Task(**{"name": path.stem, **section})
+        return PromptTask(**{"name": path.stem, **section})
     except InputError as error:
         raise InputError(f"{path}: {error}") from error

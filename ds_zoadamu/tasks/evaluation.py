@@ -1,0 +1,47 @@
+"""Figures of a model over examples that are dealt out over the ranks."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+
+from ds_zoadamu.distributed import collective
+
+
+def summed(
+    model: torch.nn.Module, examples: Sequence[Any], batch_size: int, figures: Callable[[Sequence[Any]], Sequence[float]]
+) -> list[float]:
+    """The sums of a micro-batch's figures over all examples; the same on every rank.
+
+    Micro-batch k goes to rank k mod W. Under ZeRO-3 every forward gathers parameters from all ranks, so all run the same
+    number of forwards: ranks without a micro-batch in the last round repeat the first one and do not count it. Sums are
+    taken in the global order of micro-batches, hence the result does not depend on W.
+
+    Args:
+        model: the module; put in eval mode for the time being.
+        examples: at least one.
+        batch_size: examples in a micro-batch.
+        figures: of a micro-batch, always as many; runs without gradients.
+
+    Raises, on all ranks: what `figures` raises; a RankError where it does on another rank.
+    """
+    with collective.together("evaluate"):
+        collective.barrier()  # before a gather waits for a rank that does something else
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        starts = range(0, len(examples), batch_size)
+        rows, was_training = [], model.training
+        model.eval()
+        with torch.no_grad():
+            for turn in range(rank, -(-len(starts) // world_size) * world_size, world_size):
+                start = starts[turn] if turn < len(starts) else 0
+                row = torch.tensor(list(figures(examples[start : start + batch_size])), dtype=torch.float64)
+                rows.append(row if turn < len(starts) else torch.zeros_like(row))
+        model.train(was_training)
+        mine = torch.stack(rows).to(get_accelerator().current_device_name())
+        gathered = [torch.zeros_like(mine) for _ in range(world_size)]
+        dist.all_gather(gathered, mine)
+    # [rounds, ranks, figures] flattened is the global order; padding rounds add exact zeros.
+    in_order = torch.stack([part.cpu() for part in gathered], dim=1).flatten(0, 1)
+    return in_order.cumsum(dim=0)[-1].tolist()
