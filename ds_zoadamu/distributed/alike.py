@@ -4,6 +4,7 @@ Most of what a user has got wrong is found by each rank for itself, before there
 their last words through the store that the launcher's environment names, where rank 0 leaves its own.
 """
 
+import itertools
 import os
 import time
 from datetime import timedelta
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from .start import launched_rank
 
 _PATIENCE = 10.0  # seconds in which the slowest rank comes to the error that it shares with the others
-_SAID, _READ = "ds_zoadamu/last words of rank 0", "ds_zoadamu/ranks that have read them"
+_times = itertools.count()  # a process that ends does it once; one that goes on does it as often as the others
 
 
 def said_by_rank_0(message: str) -> bool:
@@ -25,17 +26,19 @@ def said_by_rank_0(message: str) -> bool:
     rank, others = launched_rank(), int(os.environ.get("WORLD_SIZE", "1")) - 1
     if others < 1:
         return False
+    number = next(_times)
+    words, readers = f"ds_zoadamu/last words of rank 0, {number}", f"ds_zoadamu/ranks that have read them, {number}"
     try:
         store = dist.group.WORLD.get_group_store() if dist.is_initialized() else _launchers_store(rank == 0)
         if rank == 0:
-            store.set(_SAID, message)
+            store.set(words, message)
             end = time.monotonic() + _PATIENCE
-            while store.add(_READ, 0) < others and time.monotonic() < end:
+            while store.add(readers, 0) < others and time.monotonic() < end:
                 time.sleep(0.02)
             return False
-        store.wait([_SAID], timedelta(seconds=_PATIENCE))
-        said = store.get(_SAID).decode()
-        store.add(_READ, 1)
+        store.wait([words], timedelta(seconds=_PATIENCE))
+        said = store.get(words).decode()
+        store.add(readers, 1)
     except (RuntimeError, ValueError, KeyError):
         return False
     return said in (message, f"rank {rank}: {message}") or message.startswith("rank 0, ") and message.endswith(said)
