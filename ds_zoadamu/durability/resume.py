@@ -149,9 +149,8 @@ def resume(
         raise
     step = len(contents.records)
     where = "the base weights" if found is None else f"checkpoint {str(found.path)!r}"
-    checkpoint.log_on_rank_0(
-        logging.INFO, f"resumed after step {step}: {where}, then {len(records)} steps out of journal {str(path)!r}"
-    )
+    if collective.rank() == 0:  # printed, since DeepSpeed's logger leaves out what is no warning
+        print(f"resumed after step {step}: {where}, then {len(records)} steps out of journal {str(path)!r}", flush=True)
     client_state = {} if found is None else checkpoint.client_state_of(found)
     return Resumed(step, len(records), found and found.path, client_state), journal
 

@@ -295,7 +295,8 @@ class ForwardOnlyEngine(DeepSpeedEngine):
             return
         coinciding = self.optimizer.coinciding_share()
         if printing:
-            log_dist(f"{record.line()} coinciding={coinciding:.4g} skipped={self.skipped_steps}", ranks=[0])
+            # Asked for, so it is printed; DeepSpeed's logger leaves out what is no warning.
+            print(f"{record.line()} coinciding={coinciding:.4g} skipped={self.skipped_steps}", flush=True)
         if self.monitor.enabled:
             values = [*record.monitored(), ("coinciding_share", coinciding), ("skipped_steps", self.skipped_steps)]
             self.monitor.write_events([(f"Train/Samples/{name}", value, self.global_samples) for name, value in values])
@@ -310,6 +311,7 @@ class ForwardOnlyEngine(DeepSpeedEngine):
             f"step {record.step} skipped: loss_plus={record.loss_plus} loss_minus={record.loss_minus} is not finite "
             f"({self._skipped_in_a_row} in a row, {limit} end the run)",
             ranks=[0],
+            level=logging.WARNING,
         )
         if self._skipped_in_a_row >= limit:
             raise NonFiniteLossError(
