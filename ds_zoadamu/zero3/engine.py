@@ -17,16 +17,16 @@ from deepspeed.utils import log_dist, logger
 
 from .. import kernels
 from ..config import Config
-from ..config.learning_rate import beyond_plan, check_lrs, check_scheduler
+from ..config.learning_rate import begins_at_zero, beyond_plan, check_lrs, check_scheduler
 from ..distributed import collective
 from ..errors import ConfigError, NonFiniteLossError
 from ..rules import RULES, Evaluation, make_rule
-from . import divergence, nvme
+from . import divergence, forward_hooks, nvme
+from .batches import drawn_of, fresh, mapped
 from .data import MicroBatchLoader, MicroBatchSampler, MicroBatchStream, TrainingData, check_training_data, is_stream
 from .draws import CommonDraws, undrawn
 from .evaluation import Evaluator, evaluating
 from .losses import LossFn, as_pair, global_means, model_loss
-from .micro_batches import drawn_of, fresh, mapped
 from .optimizer import ZerothOrderOptimizer
 from .partition import (
     Fill,
@@ -203,8 +203,9 @@ class ForwardOnlyEngine(DeepSpeedEngine):
 
         ``batch``: as given to ``train_batch``; ``micro_batches``: what was drawn of it.
         """
-        if self.own_data is not None:
-            self.own_data.take(micro_batches)
+        for warning in () if self.own_data is None else self.own_data.take(micro_batches):
+            if self.global_rank == 0:
+                logger.warning(warning)
 
     def _draw(self, batch: Any, micro_batches: Sequence[Any] | None) -> list[Any]:
         """This rank's micro-batches of a step, once every rank has its own: before a gather waits for a rank without."""
@@ -274,9 +275,10 @@ class ForwardOnlyEngine(DeepSpeedEngine):
 
     def _check_lrs(self) -> None:
         check_lrs(self.optimizer, self.lr_scheduler)
-        warning = beyond_plan(self.optimizer, self.lr_scheduler, self._told_beyond)
-        if warning is not None and self.global_rank == 0:
-            logger.warning(warning)
+        beyond = beyond_plan(self.optimizer, self.lr_scheduler, self._told_beyond)
+        for warning in (beyond, begins_at_zero(self.optimizer, self.lr_scheduler)):
+            if warning is not None and self.global_rank == 0:
+                logger.warning(warning)
 
     # --- reports
 
@@ -286,7 +288,8 @@ class ForwardOnlyEngine(DeepSpeedEngine):
             return
         coinciding = self.optimizer.coinciding_share()
         if printing:
-            log_dist(f"{record.line()} coinciding={coinciding:.4g} skipped={self.skipped_steps}", ranks=[0])
+            # Asked for, so it is printed; DeepSpeed's logger leaves out what is no warning.
+            print(f"{record.line()} coinciding={coinciding:.4g} skipped={self.skipped_steps}", flush=True)
         if self.monitor.enabled:
             values = [*record.monitored(), ("coinciding_share", coinciding), ("skipped_steps", self.skipped_steps)]
             self.monitor.write_events([(f"Train/Samples/{name}", value, self.global_samples) for name, value in values])
@@ -301,6 +304,7 @@ class ForwardOnlyEngine(DeepSpeedEngine):
             f"step {record.step} skipped: loss_plus={record.loss_plus} loss_minus={record.loss_minus} is not finite "
             f"({self._skipped_in_a_row} in a row, {limit} end the run)",
             ranks=[0],
+            level=logging.WARNING,
         )
         if self._skipped_in_a_row >= limit:
             raise NonFiniteLossError(
@@ -360,6 +364,14 @@ class ForwardOnlyEngine(DeepSpeedEngine):
             f"{client_optimizer.memory_bytes()['momentum']:,} bytes on this rank, kernels {kernels.backend_name(self.device)}",
             ranks=[0],
         )
+
+    def _create_module_forward_pre_hook(self):
+        ours = self.settings.rule is not None
+        return forward_hooks.before_forward(self) if ours else super()._create_module_forward_pre_hook()
+
+    def _create_module_forward_post_hook(self):
+        ours = self.settings.rule is not None
+        return forward_hooks.after_forward(self) if ours else super()._create_module_forward_post_hook()
 
     def _configure_lr_scheduler(self) -> None:
         super()._configure_lr_scheduler()
