@@ -1,4 +1,4 @@
-"""Micro-batches as a forward takes them: tensors in any containers."""
+"""Micro-batches: those of a step on this rank, and as a forward takes them, tensors in any containers."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress

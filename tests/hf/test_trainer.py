@@ -31,7 +31,7 @@ def _kinds(rank, world_size, folder):
     kinds = {
         "plain": {},
         "json": {"deepspeed": str(JSON)},
-        "bf16": {"bf16": True},
+        "bf16": {"bf16": True, "use_cpu": True},
         "by length": {"train_sampling_strategy": "group_by_length"},
         "smoothed": {"label_smoothing_factor": 0.1},
         "stream": {"data": Stream()},
