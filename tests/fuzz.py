@@ -256,11 +256,8 @@ def _manifest(entries: list[dict], numels: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def checkpoint_reader(folder: Path) -> Reader:
-    """A checkpoint of two ranks; found, verified, and read by one rank that needs all of it."""
-    path, numels = folder / "global_step4", {"a": 13, "b": 2}
-    path.mkdir()
-    (folder / "latest").write_text("global_step4\n")
+def _rank_files(path: Path) -> list[dict[str, Any]]:
+    """Of a checkpoint of two ranks; returns their entries in the manifest."""
     entries = []
     for rank, ranges in enumerate(({"a": [0, 7], "b": [0, 2]}, {"a": [7, 13]})):
         name = f"rank-0000{rank}-of-00002.safetensors"
@@ -271,6 +268,15 @@ def checkpoint_reader(folder: Path) -> Reader:
         writer.close()
         data = (path / name).read_bytes()
         entries.append({"file": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "ranges": ranges})
+    return entries
+
+
+def checkpoint_reader(folder: Path) -> Reader:
+    """A checkpoint of two ranks; found, verified, and read by one rank that needs all of it."""
+    path, numels = folder / "global_step4", {"a": 13, "b": 2}
+    path.mkdir()
+    (folder / "latest").write_text("global_step4\n")
+    entries = _rank_files(path)
     manifest = _manifest(entries, numels)
     identity = manifest["identity"]
     whole = {file.name: file.read_bytes() for file in path.iterdir()}
