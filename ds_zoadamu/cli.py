@@ -17,10 +17,10 @@ from .errors import CheckpointError, ConfigError, JournalError, RankError, Repla
 
 # name -> (module, one line of help); imported when it is called, for some of them import DeepSpeed
 SUBCOMMANDS = {
-    "journal": ("journal_report", "print a summary of a journal, and draw it"),
-    "replay": ("replay_command", "rebuild a tuned model from its base and its journal"),
+    "journal": ("durability.journal_report", "print a summary of a journal, and draw it"),
+    "replay": ("durability.replay_command", "rebuild a tuned model from its base and its journal"),
     "plan": ("plan.command", "what fits, with which settings, and how long a step takes"),
-    "digest": ("digest_command", "print the SHA-256 of a model's trained weights"),
+    "digest": ("durability.digest_command", "print the SHA-256 of a model's trained weights"),
 }
 _USER_ERRORS = (CheckpointError, ConfigError, JournalError, ReplayError)
 

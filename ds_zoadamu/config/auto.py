@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..rules import RULES
-from ..rules.options import reject_unknown
+from ..rules.options import reject_unknown, set_at
 from .learning_rate import check_warmup
 from .sections import batch_of, value_at
 
@@ -164,12 +164,7 @@ class _Filler:
             )
 
     def set(self, path: str, value: Any) -> None:
-        """Makes the sections above it too."""
-        *sections, key = path.split(".")
-        node = self.config
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[key] = value
+        set_at(self.config, path, value)
 
 
 def has_auto(config: dict) -> bool:

@@ -308,4 +308,10 @@ def _restore_data(engine: Any, contents: Contents, records: list[Record], found:
                     f"the data iterator ended after {number} of the {drawn} micro-batches that the journal's steps have "
                     "consumed; pass the same data, from its beginning"
                 ) from None
+    if drawn:
+        checkpoint.log_on_rank_0(
+            logging.INFO,
+            f"the data iterator was moved on by {drawn} micro-batches, those that the journal's steps have taken; where a "
+            "script leaves out some that it draws, pass an iterator that leaves them out by itself",
+        )
     engine.data_source = data
