@@ -10,6 +10,7 @@ import pytest
 from ds_zoadamu.distributed.waiting import everywhere
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training import plan
+from ds_zoadamu.training.arguments import finetune_parser, task_from
 from ds_zoadamu.training.main import parse_arguments, run_script
 
 
@@ -92,3 +93,14 @@ def test_a_name_that_the_hub_does_not_have_is_said_to_be_no_folder_either():
         "--model_name_or_path nobody/nowhere: it is no folder here, and the hub gave no config of that name: nobody/nowhere is "
         "not a local folder"
     )
+
+
+def test_a_task_of_ones_own_has_the_name_of_its_folder():
+    needed = ("--model_name_or_path", "m", "--output_dir", "o", "--max_steps", "1")
+
+    def name(*words):
+        return task_from(finetune_parser().parse_args([*needed, *words])).name
+
+    own = ("--template", "{text} It was", "--label_words", " bad", " good")
+    assert name(*own, "--data_dir", "data/my_reviews/") == "my_reviews"
+    assert name(*own) == name(*own[:2], "--data_dir", "data/my_reviews") == "sst2"
