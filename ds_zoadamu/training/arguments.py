@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -181,4 +182,6 @@ def task_from(args: argparse.Namespace) -> TaskData:
         if not hasattr(task, name):
             raise InputError(f"--{name}: task {task.name!r} has no {name}; leave the option out")
         changes[name] = label_words_from(value, "--label_words") if name == "label_words" else value
+    if args.data_dir and {"template", "label_words"} <= changes.keys():  # nothing of the task is left but its name
+        changes["name"] = Path(args.data_dir).absolute().name or task.name
     return replace(task, **changes) if changes else task
