@@ -64,8 +64,7 @@ class OptionEncoder:
         for option, ids in zip(options, sequences, strict=True):
             if ids == alone:
                 raise InputError(
-                    f"the {self._kind} {option!r} adds no token to the prompt {prompt!r}; give a {self._kind.split()[-1]} that "
-                    "this tokenizer knows"
+                    f"the {self._kind} {option!r} adds no token to the prompt {prompt!r}; give a word that this tokenizer knows"
                 )
         shared = min(_common_prefix([alone, *sequences]), min(map(len, sequences)) - 1)
         return sequences[0][:shared], tuple(tuple(ids[shared:]) for ids in sequences)
@@ -95,8 +94,8 @@ class OptionEncoder:
             if more[: len(ids)] == ids:
                 yield (
                     f"the {self._kind} {longer!r} begins with the tokens of {option!r} ({list(more)}, {list(ids)}) and can "
-                    f"never win against it, for scores are sums of log-likelihoods: choose {self._kind.split()[-1]}s none of "
-                    "which begins another, or the score mean"
+                    f"never win against it, for scores are sums of log-likelihoods: choose words none of which "
+                    "begins another, or the score mean"
                 )
 
     def without_space(self, prompt: str, options: Sequence[str]) -> Iterator[str]:
