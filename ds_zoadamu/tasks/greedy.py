@@ -1,6 +1,7 @@
 """Greedy generation in micro-batches, with all ranks in step."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -21,6 +22,8 @@ def generate(model, tokenizer, contexts: Sequence[Sequence[int]], longest: int, 
         longest: at most so many new tokens.
         pad: any token that the embedding holds.
 
+    The end tokens are those of the tokenizer and of the model's folder, which may have more of them.
+
     Returns:
         The new texts without the line's end, and without spaces around them.
     """
@@ -29,16 +32,19 @@ def generate(model, tokenizer, contexts: Sequence[Sequence[int]], longest: int, 
     ids = torch.tensor([[pad] * (width - len(context)) + list(context) for context in contexts])
     mask = torch.tensor([[0] * (width - len(context)) + [1] * len(context) for context in contexts])
     device = get_accelerator().current_device_name()
+    ends = {token for config in (model.generation_config, tokenizer) for token in _as_list(config.eos_token_id)}
     line_end = _LineEnd(tokenizer)
-    with torch.no_grad(), _plainly(model, tokenizer, longest, pad):
+    with torch.no_grad(), _plainly(model, longest, pad, ends):
         found = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             stopping_criteria=StoppingCriteriaList([line_end]),
             synced_gpus=dist.is_initialized() and dist.get_world_size() > 1,
         )
-    texts = tokenizer.batch_decode(found[:, width:].tolist(), skip_special_tokens=True)
-    return [text.partition("\n")[0].strip() for text in texts]
+    # Behind its end a row is filled with the padding token, which need not be a special one.
+    rows = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in found[:, width:].tolist()]
+    rows = [row[: 1 + next((at for at, token in enumerate(row) if line_end.is_one(token)), len(row))] for row in rows]
+    return [text.partition("\n")[0].strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
 
 class _LineEnd(StoppingCriteria):
@@ -48,22 +54,19 @@ class _LineEnd(StoppingCriteria):
         self._tokenizer, self._known = tokenizer, {}
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        return torch.tensor([self._ends(token) for token in input_ids[:, -1].tolist()], device=input_ids.device)
+        return torch.tensor([self.is_one(token) for token in input_ids[:, -1].tolist()], device=input_ids.device)
 
-    def _ends(self, token: int) -> bool:
+    def is_one(self, token: int) -> bool:
+        """Whether the line ends with this token."""
         if token not in self._known:
             self._known[token] = "\n" in self._tokenizer.decode([token])
         return self._known[token]
 
 
 @contextmanager
-def _plainly(model, tokenizer, longest: int, pad: int) -> Iterator[None]:
-    """Inside, the model generates greedily whatever its folder says: penalties and samplers would be another rule.
-
-    The end tokens of its folder stay: a model may have more of them than its tokenizer.
-    """
+def _plainly(model, longest: int, pad: int, ends: Iterable[int]) -> Iterator[None]:
+    """Inside, the model generates greedily whatever its folder says: penalties and samplers would be another rule."""
     own = model.generation_config
-    ends = {token for config in (own, tokenizer) for token in _as_list(config.eos_token_id)}
     model.generation_config = GenerationConfig(
         max_new_tokens=longest, do_sample=False, num_beams=1, eos_token_id=sorted(ends) or None, pad_token_id=pad
     )

@@ -1,8 +1,10 @@
 """Language modelling: the likelihood of texts, or of the assistant's turns in conversations."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,6 +17,8 @@ from ds_zoadamu.tasks.objectives import mean_over_tokens
 from ds_zoadamu.tasks.options import leading_special_tokens, model_max_length, padding_id
 from ds_zoadamu.tasks.protocol import Evaluation, Task
 from ds_zoadamu.tasks.scoring import sequence_log_probs
+
+_MARKED = re.compile(r"{%-?\s*generation\b")
 
 
 @dataclass(frozen=True)
@@ -140,13 +144,17 @@ class ChatModelling(LanguageModelling):
             raise InputError(f"task {data.name!r}: {type(tokenizer).__name__} does not say where in a text its tokens stand")
 
     def encode(self, row: ChatRow) -> TokenExample:
-        """Token ids of one conversation; the assistant's turns count, with the token that ends them.
+        """Token ids of one conversation; the assistant's turns count, with the token that ends them, or what the template
+        itself marks with {% generation %}.
 
         Raises:
             InputError: as of `LanguageModelling`; a conversation that the chat template refuses, or whose beginning it writes
                 in another way than that of the whole.
         """
         messages = [{"role": role, "content": content} for role, content in row.turns]
+        if _MARKED.search(str(self._tokenizer.chat_template)):
+            found = self._written(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+            return self._cut(row.prompt, found["input_ids"], found["assistant_masks"])
         text = self._written(messages)
         spans = [self._span(text, messages, number) for number, (role, _) in enumerate(row.turns) if role == "assistant"]
         # The template writes the special tokens itself.
@@ -166,9 +174,9 @@ class ChatModelling(LanguageModelling):
             )
         return len(asked), len(answered)
 
-    def _written(self, messages: list[dict[str, str]], **more: bool) -> str:
+    def _written(self, messages: list[dict[str, str]], **more: bool) -> Any:
         try:
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, **more)
+            return self._tokenizer.apply_chat_template(messages, **{"tokenize": False, **more})
         except Exception as error:  # a template is a program, and refuses with whatever it likes
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise InputError(f"the chat template refuses the conversation {shown(messages)}: {reason}") from error

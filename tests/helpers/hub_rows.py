@@ -168,3 +168,15 @@ def write_task(folder: Path, task: str, num_train: int = 40, num_test: int = 13)
         lines = (json.dumps(row) + "\n" for row in rows_of(task, count, seed))
         (folder / f"{split}.jsonl").write_text("".join(lines))
     return folder
+
+
+def save_task_model(folder: Path, seed: int = 0) -> Path:
+    """A tiny OPT that sees 256 tokens, with a tokenizer that knows the words above; returns the folder."""
+    from tests.helpers.tiny_lm import make_model
+    from tests.helpers.tokenizers_of_tests import opt_like
+
+    tokenizer = opt_like(texts())
+    sizes = {"vocab_size": len(tokenizer) + 1, "max_position_embeddings": 256}
+    make_model(seed, **sizes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -85,6 +85,17 @@ def test_templates_that_cannot_be_used_are_refused():
     assert counted(tokenizer, one) == "!hello you\n"
 
 
+def test_a_template_that_marks_the_assistants_words_is_believed():
+    tokenizer, task = opt_like(TEXTS), TASKS["chat"]
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if loop.last %}!{% endif %}"
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n"
+        "{% endfor %}"
+    )
+    example = task.bind(tokenizer, None).encode(task.row("here", {"messages": TURNS}))
+    assert counted(tokenizer, example) == "hello youso long"
+
+
 def test_all_tokens_of_a_text_count_but_the_first(tmp_path):
     tokenizer, task = make_tokenizer(), TASKS["text"]
     (tmp_path / "train.txt").write_text("film is great\n\n film is dull \n", encoding="utf-8")
