@@ -73,7 +73,7 @@ class Task(Protocol):
     details: Mapping[str, str] = {}
     """What was chosen of the ways to do it, such as the score, for results."""
     differentiable: bool = True
-    """Whether the loss has a gradient."""
+    """Whether the loss has a gradient; where not, `details` names the "objective"."""
 
     def encode(self, row: Any) -> Any:
         """A row as the model is given it, a dataclass of JSON values. Raises InputError."""

@@ -8,16 +8,13 @@ from typing import Any
 import deepspeed
 
 from ds_zoadamu.tasks import OBJECTIVES, SCORES, TASKS, InputError, TaskData, label_words_from, load_task
+from ds_zoadamu.tasks.objectives import WITHOUT_GRADIENT
 
 _POSITIVE = (
     "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "per_device_eval_batch_size",
     "save_total_limit", "journal_fsync_every", "profile_steps", "num_train", "num_dev", "num_test", "ranks", "threads",
     "trial_steps",
 )  # fmt: skip
-_OBJECTIVE = (
-    "what is trained on: cross_entropy over the options, lm (the likelihood of the right answer's tokens), or a metric itself, "
-    "which has no gradient: accuracy, f1, exact_match (default: the task's)"
-)
 
 
 def add_options(group: argparse._ArgumentGroup, kind: Callable[[str], Any], **options: tuple[Any, str]) -> None:
@@ -56,7 +53,12 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
         choices=SCORES,
         help="options are compared by the mean or the sum of their tokens' log-probabilities (default: mean)",
     )
-    group.add_argument("--objective", choices=OBJECTIVES, help=_OBJECTIVE)
+    group.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        help="what is trained on: cross_entropy over the options, lm (the likelihood of the right answer's tokens), or a "
+        f"metric itself, which has no gradient: {', '.join(WITHOUT_GRADIENT)} (default: the task's)",
+    )
     add_options(
         group,
         str,

@@ -107,8 +107,8 @@ def make_plan(args: Namespace, ranks: int | None = None) -> Plan:
     check_precision(config)
     if config.rule is None and not model_input.task.differentiable:
         raise InputError(
-            f"--objective {model_input.data.objective} has no gradient, and {config.optimizer} needs one: take a zeroth-order "
-            "optimizer, or another objective"
+            f"--objective {model_input.task.details['objective']} has no gradient, and {config.optimizer} needs one: take a "
+            "zeroth-order optimizer, or another objective"
         )
     return encode_splits(args, config, model_input)
 
