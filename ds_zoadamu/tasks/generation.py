@@ -47,7 +47,7 @@ class Generation(Task):
         self.name, self._batch_size, self._metrics = data.name, batch_size, data.metrics
         self._objective, self._longest, self._tokenizer = data.objective, data.max_new_tokens, tokenizer
         self.main_metric = METRICS[data.metrics[0]]
-        self.details = {"objective": data.objective, "generation": f"greedy, at most {data.max_new_tokens} tokens"}
+        self.details = {"objective": data.objective, "max_new_tokens": data.max_new_tokens}
         self.differentiable = data.objective not in WITHOUT_GRADIENT
         limit = model_max_length(model_config, tokenizer, max_length)
         self._options = OptionEncoder(tokenizer, "answer", limit, vocab_size, reserved=data.max_new_tokens + 1)
@@ -104,8 +104,8 @@ class Generation(Task):
         warn_of_nonfinite(result)
         return result
 
-    def identity(self, examples: Iterable[AnswerExample]) -> Mapping[str, str]:
-        """The objective, and how answers are generated."""
+    def identity(self, examples: Iterable[AnswerExample]) -> Mapping[str, str | int]:
+        """The objective, and how long answers may be."""
         return self.details
 
     def _with_answers(self, examples: Sequence[AnswerExample]) -> dict[str, torch.Tensor]:

@@ -70,7 +70,7 @@ class Task(Protocol):
     """Chooses the best step; what tables, curves and targets show."""
     warnings: Sequence[str] = ()
     """A line for each thing about the task that will hardly work with this model."""
-    details: Mapping[str, str] = {}
+    details: Mapping[str, str | int] = {}
     """What was chosen of the ways to do it, such as the score, for results."""
     differentiable: bool = True
     """Whether the loss has a gradient; where not, `details` names the "objective"."""
@@ -95,7 +95,7 @@ class Task(Protocol):
         """What scores on the `name` examples ("training", "development") will not tell."""
         return ()
 
-    def identity(self, examples: Iterable[Any]) -> Mapping[str, str]:
+    def identity(self, examples: Iterable[Any]) -> Mapping[str, str | int]:
         """What beside the metric and the encoded examples makes a run on them what it is, for the header of its journal."""
         return {}
 

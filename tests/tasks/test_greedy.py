@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ds_zoadamu.tasks.greedy import generate
+from tests.helpers.harness import run_ranks
 from tests.helpers.models import tiny_opt
 from tests.helpers.tiny_lm import make_model
 
@@ -73,6 +74,34 @@ def test_what_the_folder_says_of_sampling_and_penalties_is_not_followed(model):
     own.repetition_penalty, own.do_sample, own.temperature, own.max_length, own.no_repeat_ngram_size = 5.0, True, 9.0, 3, 1
     assert generate(model, Letters(), CONTEXTS, 6, 1) == expected
     assert model.generation_config is own and own.repetition_penalty == 5.0
+
+
+def _of_ranks(rank, world_size, folder):
+    """Texts of a model in partitions whose rank 1 goes on when rank 0 has been done for long; the number of its forwards."""
+    import deepspeed
+
+    from ds_zoadamu.hf.models import load_causal_lm
+
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    model = load_causal_lm(str(folder), config).eval()
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    model.generation_config.eos_token_id = None
+    count = []
+    model.register_forward_hook(lambda *_: count.append(1))
+    first = plainly(make_model(tie_word_embeddings=False), CONTEXTS[0], 1)
+    contexts = [CONTEXTS[0]] if rank == 0 else CONTEXTS[1:]
+    texts = generate(engine, Letters(line_ends=first if rank == 0 else ()), contexts, 6, 1)
+    return texts, len(count)
+
+
+@pytest.mark.ranks
+def test_ranks_stay_in_step_whatever_they_write(model, tmp_path):
+    make_model(tie_word_embeddings=False).save_pretrained(tmp_path)
+    expected = [" ".join(map(str, plainly(model, context, 6))) for context in CONTEXTS]
+    (short, forwards), (long, of_other) = run_ranks(2, _of_ranks, tmp_path)
+    assert short == [expected[0].split()[0]] and long == expected[1:]
+    assert forwards == of_other == 6
 
 
 def test_engines_are_seen_through():

@@ -105,7 +105,7 @@ def test_results_say_how_a_task_was_done_and_on_how_many_rows(folder, found):
     assert measured["accuracy"] == copa["accuracy"]["test_after"] and measured["score"] == "mean"
     assert measured["chance"] == 0.5 == copa["accuracy"]["test_chance"]
     squad, measured, _ = found[2][0][0]["squad f1"]
-    assert (squad["task"], squad["objective"], squad["generation"]) == ("short", "f1", "greedy, at most 4 tokens")
+    assert (squad["task"], squad["objective"], squad["max_new_tokens"]) == ("short", "f1", 4)
     assert squad["num_examples"] == {"train": 20, "dev": 10, "test": 9}
     for kind in ("f1", "exact_match", "loss"):
         assert measured[kind] == squad[kind]["test_after"]
