@@ -28,6 +28,7 @@ _EXPORTS = {
     "ReplayError": "errors",
     "load_causal_lm": "hf.models",
     "save_pretrained": "hf.models",
+    "zero3_known": "zero3.hf",
 }
 
 __all__ = ["__version__", *_EXPORTS]

@@ -9,16 +9,19 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from .distributed import quiet  # noqa: F401
+from .distributed.alike import said_by_rank_0
 from .distributed.collective import describe, leave
 from .distributed.ending import run_command
+from .distributed.start import launched_rank
 from .errors import CheckpointError, ConfigError, JournalError, RankError, ReplayError
 
 # name -> (module, one line of help); imported when it is called, for some of them import DeepSpeed
 SUBCOMMANDS = {
-    "journal": ("journal_report", "print a summary of a journal, and draw it"),
-    "replay": ("replay_command", "rebuild a tuned model from its base and its journal"),
+    "journal": ("durability.journal_report", "print a summary of a journal, and draw it"),
+    "replay": ("durability.replay_command", "rebuild a tuned model from its base and its journal"),
     "plan": ("plan.command", "what fits, with which settings, and how long a step takes"),
-    "digest": ("digest_command", "print the SHA-256 of a model's trained weights"),
+    "digest": ("durability.digest_command", "print the SHA-256 of a model's trained weights"),
 }
 _USER_ERRORS = (CheckpointError, ConfigError, JournalError, ReplayError)
 
@@ -48,14 +51,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = modules[args.command].run(args)
         leave()
         return status
-    except _USER_ERRORS as e:
-        print(f"ds_zoadamu: {e}", file=sys.stderr)
-    except OSError as e:
-        print(f"ds_zoadamu: {describe(e)}", file=sys.stderr)
+    except (*_USER_ERRORS, OSError) as e:
+        _say(describe(e) if isinstance(e, OSError) else str(e))
     except RankError as e:
-        print(f"ds_zoadamu: {e}", file=sys.stderr)
+        _say(str(e))
         return 1
+    except KeyboardInterrupt:
+        if launched_rank() == 0:
+            print("ds_zoadamu: interrupted; the same command begins anew", file=sys.stderr)
+        return 130
     return 2
+
+
+def _say(message: str) -> None:
+    """On rank 0, and where rank 0 does not end with the same message."""
+    if launched_rank() == 0 or not said_by_rank_0(message):
+        print(f"ds_zoadamu: {message}", file=sys.stderr, flush=True)
+    if launched_rank() == 0:
+        said_by_rank_0(message)
 
 
 def console() -> NoReturn:

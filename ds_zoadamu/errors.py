@@ -57,12 +57,17 @@ class RankError(RuntimeError):
     """Another rank has failed, has ended or does something else; names it and why."""
 
 
+def nearest(key: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The known word that a misspelt one may stand for."""
+    return next(iter(difflib.get_close_matches(key, list(known), n=1, cutoff=cutoff)), None)
+
+
 def unknown_keys_message(where: str, unknown: Iterable[str], known: Iterable[str]) -> str:
     """One sentence for keys that nobody reads, each with the nearest known one."""
     known = sorted(known)
     parts, unknown = [], sorted(map(str, unknown))
     for key in unknown[:8]:
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        parts.append(shown(key) + (f" (did you mean {near[0]!r}?)" if near else ""))
+        near = nearest(key, known)
+        parts.append(shown(key) + (f" (did you mean {near!r}?)" if near else ""))
     more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
     return f"{where}: unknown {', '.join(parts)}{more}; known: {', '.join(known)}"

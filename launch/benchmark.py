@@ -10,6 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
+import ds_zoadamu.distributed.quiet  # noqa: F401
 from ds_zoadamu.benchmark.arguments import benchmark_parser
 from ds_zoadamu.benchmark.main import benchmark
 from ds_zoadamu.distributed.ending import run_command

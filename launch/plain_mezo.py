@@ -6,6 +6,7 @@ instead of this project; launch/benchmark.py runs it beside the others.
 Takes launch/finetune.py's arguments but for the DeepSpeed JSON, on one rank, and writes the same files.
 """
 
+import ds_zoadamu.distributed.quiet  # noqa: F401
 from ds_zoadamu.distributed.ending import run_command
 from ds_zoadamu.training.arguments import finetune_parser
 from ds_zoadamu.training.main import run_script

@@ -13,18 +13,19 @@ SHAPES = {  # hidden size, layers, heads
     "opt-66b": (9216, 64, 72),
     "dry": (64, 2, 2),
 }
-MODELS = {  # momentum, bytes of it, sequences, length, rounds that are timed
-    "opt-13b": ("int8", 1, 16, 512, 5),
-    "opt-30b": ("int8", 1, 8, 512, 2),
-    "opt-66b": ("replay", 0, 4, 512, 2),
+MODELS = {  # momentum, sequences, length, rounds that are timed
+    "opt-13b": ("int8", 16, 512, 5),
+    "opt-30b": ("int8", 8, 512, 2),
+    "opt-66b": ("replay", 4, 512, 2),
 }
+TOTAL_STEPS = 600
 SUM_GOAL, STEP_GOAL, STEP_GOAL_8_RANKS = 1.05, 1.25, 1.03
 PLAN_GOAL = 0.05  # of the planned bytes, between them and the allocator's peak
 
 
 def micro_batch(name: str, device: Device) -> tuple[int, int]:
     """Sequences and their length."""
-    return (2, 16) if device.dry else MODELS[name][2:4]
+    return (2, 16) if device.dry else MODELS[name][1:3]
 
 
 def shape(name: str, device: Device):
@@ -37,6 +38,18 @@ def shape(name: str, device: Device):
     )  # fmt: skip
 
 
+def options(name: str) -> dict:
+    """Of the optimizer."""
+    return {"lr": 1e-7, "total_steps": TOTAL_STEPS, "momentum": {"dtype": MODELS[name][0]}}
+
+
+def rule(name: str):
+    """ZO-AdaMU as the plan knows it."""
+    from ds_zoadamu.rules import ZOAdaMU
+
+    return ZOAdaMU(**options(name))
+
+
 def build_engine(name: str, device: Device):
     """An engine on random weights, at the plateau of its schedule."""
     import torch
@@ -46,14 +59,10 @@ def build_engine(name: str, device: Device):
     from ds_zoadamu.zero3.start import init_distributed
 
     init_distributed()  # else Transformers has DeepSpeed do it, which in a dry run compiles an operator for CPUs first
-    total = 600
     config = {
         "train_micro_batch_size_per_gpu": micro_batch(name, device)[0],
         "gradient_accumulation_steps": 1,
-        "optimizer": {
-            "type": "ZOAdaMU",
-            "params": {"lr": 1e-7, "total_steps": total, "momentum": {"dtype": MODELS[name][0]}},
-        },
+        "optimizer": {"type": "ZOAdaMU", "params": options(name)},
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 3},
         "steps_per_print": 10**9,
@@ -62,7 +71,7 @@ def build_engine(name: str, device: Device):
     model = transformers.AutoModelForCausalLM.from_config(shape(name, device), dtype=torch.bfloat16)
     engine = ds_zoadamu.initialize(model=model, config=config)[0]
     del keep_alive
-    engine.optimizer.step_count = 2 * total // 3
+    engine.optimizer.step_count = 2 * TOTAL_STEPS // 3
     return engine
 
 
@@ -72,9 +81,7 @@ def plan_for(name: str, device: Device):
 
     model = Model.build(name, shape(name, device), "bf16")
     batch, length = micro_batch(name, device)
-    return plan_memory(
-        model, world_size=1, capacity=device.total_bytes(), momentum=MODELS[name][0], micro_batch=batch, length=length
-    )
+    return plan_memory(model, rule(name), world_size=1, capacity=device.total_bytes(), micro_batch=batch, length=length)
 
 
 def beside_the_plan(plan, held: dict[str, int], peak: int) -> tuple[list[str], bool, dict]:
@@ -143,11 +150,13 @@ def _timed(two_forwards: Callable, step: Callable, rounds: int, device: Device) 
 def run_model(name: str, device: Device) -> dict:
     import torch
 
-    momentum, momentum_bytes, _, _, rounds = MODELS[name]
+    from ds_zoadamu.plan.sizes import state_bytes
+
+    momentum, _, _, rounds = MODELS[name]
     batch, length = micro_batch(name, device)
     hidden, layers, _ = SHAPES[name]
     parameters = 12 * layers * hidden**2 + (50272 + 2050) * hidden
-    needed = parameters * (2 + momentum_bytes) * 1.03 + 6e9
+    needed = parameters * (2 + state_bytes(rule(name), torch.bfloat16)) * 1.03 + 6e9
     if not device.dry and needed > device.total_bytes():
         reason = f"not run: needs about {needed / 1e9:.0f} GB, the card has {device.total_bytes() / 1e9:.0f} GB"
         return {"rows": [[f"{name}, {momentum}", reason]], "good": True, "needed_bytes": needed}

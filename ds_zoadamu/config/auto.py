@@ -1,14 +1,13 @@
 """The DeepSpeed JSON with its "auto" values filled, as Hugging Face's Trainer fills them."""
 
 import copy
-import json
 from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
 from ..errors import ConfigError
 from ..rules import RULES
-from ..rules.options import reject_unknown
+from ..rules.options import reject_unknown, set_at
 from .learning_rate import check_warmup
 from .sections import batch_of, value_at
 
@@ -18,15 +17,6 @@ DEFAULT_ZEROTH_ORDER_LEARNING_RATE = 1e-6
 STEPS_OF_A_RUN = ("optimizer.params.total_steps", "scheduler.params.total_num_steps")
 # In these DeepSpeed itself knows what "auto" means.
 _OWN_AUTO_SECTIONS = ("data_types", "autotuning")
-_OBJECTS = {
-    "optimizer": '{"type": "ZOAdaMU", "params": {...}}',
-    "optimizer.params": '{"lr": "auto"}',
-    "scheduler": '{"type": "WarmupLR", "params": {...}}',
-    "scheduler.params": '{"warmup_num_steps": "auto"}',
-    "zero_optimization": '{"stage": 3}',
-    "bf16": '{"enabled": true}',
-    "fp16": '{"enabled": true}',
-}
 _WARMUPS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 
 
@@ -47,7 +37,6 @@ def fill(
     if in_library and not has_auto(config):
         return config
     filler = _Filler(config, {} if in_library else vars(overrides))
-    filler.check_objects()
     _fill_batches(filler, world_size)
     if in_library:
         filler.given = {"seed": 0, "max_steps": _steps_of_library(config, num_examples, world_size)}
@@ -175,19 +164,7 @@ class _Filler:
             )
 
     def set(self, path: str, value: Any) -> None:
-        """Makes the sections above it too."""
-        *sections, key = path.split(".")
-        node = self.config
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[key] = value
-
-    def check_objects(self) -> None:
-        """Raises ConfigError for a section that is filled and is no object."""
-        for path, example in _OBJECTS.items():
-            value = self.get(path)
-            if value is not None and not isinstance(value, dict):
-                raise ConfigError(f"{path} is {json.dumps(value)}; it must be an object, for example {example}")
+        set_at(self.config, path, value)
 
 
 def has_auto(config: dict) -> bool:

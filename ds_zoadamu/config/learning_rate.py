@@ -73,3 +73,17 @@ def beyond_plan(optimizer: Any, scheduler: Any, told: set[str]) -> str | None:
         "the schedule is made: the run goes on with its last values, for a decaying lr those are 0. Give a longer run the "
         "larger number from its beginning"
     )
+
+
+def begins_at_zero(optimizer: Any, scheduler: Any) -> str | None:
+    """What to say where a scheduler gives step 1 the lr 0."""
+    if optimizer.next_step > 1 or scheduler is None or any(float(group["lr"]) for group in optimizer.param_groups):
+        return None
+    name = type(scheduler).__name__
+    remedy = ""
+    if name.startswith("Warmup"):  # DeepSpeed's
+        remedy = (
+            ': DeepSpeed\'s warm-ups have warmup_min_lr for two steps. For none give "warmup_num_steps": "auto", and "auto" or '
+            "the optimizer's lr as warmup_max_lr"
+        )
+    return f"{name} begins with the lr 0, at which a step changes nothing{remedy}"

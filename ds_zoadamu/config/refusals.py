@@ -1,7 +1,7 @@
 """The DeepSpeed settings under which a zeroth-order step would be wrong, or that it would ignore."""
 
 from ..errors import ConfigError
-from .learning_rate import check_scheduler_section, check_warmup
+from .learning_rate import check_scheduler_section
 from .offload import Offload
 from .sections import check_stage, value_at
 
@@ -18,6 +18,9 @@ _SETTINGS = (
     ("zero_optimization.offload_optimizer.device", _NOWHERE, "is {!r}; the momentum lies beside the weights, so remove this "
      "section and use offload_param to move both to the CPU or to NVMe"),
     ("zero_optimization.offload_param.device", (*_NOWHERE, "cpu", "nvme"), 'is {!r}; supported are "cpu", "nvme" and "none"'),
+    ("zero_optimization.cpu_offload", _OFF, "is {!r}; it moves an optimizer's state, and the momentum lies beside the weights: "
+     "remove it and use offload_param to move both"),
+    ("zero_optimization.cpu_offload_param", _OFF, 'is {!r}; it is an old name: write "offload_param": {{"device": "cpu"}}'),
     ("zero_optimization.zero_quantized_weights", _OFF, _QUANTIZED),
     ("zero_optimization.zero_quantized_nontrainable_weights", _OFF, _QUANTIZED),
     ("zero_optimization.zero_quantized_gradients", _OFF, _QUANTIZED),
@@ -26,9 +29,8 @@ _SETTINGS = (
     ("zero_optimization.zenflow", _OFF, "is set; it selects gradients, and there are none: remove it"),
     ("gradient_clipping", (0.0,), "is {!r}; there are no gradients to clip: remove it or set it to 0.0"),
     ("torch_autocast.enabled", _OFF, _PRECISION),
-    ("amp.enabled", _OFF, _PRECISION),
     ("hybrid_engine.enabled", _OFF, _UNSUPPORTED),
-    ("compile.enabled", _OFF, _UNSUPPORTED),
+    ("compile.deepcompile", _OFF, _UNSUPPORTED),
     ("flops_profiler.enabled", _OFF, "is set; it takes one forward and one backward pass for a step; to see where a step's "
      "time goes use launch/finetune.py --profile_steps: remove it"),
     ("autotuning.enabled", _OFF, "is set; it ends the run after a few steps and tunes stages and batches of steps with "
@@ -40,21 +42,14 @@ _SETTINGS = (
     ("sequence_parallel_size", (0, 1), "is {}; it must be 1"),
     ("managed_gradient_accumulation", (None, True), "is false; train_batch accumulates by itself: remove it"),
     ("data_efficiency.enabled", _OFF, _ORDER),
-    ("curriculum_learning.enabled", _OFF, _ORDER),
 )  # fmt: skip
 
 
 def check_deepspeed_settings(config: dict) -> None:
     """Raises ConfigError for a DeepSpeed configuration that cannot work with a zeroth-order optimizer."""
     check_scheduler_section(config)
-    if all(value_at(config, f"{key}.enabled") is True for key in ("bf16", "fp16")):
-        raise ConfigError("bf16.enabled and fp16.enabled are both true; weights have one dtype: set one of them to false")
-    zero = config.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise ConfigError(f'zero_optimization is {zero!r}; it must be an object with "stage": 3')
     check_stage(config, remedy="a zeroth-order step needs ZeRO-3 partitions: set it to 3, also for one rank")
     for path, allowed, message in _SETTINGS:
         if (value := value_at(config, path, allowed[0])) not in allowed:
             raise ConfigError(f"{path} {message.format(value)}")
     Offload.of(config)
-    check_warmup(config)

@@ -19,9 +19,11 @@ from ..files.json_files import read_json
 from ..rules import RULES, Rule, RuleConfig
 from ..rules.options import reject_unknown
 from .auto import fill, hidden_size_of
+from .known import check_known
 from .offload import Offload
 from .refusals import check_deepspeed_settings
-from .sections import DTYPES, Batch, batch_of, precision_of, value_at
+from .schedule import check_schedule_complete
+from .sections import DTYPES, Batch, as_object, batch_of, check_batch, check_batch_given, precision_of, value_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +81,14 @@ def load(
     if isinstance(source, Config) and optimizer is None:
         return source
     given = read_config(source)
+    check_known(given)
     name, options = zeroth_order_type(given), None
     sizes = {"world_size": world_size, "hidden_size": hidden_size_of(model_info), "num_examples": num_examples}
     filled = fill(given, overrides, rule=name, **sizes)
+    check_schedule_complete(filled)
+    check_batch(filled, world_size)
     if optimizer is None:
-        options = check_config(filled)
+        options = _options(name, filled)
     else:
         rule = getattr(optimizer, "rule", None)
         name, options = (rule.name, rule.config) if isinstance(rule, Rule) else (None, None)
@@ -118,11 +123,8 @@ def zeroth_order_type(config: dict) -> str | None:
 
     Raises ConfigError for a near miss of our names, and for a name that nobody knows.
     """
-    section = config.get("optimizer", {})
-    if not isinstance(section, dict):
-        raise ConfigError(f'optimizer is {section!r}; it must be an object with "type" and "params"')
-    name = section.get("type")
-    if name is None or name in RULES:
+    name = as_object("optimizer", config.get("optimizer", {})).get("type")
+    if name is None or (isinstance(name, str) and name in RULES):
         return name
     for known in RULES:
         if str(name).lower().replace("_", "").replace("-", "") == known.lower():
@@ -142,22 +144,31 @@ def check_config(config: dict | str | Path) -> RuleConfig | None:
     settings may still be "auto". Raises ConfigError.
     """
     config = read_config(config)
-    name = zeroth_order_type(config)
+    check_known(config)
+    return _options(zeroth_order_type(config), config)
+
+
+def _options(name: str | None, config: dict) -> RuleConfig | None:
+    """Of the rule of this name. They come first: values that are "auto" elsewhere are filled with them."""
     if name is None:
         return None
     reject_unknown("optimizer", config["optimizer"], {"type", "params"})
+    options = RULES[name].config_class.parse(config["optimizer"].get("params", {}))
     check_deepspeed_settings(config)
-    return RULES[name].config_class.parse(config["optimizer"].get("params", {}))
+    return options
 
 
 def check_precision(config: Config) -> None:
     """Refuse a precision that this machine does not have: DeepSpeed's accelerator says so, of fp16 on most CPUs.
+
+    And a JSON without a batch size, with which DeepSpeed partitions no model.
 
     Call it on all ranks, before a model is loaded. It is no part of ``load``, which also serves plans for another machine.
     Raises ConfigError on all ranks.
     """
     accelerator, mine, other = get_accelerator(), config.precision, "fp16" if config.precision == "bf16" else "bf16"
     with collective.on_all_ranks(ConfigError):
+        check_batch_given(config.deepspeed)
         if mine != "fp32" and not getattr(accelerator, f"is_{mine}_supported")():
             raise ConfigError(
                 f"{mine}.enabled is true, and DeepSpeed has no {mine} on this machine ({accelerator.device_name()}, "

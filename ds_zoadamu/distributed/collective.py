@@ -55,9 +55,10 @@ def _group() -> Any:
 def together(place: str) -> Iterator[None]:
     """Something that all ranks do, with collectives inside; ``place`` names it in messages.
 
-    What the body raises on one rank ends it on all: the rank itself raises its own exception, the others, who may be anywhere
-    in the body or behind it, a RankError with its message, as soon as they wait for a rank. The process group cannot be used
-    any more then. Where every rank raises in the body, each raises its own exception, and the group stays as it is.
+    What the body raises on one rank ends it on all, an interrupt and sys.exit too: the rank itself raises its own exception,
+    the others, who may be anywhere in the body or behind it, a RankError with its message, as soon as they wait for a rank. The
+    process group cannot be used any more then. Where every rank raises in the body, each raises its own exception, and the
+    group stays as it is.
     """
     global _place
     outside, _place = _place, place
@@ -65,11 +66,11 @@ def together(place: str) -> Iterator[None]:
         begin_call()
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
         if not is_distributed() or is_known(error):
             raise
         told = tell(error, place)
-        if told is error:
+        if told is error or not isinstance(error, Exception):
             raise
         raise told from error
     finally:

@@ -6,6 +6,7 @@ watches, and a step without a failure touches nothing of this.
 """
 
 import contextlib
+import json
 import os
 import time
 from datetime import timedelta
@@ -20,6 +21,8 @@ DEFAULT_TIME_LIMIT = 3600.0
 """Seconds. The longest wait of a healthy run is for rank 0, which hashes the base model's files: 350 GB at 100 MB/s."""
 _LOWEST, _HIGHEST = 1.0, 7 * 24 * 3600.0
 _PATIENCE = 10.0  # seconds that a failing rank waits for the others at most: to fail alike, and to read why
+_PATIENCE_OF_USERS = 1.0  # the same for one who was interrupted by a user
+_UNTIL_ENDED = 2.0  # seconds from the moment when a process's connections break to that when it is gone, at most
 _NOBODY_SENDS = 0x0FA1  # a tag
 
 _Error = TypeVar("_Error", bound=BaseException)
@@ -90,21 +93,26 @@ def is_known(error: BaseException) -> bool:
     return isinstance(error, RankError) or getattr(error, "_on_all_ranks", None) == _calls
 
 
-def tell(error: Exception, place: str) -> Exception:
+def tell(error: BaseException, place: str) -> BaseException:
     """What this rank shall raise where ``error`` has ended what all ranks do together at ``place``.
 
     Its own error where all ranks fail (the connections stay whole then) or where it is the first to fail; its connections are
     broken then, so that nobody waits for it. Else a RankError with the first one's.
     """
-    lost, mine, first = _is_lost(error), f"rank {dist.get_rank()}, at {place}: {_phrase(error)}", None
+    lost, ended, first = _is_lost(error), [], None
+    mine = f"rank {dist.get_rank()}, at {place}: {_phrase(error)}"
     try:
-        store = dist.PrefixStore("ds_zoadamu", dist.group.WORLD.get_group_store())
-        if not lost and _all_fail(store, place):
+        store = _store()
+        if not lost and _all_fail(store, place, error):
             return everywhere(error)
+        if lost and not _is_timeout(error):
+            _break_connections()  # before the others are asked: they know which process of their machine has ended
+            ended = _ended_ranks(store)
+            mine = _phrase_of_ended(error, ended, place)
         first = store.compare_set("first", "", mine).decode()
         _break_connections()
         died = lost and first == mine and not _is_timeout(error)  # nobody else has said that it breaks its connections
-        _wait_for_readers(store, dist.get_world_size() - died)
+        _wait_for_readers(store, dist.get_world_size() - max(died, len(ended)))
     except RuntimeError:  # the store was in rank 0's process
         _break_connections()
     if not lost and first in (mine, None):
@@ -112,11 +120,16 @@ def tell(error: Exception, place: str) -> Exception:
     return RankError(first or "rank 0's process has ended; its own output says why")
 
 
-def _all_fail(store: dist.Store, place: str) -> bool:
+def _store() -> dist.Store:
+    return dist.PrefixStore("ds_zoadamu", dist.group.WORLD.get_group_store())
+
+
+def _all_fail(store: dist.Store, place: str, error: BaseException) -> bool:
     """Whether every rank comes here, for instance since all were given the same bad batch. The same answer on all of them: who
     is last, or gives up, decides, and the first decision stands."""
     times = store.add(f"{place}, rank {dist.get_rank()}", 1)
-    key, end = f"{place}, time {times}", time.monotonic() + _patience()
+    patience = _patience() if not isinstance(error, KeyboardInterrupt) else min(_PATIENCE_OF_USERS, _patience())
+    key, end = f"{place}, time {times}", time.monotonic() + patience
     arrived, decision = store.add(key, 1), ""
     while not decision:
         if arrived >= dist.get_world_size():
@@ -150,11 +163,52 @@ def _wait_for_readers(store: dist.Store, alive: int) -> None:
         time.sleep(0.02)
 
 
+# --- a rank whose process has ended -------------------------------------------------------------------------------------------
+
+
+def register_process() -> None:
+    """Let the other ranks know this process, so that those on its machine see whether it has ended."""
+    machine = _machine()
+    with contextlib.suppress(RuntimeError):  # without it the others say that a rank has ended, and not which
+        _store().set(f"process/{dist.get_rank()}", json.dumps([machine, os.getpid(), _started(os.getpid())]))
+
+
+def _machine() -> str | None:
+    """The same for processes that see each other under /proc; None without it."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _started(pid: int) -> str | None:
+    """When a process has started, in ticks; None for one that has ended, also where its parent has not asked how."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            state, *fields = file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if state in (b"Z", b"X") else fields[18].decode()
+
+
+def _ended_ranks(store: dist.Store) -> list[int]:
+    """The ranks of this machine whose processes have ended; none where another rank says first what has happened, or this
+    machine's are all there."""
+    ranks = [rank for rank in range(dist.get_world_size()) if store.check([f"process/{rank}"])]
+    processes = {rank: json.loads(store.get(f"process/{rank}")) for rank in ranks}
+    here, end, ended = _machine(), time.monotonic() + min(_UNTIL_ENDED, _patience()), []
+    while not ended and not store.check(["first"]) and time.monotonic() < end:
+        time.sleep(0.02)
+        ended = [r for r, (machine, pid, started) in processes.items() if machine == here and _started(pid) != started]
+    return ended
+
+
 def _patience() -> float:
     return min(_PATIENCE, current_limit().total_seconds() / 4)
 
 
-def _is_lost(error: Exception) -> bool:
+def _is_lost(error: BaseException) -> bool:
     """Whether it is a collective that has failed, hence another rank."""
     text = str(error)
     return isinstance(error, dist.DistError) or (
@@ -162,18 +216,22 @@ def _is_lost(error: Exception) -> bool:
     )
 
 
-def _is_timeout(error: Exception) -> bool:
+def _is_timeout(error: BaseException) -> bool:
     return "Timed out" in str(error)
 
 
-def _phrase(error: Exception) -> str:
+def _phrase(error: BaseException) -> str:
     """One line."""
     text = " ".join(str(error).split())[:500]
-    if not _is_lost(error):
-        return f"{type(error).__name__}: {text}"
-    if _is_timeout(error):
+    if _is_lost(error) and _is_timeout(error):
         return (
             f"waited {current_limit().total_seconds():g} s for another rank, which hangs or does something else; the limit is "
             "timeout= of ds_zoadamu.initialize, or DEEPSPEED_TIMEOUT in minutes"
         )
-    return f"another rank's process has ended without a word: killed, or out of memory? ({text.partition('. This is')[0]})"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _phrase_of_ended(error: BaseException, ended: list[int], place: str) -> str:
+    who = ", ".join(f"rank {rank}'s process" for rank in ended) or "another rank's process"
+    reason = " ".join(str(error).split())[:500].partition(". This is")[0]
+    return f"{who} has ended without a word, at {place}: killed, or out of memory? ({reason})"

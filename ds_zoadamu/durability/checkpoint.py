@@ -22,7 +22,7 @@ from ..errors import CheckpointError, HalfLoadedError, printed, shown
 from ..files.crash_points import reach
 from ..files.safetensors_io import FlatReader, FlatWriter, raw_bytes, sync_directory
 from ..files.typed_json import decode, encode, with_integer_keys
-from ..files.untrusted import check_alike
+from ..files.untrusted import check_alike, parse_json
 from ..zero3.partition import Partition
 from ..zero3.records import RunState
 from . import checkpoint_store as store
@@ -84,14 +84,25 @@ def save(
                 data_state = data_states if any(data_states) else None
                 manifest |= {"files": entries.all, "data_state": data_state, "run_id": owner.run_id}
                 store.publish(folder, tag, manifest, save_latest=save_latest)
-                if save_total_limit is not None:
-                    store.prune(directory, save_total_limit, keep=tag, owns=owner.owns)
     except Exception:
         if collective.rank() == 0:
             store.discard(folder)
         raise
+    if save_total_limit is not None and collective.rank() == 0:
+        _prune(directory, save_total_limit, tag, owner)
+    collective.barrier()  # what the other ranks do next may need the room
     reach("save_pruned", step)
     return directory / tag
+
+
+def _prune(directory: Path, limit: int, tag: str, owner: CheckpointOwner) -> None:
+    try:
+        store.prune(directory, limit, keep=tag, owns=owner.owns)
+    except OSError as e:
+        logger.warning(
+            f"checkpoint {str(directory / tag)!r} is saved, but an older one beyond save_total_limit {limit} cannot be "
+            f"removed: {collective.describe(e)}. The next save tries again"
+        )
 
 
 def _manifest(engine: Any, client_state: dict, journal_checksum: str | None) -> dict:
@@ -117,9 +128,17 @@ def _manifest(engine: Any, client_state: dict, journal_checksum: str | None) -> 
 
 def _encoded(value: Any, what: str) -> Any:
     try:
-        return encode(value, what)
+        return _kept(value, what)
     except (TypeError, ValueError, RuntimeError) as e:  # also what Python or torch refuse: endless digits, sparse tensors
         raise CheckpointError(f"a checkpoint cannot hold all of {what}: {e}") from e
+
+
+def _kept(value: Any, what: str) -> Any:
+    """``value`` as the manifest holds it, two levels deep at most. Raises as ``encode``, and ValueError for what the manifest's
+    reader would refuse."""
+    encoded = encode(value, what)
+    parse_json(json.dumps([[encoded]]), nonfinite=True)
+    return encoded
 
 
 def _data_state(engine: Any) -> Any:
@@ -131,9 +150,12 @@ def _data_state(engine: Any) -> Any:
     except Exception as e:  # the user's own code
         raise CheckpointError(f"the data iterator's state_dict() raised {type(e).__name__}: {e}; nothing was saved") from e
     try:
-        return encode(state, "the data iterator's state_dict")
-    except TypeError as e:
-        logger.warning(f"{e}. It is not saved; a resume will draw its batches again from the start")
+        return _kept(state, "the data iterator's state_dict")
+    except (TypeError, ValueError) as e:
+        logger.warning(
+            f"a checkpoint cannot hold all of the data iterator's state_dict: {e}. It is not saved; a resume will draw its "
+            "batches again from the start"
+        )
         return None
 
 

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,8 @@ def begin(directory: Path, tag: str) -> Path:
         if name.startswith(_REPLACED):
             folders.put_back(directory / name.removeprefix(_REPLACED), directory / name)
         elif name.startswith((_WRITING, _REMOVING)) or name == f".{LATEST}.writing":
-            folders.remove(directory / name)
+            with suppress(OSError) if name.startswith(_REMOVING) else nullcontext():  # prune has said so, and tries again
+                folders.remove(directory / name)
     _check_replaceable(directory / tag)
     folder = directory / (_WRITING + tag)
     folder.mkdir()
@@ -217,6 +219,13 @@ def publish(folder: Path, tag: str, manifest: dict, *, save_latest: bool) -> Pat
     """
     directory, step = folder.parent, manifest["step"]
     data = encode_manifest(manifest)
+    if len(data) > _MAX_BYTES:
+        sizes = {key: len(json.dumps(value)) for key, value in manifest.items()}
+        key = max(sizes, key=sizes.__getitem__)
+        raise CheckpointError(
+            f"the manifest of checkpoint {tag!r} has {len(data)} bytes, {sizes[key]} of them for {key}; it can have at most "
+            f"{_MAX_BYTES}: keep less there"
+        )
     parse_manifest(data, folder)
     path, replaced = directory / tag, directory / (_REPLACED + tag)
     write_durably(folder / MANIFEST, data)
@@ -240,13 +249,20 @@ def publish(folder: Path, tag: str, manifest: dict, *, save_latest: bool) -> Pat
 
 def prune(directory: Path, limit: int, keep: str, owns: Callable[[Found], bool | None]) -> None:
     """Remove the oldest checkpoints of this run, by step, until at most ``limit`` are left; never the one tagged ``keep``, and
-    none that is not known to be its own, or to which another name here is a link: a user keeps it that way. Raises OSError."""
+    none that is not known to be its own, or to which another name here is a link: a user keeps it that way. Raises OSError for
+    the first that cannot be removed, when the others are."""
     names = {path: Path(os.path.realpath(path)) for path in directory.iterdir() if path.is_symlink()}
     names = {path: target for path, target in names.items() if target.parent == directory}
     own = [found for found in find_all(directory) if found.path not in names and found.path not in names.values()]
     others = [found for found in own if found.tag != keep and owns(found)]
+    errors = []
     for found in others[max(0, limit - 1) :]:
         removing = directory / (_REMOVING + found.tag)
-        os.rename(found.path, removing)  # a kill in the middle leaves nothing that looks like a checkpoint
-        reach("save_pruning", found.step)
-        folders.remove(removing)
+        try:
+            os.rename(found.path, removing)  # a kill in the middle leaves nothing that looks like a checkpoint
+            reach("save_pruning", found.step)
+            folders.remove(removing)
+        except OSError as e:
+            errors.append(e)
+    if errors:
+        raise errors[0]

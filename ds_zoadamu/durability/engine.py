@@ -238,3 +238,11 @@ class ZerothOrderEngine(ForwardOnlyEngine):
         self.close_journal()
         self._owner.release()
         super().destroy()
+
+    def __del__(self) -> None:
+        """An engine that nobody has any more gives up journal and folders; its model goes on as it is."""
+        if self.__dict__.get("module") is None or not self._is_zeroth_order:
+            super().__del__()
+            return
+        self.close_journal()
+        self._owner.release()

@@ -149,9 +149,8 @@ def resume(
         raise
     step = len(contents.records)
     where = "the base weights" if found is None else f"checkpoint {str(found.path)!r}"
-    checkpoint.log_on_rank_0(
-        logging.INFO, f"resumed after step {step}: {where}, then {len(records)} steps out of journal {str(path)!r}"
-    )
+    if collective.rank() == 0:  # printed, since DeepSpeed's logger leaves out what is no warning
+        print(f"resumed after step {step}: {where}, then {len(records)} steps out of journal {str(path)!r}", flush=True)
     client_state = {} if found is None else checkpoint.client_state_of(found)
     return Resumed(step, len(records), found and found.path, client_state), journal
 
@@ -309,4 +308,10 @@ def _restore_data(engine: Any, contents: Contents, records: list[Record], found:
                     f"the data iterator ended after {number} of the {drawn} micro-batches that the journal's steps have "
                     "consumed; pass the same data, from its beginning"
                 ) from None
+    if drawn:
+        checkpoint.log_on_rank_0(
+            logging.INFO,
+            f"the data iterator was moved on by {drawn} micro-batches, those that the journal's steps have taken; where a "
+            "script leaves out some that it draws, pass an iterator that leaves them out by itself",
+        )
     engine.data_source = data

@@ -14,6 +14,7 @@ from ..files.companions import check_companion
 from ..files.safetensors_io import dtype_from_name
 from ..files.untrusted import check_file_name
 from ..rules.options import MAX_STEP
+from .base_model import INDEX_NAMES
 
 MAX_COUNT = 2**63 - 1
 
@@ -29,6 +30,12 @@ def _check_dtype(name: str) -> str:
     return name
 
 
+def _check_weight_file(name: str) -> str:
+    if not check_file_name(name).endswith(".safetensors") and name not in INDEX_NAMES:
+        raise ValueError(f"{shown(name)} is no file of weights: a replay fetches those that are named here")
+    return name
+
+
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -36,6 +43,7 @@ Text = Annotated[str, Field(min_length=1, max_length=500)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Commit = Annotated[str, Field(pattern="^[0-9a-f]{7,64}$")]
 FileName = Annotated[str, AfterValidator(check_file_name)]
+WeightFileName = Annotated[str, AfterValidator(_check_weight_file)]
 CompanionName = Annotated[str, AfterValidator(check_companion)]
 Shape = Annotated[list[Count], Field(max_length=64), AfterValidator(_check_numel)]
 Dtype = Annotated[str, AfterValidator(_check_dtype)]
@@ -95,7 +103,7 @@ class _Base(_Schema):
     name: str | None
     revision: Commit | None
     sha256: Sha256 | None
-    files: dict[FileName, Sha256] | None
+    files: dict[WeightFileName, Sha256] | None
     companions: dict[CompanionName, Sha256] | None = None
     note: str = ""
 

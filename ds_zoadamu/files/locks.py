@@ -1,6 +1,7 @@
 """An exclusive lock on a file, given up when its holder says so or ends, however it ends."""
 
 import fcntl
+import gc
 import os
 import weakref
 from pathlib import Path
@@ -29,7 +30,13 @@ class LockedFile:
         self.path = path
         self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o666)
         try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not any(file.fd >= 0 and os.path.sameopenfile(file.fd, self.fd) for file in list(_HELD)):
+                    raise
+                gc.collect()  # its holder in this process may be one that nobody has any more
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()
             raise

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ds_zoadamu.config import Config, load
 from ds_zoadamu.config.auto import has_auto
+from ds_zoadamu.config.known import check_known
 from ds_zoadamu.config.sections import check_stage
 from ds_zoadamu.config.settings import check_precision, read_config
 from ds_zoadamu.distributed import collective
@@ -62,6 +63,7 @@ def load_causal_lm(
     with collective.together("load_causal_lm"):
         with collective.on_all_ranks(ConfigError):
             given = read_config(config)
+            check_known(given)
             check_stage(given, "load_causal_lm: ", "only stage 3 partitions the weights")
         with collective.on_all_ranks(OSError):
             config = config if isinstance(config, Config) else _loaded(path, given, kwargs)

@@ -1,30 +1,29 @@
-"""Which momentum storage and which micro-batch to use, and whether weights must go to the host."""
+"""Which of the rule's storages and which micro-batch to use, and whether weights must go to the host."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ..config.offload import Offload
-from ..rules import RuleConfig, ZOAdaMUConfig
+from ..rules import Rule, Storage
 from .gathers import GatherSettings
 from .memory import MemoryPlan, Model, plan_memory
 
-MODES = ("int8", "replay")
-"""In the order of preference: int8 costs no extra noise; replay stores nothing."""
 LARGEST_MICRO_BATCH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the user has and wants. capacity, reserve, host_memory in bytes; momentum, micro_batch: None to have them chosen.
+    """What the user has and wants. capacity, reserve, host_memory in bytes; micro_batch: None to have it chosen.
 
-    ``drive``: of a JSON that offloads to NVMe; ``offload`` is True then. ``rule``, ``options``: the update rule by name, and
-    its parsed options. ``gloo``: it moves the gathers, as it does on a CPU.
+    ``rule``: the update rule; ``storages``: of its state, to choose from; none where the user has said which. ``drive``: of a
+    JSON that offloads to NVMe; ``offload`` is True then. ``gloo``: it moves the gathers, as it does on a CPU.
     """
 
+    rule: Rule
+    storages: dict[str, Storage] = field(default_factory=dict)
     world_size: int
     capacity: int
     length: int
     micro_batch: int | None = None
-    momentum: str | None = None
     accumulation: int = 1
     offload: bool = False
     drive: Offload | None = None
@@ -32,30 +31,6 @@ class Request:
     reserve: int | None = None
     settings: GatherSettings = GatherSettings()
     gloo: bool = False
-    rule: str = "ZOAdaMU"
-    options: RuleConfig
-
-    @property
-    def num_perturbations(self) -> int:
-        return self.options.num_perturbations
-
-    @property
-    def has_momentum(self) -> bool:
-        """MeZO's perturbation is made of noise alone."""
-        return isinstance(self.options, ZOAdaMUConfig)
-
-    @property
-    def window(self) -> int:
-        """Replay's K at the plateau of the schedule: steps before the present one whose noise is made again. 0 without
-        momentum."""
-        if not self.has_momentum:
-            return 0
-        return self.options.schedule.plateau_window(self.options.momentum.window_tolerance)
-
-    @property
-    def max_window(self) -> int:
-        """The largest K that the options allow."""
-        return self.options.momentum.max_window if self.has_momentum else 0
 
 
 @dataclass(frozen=True)
@@ -71,48 +46,41 @@ class Choice:
         return self.plan.fits and not any(note.startswith("does not fit the host") for note in self.notes)
 
 
-def plan_for(model: Model, request: Request, momentum: str, micro_batch: int, offload: bool) -> MemoryPlan:
+def plan_for(model: Model, request: Request, rule: Rule, micro_batch: int, offload: bool) -> MemoryPlan:
     """``plan_memory`` of one candidate."""
     return plan_memory(
-        model, world_size=request.world_size, capacity=request.capacity, momentum=momentum, micro_batch=micro_batch,
+        model, rule, world_size=request.world_size, capacity=request.capacity, micro_batch=micro_batch,
         length=request.length, settings=request.settings, accumulation=request.accumulation,
-        offload=offload, reserve=request.reserve, drive=request.drive, num_perturbations=request.num_perturbations,
-        gloo=request.gloo,
+        offload=offload, reserve=request.reserve, drive=request.drive, gloo=request.gloo,
     )  # fmt: skip
 
 
 def choose(model: Model, request: Request) -> Choice:
-    """The first that fits: what was asked for, else int8, then replay, then both with weights on the host where its memory is
-    given.
+    """The first that fits: what was asked for, else the storages that the rule offers in their order, then the same with
+    weights on the host where its memory is given.
 
     The micro-batch is the one asked for, else the largest power of two that fits. Where nothing fits: the plan that misses by
     the least.
     """
-    modes = (request.momentum,) if request.momentum else _open_modes(request)
+    rules = [request.rule.with_options(s.options) for s in request.storages.values() if not s.obstacle] or [request.rule]
     places = (True,) if request.offload else (False, True) if request.host_memory is not None else (False,)
     tried = []
     for offload in places:
-        for mode in modes:
-            plan = plan_for(model, request, mode, request.micro_batch or 1, offload)
+        for rule in rules:
+            plan = plan_for(model, request, rule, request.micro_batch or 1, offload)
             choice = Choice(plan, offload, _host_notes(plan, request, offload))
             tried.append(choice)
             if choice.fits:
                 if request.micro_batch is None:
                     choice = replace(choice, plan=_largest_batch(model, request, plan, offload))
-                return replace(choice, notes=_rule_notes(request) + choice.notes + _notes(request, choice, tried))
+                return replace(choice, notes=_rule_notes(model, request) + choice.notes + _notes(choice, tried))
     best = max(tried, key=lambda c: (not c.offload, c.plan.spare))
-    return replace(best, notes=_rule_notes(request) + best.notes + _remedies(model, request, best))
-
-
-def _open_modes(request: Request) -> tuple[str, ...]:
-    if not request.has_momentum:
-        return ("none",)
-    return MODES if request.window <= request.max_window else MODES[:1]
+    return replace(best, notes=_rule_notes(model, request) + best.notes + _remedies(model, request, best))
 
 
 def _largest_batch(model: Model, request: Request, plan: MemoryPlan, offload: bool) -> MemoryPlan:
     while plan.micro_batch < LARGEST_MICRO_BATCH:
-        larger = plan_for(model, request, plan.momentum_mode, 2 * plan.micro_batch, offload)
+        larger = plan_for(model, request, plan.rule, 2 * plan.micro_batch, offload)
         if not larger.fits:
             break
         plan = larger
@@ -136,38 +104,34 @@ def _host_notes(plan: MemoryPlan, request: Request, offload: bool) -> tuple[str,
     )
 
 
-def _notes(request: Request, choice: Choice, tried: list[Choice]) -> tuple[str, ...]:
-    notes = [
-        f"{c.plan.momentum_mode} momentum would miss by {-c.plan.spare / 1e9:.1f} GB" for c in tried[:-1] if not c.plan.fits
-    ]
-    if choice.plan.momentum_mode == "replay":
-        notes.append(f"replay makes the noise of K = {request.window} earlier steps again at the schedule's plateau")
-    return tuple(notes)
+def _notes(choice: Choice, tried: list[Choice]) -> tuple[str, ...]:
+    notes = [f"{c.plan.storage} momentum would miss by {-c.plan.spare / 1e9:.1f} GB" for c in tried[:-1] if not c.plan.fits]
+    storage = choice.plan.rule.storages().get(choice.plan.storage)
+    return (*notes, storage.note) if storage and storage.note else tuple(notes)
 
 
-def _rule_notes(request: Request) -> tuple[str, ...]:
-    """What is not the usual ZO-AdaMU with one perturbation."""
-    count = request.num_perturbations
-    notes = [] if request.has_momentum else [f"{request.rule} has no momentum: nothing lies beside the weights"]
+def _rule_notes(model: Model, request: Request) -> tuple[str, ...]:
+    """What is not the usual: a rule without state, several perturbations."""
+    rule, dtype = request.rule, model.torch_dtype
+    stateless, count = rule.storage(dtype) == "none", rule.config.num_perturbations
+    notes = [f"{rule.name} has no momentum: nothing lies beside the weights"] if stateless else []
     if count > 1:
-        momenta = f" and {count} momenta" if request.has_momentum else ""
-        notes.append(f"num_perturbations is {count}: a step has {2 * count} forwards{momenta}")
+        momenta = "" if stateless else f" and {len(rule.state(dtype)) or count} momenta"
+        notes.append(f"num_perturbations is {count}: a step has {len(rule.evaluations(1))} forwards{momenta}")
     return tuple(notes)
 
 
 def _remedies(model: Model, request: Request, best: Choice) -> tuple[str, ...]:
-    notes = []
-    if request.momentum is None and request.window > request.max_window:
-        notes.append(f"replay is left out: it needs K = {request.window} steps of noise, max_window is {request.max_window}")
-    if request.num_perturbations > 1 and best.plan.momentum > 0:
-        one = replace(request, options=replace(request.options, num_perturbations=1))
-        if plan_for(model, one, best.plan.momentum_mode, best.plan.micro_batch, best.offload).fits:
+    rule = best.plan.rule
+    notes = [f"{name} is left out: {storage.obstacle}" for name, storage in request.storages.items() if storage.obstacle]
+    if rule.config.num_perturbations > 1 and best.plan.momentum > 0:
+        one = rule.with_options({"num_perturbations": 1})
+        if plan_for(model, request, one, best.plan.micro_batch, best.offload).fits:
             notes.append("it fits with num_perturbations 1")
     for world_size in (2**k for k in range(11)):
         if world_size > request.world_size:
-            if plan_for(
-                model, replace(request, world_size=world_size), best.plan.momentum_mode, best.plan.micro_batch, best.offload
-            ).fits:
+            larger = replace(request, world_size=world_size)
+            if plan_for(model, larger, rule, best.plan.micro_batch, best.offload).fits:
                 notes.append(f"it fits {world_size} such GPUs")
                 break
     if request.host_memory is None and not best.offload:

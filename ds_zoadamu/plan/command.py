@@ -7,6 +7,7 @@ from ..config.sections import value_at
 from ..config.settings import read_config
 from ..distributed.start import launched_rank
 from ..errors import ConfigError
+from ..rules import make_rule
 from .adapters import read_adapter
 from .choose import Choice, Request, choose
 from .configs import load_for_plan, matching_config, write_config
@@ -127,20 +128,23 @@ def make_plan(args: argparse.Namespace, given: dict | None) -> tuple[Model, Requ
     given_batch = value_at(given, "train_micro_batch_size_per_gpu")
     if batch is None and isinstance(given_batch, int):
         batch = given_batch
+    rule = make_rule(config.rule, value_at(config.deepspeed, "optimizer.params") or {})
+    storages = rule.storages()
+    if any(value_at(given, f"optimizer.params.{path}") is not None for s in storages.values() for path in s.options):
+        storages = {}  # the JSON says which
     request = Request(
         world_size=world_size,
         capacity=capacity,
         length=integer("--seq", args.seq, 2, 2**20),
         micro_batch=batch,
-        momentum=value_at(given, "optimizer.params.momentum.dtype"),
         accumulation=config.batch.accumulation,
         offload=config.offload.device != "none",
         drive=config.offload if config.offload.on_nvme else None,
         host_memory=None if args.host_memory is None else int(gigabytes("--host-memory", args.host_memory, 1e6) * GB),
         reserve=None if args.reserve is None else int(number("--reserve", args.reserve, 0.0, capacity / GB) * GB),
         settings=GatherSettings.from_config(config),
-        rule=config.rule,
-        options=config.options,
+        rule=rule,
+        storages=storages,
     )
     adapter = None if args.adapter is None else read_adapter(args.adapter)
     model = Model.build(args.model, model_config, config.precision, adapter)
@@ -150,11 +154,9 @@ def make_plan(args: argparse.Namespace, given: dict | None) -> tuple[Model, Requ
 
 def _step_time(model: Model, request: Request, choice: Choice, hardware: Hardware) -> StepTime:
     text = model.module.config.get_text_config()
-    window = 1 + request.window if choice.plan.momentum_mode == "replay" else 1
     return estimate_step(
-        model, choice.plan, hardware, accumulation=request.accumulation, window=window,
+        model, choice.plan, hardware, accumulation=request.accumulation,
         layers=getattr(text, "num_hidden_layers", 0), hidden=getattr(text, "hidden_size", 0), offload=choice.offload,
-        num_perturbations=request.num_perturbations,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from ..config import Config, load
 from ..errors import ConfigError
 from ..files.safetensors_io import write_durably
 from ..rules import RULES
+from ..rules.options import set_at
 from .choose import Choice
 from .memory import Model
 
@@ -64,13 +65,15 @@ def template(dtype: str = "bf16") -> dict[str, Any]:
 
 
 def matching_config(base: dict | None, model: Model, choice: Choice) -> dict[str, Any]:
-    """``base`` (the user's JSON as it was given, or the template) with what the plan decided: momentum, micro-batch, dtype,
-    offload. The rule and its other options stay."""
+    """``base`` (the user's JSON as it was given, or the template) with what the plan decided: the storage that the rule
+    offers, micro-batch, dtype, offload. The rule and its other options stay."""
     config = json.loads(json.dumps(template() if base is None else base))
     config["train_micro_batch_size_per_gpu"] = choice.plan.micro_batch
     if base is not None and isinstance(config.get("train_batch_size"), int):
         config["train_batch_size"] = "auto"
-    set_momentum(config, choice.plan.momentum_mode)
+    if storage := choice.plan.rule.storages().get(choice.plan.storage):
+        for path, value in storage.options.items():
+            set_at(config, f"optimizer.params.{path}", value)
     for key in ("bf16", "fp16"):
         config.setdefault(key, {})["enabled"] = key == model.dtype
     place_offload(config, choice)
@@ -82,13 +85,6 @@ def place_offload(config: dict, choice: Choice) -> None:
     zero = config["zero_optimization"]
     if choice.offload and (zero.get("offload_param") or {}).get("device", "none") == "none":
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
-
-
-def set_momentum(config: dict, mode: str) -> None:
-    """Write the storage of the momentum into ``config``; nothing for "none", of a rule that has no such option."""
-    if mode != "none":
-        params = config["optimizer"].setdefault("params", {})
-        params["momentum"] = {**params.get("momentum", {}), "dtype": mode}
 
 
 def write_config(path: str, config: dict) -> None:

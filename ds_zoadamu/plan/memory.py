@@ -7,17 +7,10 @@ import torch
 
 from ..config.offload import Offload
 from ..config.sections import DTYPES
+from ..rules import Rule
 from .adapters import with_adapter
 from .gathers import GatherSettings, copied_numel, gather_use
-from .sizes import (
-    MOMENTUM_BYTES,
-    ParameterSize,
-    buffer_bytes,
-    meta_model,
-    momentum_bytes,
-    parameter_sizes,
-    weight_bytes,
-)
+from .sizes import ParameterSize, buffer_bytes, meta_model, momentum_bytes, parameter_sizes, state_bytes, weight_bytes
 from .trace import ForwardTrace, trace_forward
 
 GB = 10**9
@@ -58,8 +51,12 @@ class Model:
         return sum(size.numel for size in self.sizes if size.trained)
 
     @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
     def itemsize(self) -> int:
-        return DTYPES[self.dtype].itemsize
+        return self.torch_dtype.itemsize
 
     def trace(self, batch: int, length: int) -> ForwardTrace:
         """The forward of a micro-batch; made once for each shape."""
@@ -73,13 +70,14 @@ class MemoryPlan:
     """What a rank needs. All in bytes on one GPU (rank 0's, which is the largest), except ``host`` and ``on_drive``: on the
     machine, for all its ranks.
 
-    weights: partitions with padding, and buffers. momentum: as stored. gathered: parameters and gather buffers, and
-    temporaries: perturbed partitions, and activations: with logits and loss, at the moment of their largest sum. reserve: what
-    cannot be counted. capacity: of the GPU.
+    rule: whose run it is. storage: of its state, in a word. weights: partitions with padding, and buffers. momentum: the state
+    as stored. gathered: parameters and gather buffers, and temporaries: perturbed partitions, and activations: with logits and
+    loss, at the moment of their largest sum. reserve: what cannot be counted. capacity: of the GPU.
     """
 
+    rule: Rule
+    storage: str
     world_size: int
-    momentum_mode: str
     micro_batch: int
     length: int
     weights: int
@@ -117,37 +115,36 @@ class MemoryPlan:
 
 
 def plan_memory(
-    model: Model, *, world_size: int, capacity: int, momentum: str, micro_batch: int, length: int,
+    model: Model, rule: Rule, *, world_size: int, capacity: int, micro_batch: int, length: int,
     settings: GatherSettings | None = None, accumulation: int = 1, offload: bool = False, reserve: int | None = None,
-    drive: Offload | None = None, num_perturbations: int = 1, gloo: bool = False,
+    drive: Offload | None = None, gloo: bool = False,
 ) -> MemoryPlan:  # fmt: skip
-    """The plan of a zeroth-order run on ``world_size`` GPUs of ``capacity`` bytes each.
+    """The plan of a run of ``rule`` on ``world_size`` GPUs of ``capacity`` bytes each.
 
-    Args: ``momentum``: fp32, bf16, fp16, int8, replay, or none for MeZO; one is stored for each of ``num_perturbations``,
-    whose forwards follow one another and so share their memory. ``offload``: weights and momentum off the GPU (offload_param):
-    in host memory, or those that a ``drive`` takes on that. ``reserve``: bytes, by default RESERVE_SHARE of the capacity.
-    ``gloo``: it moves the gathers, on a CPU.
+    Its evaluations follow one another and so share their memory. Args: ``offload``: weights and momentum off the GPU
+    (offload_param): in host memory, or those that a ``drive`` takes on that. ``reserve``: bytes, by default RESERVE_SHARE of
+    the capacity. ``gloo``: it moves the gathers, on a CPU.
     """
-    sizes, itemsize = model.sizes, model.itemsize
+    sizes, itemsize, dtype = model.sizes, model.itemsize, model.torch_dtype
+    stored, read = state_bytes(rule, dtype), max(state_bytes(rule, dtype, evaluation) for evaluation in rule.evaluations(1))
     use = gather_use(
         model.trace(micro_batch, length), sizes, settings or GatherSettings(), world_size, itemsize,
-        accumulation=accumulation, offload=offload, momentum_itemsize=MOMENTUM_BYTES[momentum], gloo=gloo,
+        accumulation=accumulation, offload=offload, momentum_itemsize=read, gloo=gloo,
     )  # fmt: skip
     weights = weight_bytes(sizes, world_size, itemsize)
-    stored = momentum_bytes(sizes, 0, world_size, momentum, num_perturbations)
     on_drive = [size for size in sizes if offload and drive is not None and drive.takes(size.partition_numel(world_size))]
-    files = _every_rank(on_drive, world_size, itemsize, momentum, num_perturbations)
-    elsewhere = _every_rank(sizes, world_size, itemsize, momentum, num_perturbations) - files
+    files = _every_rank(on_drive, world_size, itemsize, stored)
+    elsewhere = _every_rank(sizes, world_size, itemsize, stored) - files
     return MemoryPlan(
+        rule=rule,
+        storage=rule.storage(dtype),
         world_size=world_size,
-        momentum_mode=momentum,
         micro_batch=micro_batch,
         length=length,
         weights=model.buffers + (0 if offload else weights),
-        momentum=0 if offload else stored,
+        momentum=0 if offload else momentum_bytes(sizes, 0, world_size, stored),
         gathered=use.gathered,
-        temporaries=use.temporaries
-        + (_update_copy(sizes, world_size, itemsize + num_perturbations * MOMENTUM_BYTES[momentum], use) if offload else 0),
+        temporaries=use.temporaries + (_update_copy(sizes, world_size, itemsize + stored, use) if offload else 0),
         activations=use.activations,
         reserve=int(RESERVE_SHARE * capacity) if reserve is None else reserve,
         capacity=capacity,
@@ -159,9 +156,9 @@ def plan_memory(
     )
 
 
-def _every_rank(sizes: Sequence[ParameterSize], world_size: int, itemsize: int, momentum: str, num_perturbations: int) -> int:
+def _every_rank(sizes: Sequence[ParameterSize], world_size: int, itemsize: int, stored: int) -> int:
     """Weights and momenta of all ranks together."""
-    momenta = sum(momentum_bytes(sizes, rank, world_size, momentum, num_perturbations) for rank in range(world_size))
+    momenta = sum(momentum_bytes(sizes, rank, world_size, stored) for rank in range(world_size))
     return world_size * weight_bytes(sizes, world_size, itemsize) + momenta
 
 

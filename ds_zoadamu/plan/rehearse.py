@@ -20,7 +20,7 @@ from .choose import Choice, Request, plan_for
 from .configs import load_for_plan, matching_config
 from .memory import GB, MemoryPlan, Model
 from .models import load_config
-from .sizes import buffer_bytes, momentum_bytes, weight_bytes
+from .sizes import buffer_bytes, momentum_bytes, state_bytes, weight_bytes
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h: blocks from this size on are mapped one by one
 
@@ -92,10 +92,10 @@ def rehearse(
     adapter = None if args.adapter is None else read_adapter(args.adapter)
     small = Model.build(args.model, model_config, config.precision, adapter)
     here = replace(request, gloo=get_accelerator().device_name() == "cpu")  # on a CPU gathers go through gloo
-    plan = plan_for(small, here, choice.plan.momentum_mode, choice.plan.micro_batch, choice.offload)
+    plan = plan_for(small, here, choice.plan.rule, choice.plan.micro_batch, choice.offload)
     expected = {
         "weights": weight_bytes(small.sizes, world_size, small.itemsize),
-        "momentum": momentum_bytes(small.sizes, launched_rank(), world_size, plan.momentum_mode, request.num_perturbations),
+        "momentum": momentum_bytes(small.sizes, launched_rank(), world_size, state_bytes(plan.rule, small.torch_dtype)),
         "buffers": small.buffers,
     }
     measured, kind, losses = _measure(model_config, adapter, config, plan, steps)

@@ -37,7 +37,7 @@ def memory_report(model: Model, plan: MemoryPlan, exact: bool) -> list[str]:
 def verdict(choice: Choice) -> str:
     """One line: fits, or by how much not."""
     plan = choice.plan
-    momentum = "no momentum" if plan.momentum_mode == "none" else f"momentum {plan.momentum_mode}"
+    momentum = "no momentum" if plan.storage == "none" else f"momentum {plan.storage}"
     what = f"{momentum}, micro-batch {plan.micro_batch} x {plan.length} tokens"
     if choice.fits:
         return f"fits, {gb(plan.spare)} GB to spare: {what}"
@@ -46,15 +46,13 @@ def verdict(choice: Choice) -> str:
     return f"DOES NOT FIT by {gb(-plan.spare)} GB a GPU, {what}"
 
 
-def time_report(
-    time: StepTime, hardware: Hardware, accumulation: int, num_perturbations: int = 1, on_drive: bool = False
-) -> list[str]:
+def time_report(time: StepTime, hardware: Hardware, accumulation: int, forwards: int = 2, on_drive: bool = False) -> list[str]:
     """Lines of the estimated seconds, with the figures behind them."""
-    forwards = "two" if num_perturbations == 1 else 2 * num_perturbations
+    count = f"{'two' if forwards == 2 else forwards} forward{'s' if forwards > 1 else ''}"
     lines = [
         f"one step, estimated: {time.overlapped:.2f} s (gathers hidden as well as can be) to {time.total:.2f} s (not hidden), "
         f"{accumulation} micro-batch{'es' if accumulation > 1 else ''} a GPU",
-        f"  {forwards} forwards {time.forward:.2f} s, gathers {time.gather:.2f} s, noise and update {time.noise:.2f} s"
+        f"  {count} {time.forward:.2f} s, gathers {time.gather:.2f} s, noise and update {time.noise:.2f} s"
         + (f", {'NVMe' if on_drive else 'host memory'} {time.host:.2f} s" if time.host else ""),
         f"  from {hardware.name}: {hardware.tflops:g} TFLOPS x {hardware.efficiency:g}, links {hardware.link_gb:g} GB/s x "
         f"{hardware.link_efficiency:g}, {hardware.instructions:g}e12 instructions/s x {hardware.efficiency:g}"
@@ -71,7 +69,7 @@ def full_report(model: Model, request: Request, choice: Choice, time: StepTime, 
     lines = [f"{model.name}: {model.numel:,} parameters{trained}, {model.dtype}, in {partitions}", verdict(choice)]
     lines += [f"  {note}" for note in choice.notes]
     lines += memory_report(model, choice.plan, exact)
-    window = f"; replay's K would be {request.window} (max_window {request.max_window})" if request.has_momentum else ""
-    lines.append(f"gathered at once: at most {choice.plan.live_numel:,} elements{window}")
-    lines += time_report(time, hardware, request.accumulation, request.num_perturbations, bool(choice.plan.on_drive))
+    rule = choice.plan.rule
+    lines.append("; ".join(filter(None, [f"gathered at once: at most {choice.plan.live_numel:,} elements", rule.remark()])))
+    lines += time_report(time, hardware, request.accumulation, len(rule.evaluations(1)), bool(choice.plan.on_drive))
     return "\n".join(lines)

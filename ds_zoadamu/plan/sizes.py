@@ -7,9 +7,7 @@ import torch
 
 from ..config.sections import DTYPES
 from ..errors import ConfigError
-
-MOMENTUM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "replay": 0, "none": 0}
-"""Bytes of one momentum beside each trained weight; none: of a rule that has no momentum."""
+from ..rules import Evaluation, Rule
 
 
 @dataclass(frozen=True)
@@ -53,12 +51,17 @@ def weight_bytes(sizes: Iterable[ParameterSize], world_size: int, itemsize: int)
     return itemsize * sum(size.partition_numel(world_size) for size in sizes)
 
 
-def momentum_bytes(
-    sizes: Iterable[ParameterSize], rank: int, world_size: int, momentum: str, num_perturbations: int = 1
-) -> int:
-    """Bytes of momentum on one rank: of trained parameters, without padding, one for each perturbation. Rank 0 has the most."""
-    numel = sum(size.real_numel(rank, world_size) for size in sizes if size.trained)
-    return num_perturbations * MOMENTUM_BYTES[momentum] * numel
+def state_bytes(rule: Rule, dtype: torch.dtype, evaluation: Evaluation | None = None) -> int:
+    """Bytes of a rule's state beside each trained weight of this dtype; with ``evaluation``, of what that reads of it."""
+    state = rule.state(dtype)
+    reads = state if evaluation is None else () if evaluation.direction is None else rule.reads(evaluation)
+    return sum(stored.itemsize for name, stored in state.items() if name in reads)
+
+
+def momentum_bytes(sizes: Iterable[ParameterSize], rank: int, world_size: int, itemsize: int) -> int:
+    """Bytes of stored state on one rank: of trained parameters, without padding. Rank 0 has the most. ``itemsize``: as of
+    ``state_bytes``."""
+    return itemsize * sum(size.real_numel(rank, world_size) for size in sizes if size.trained)
 
 
 def buffer_bytes(module: torch.nn.Module) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from .memory import MemoryPlan, Model
-from .sizes import MOMENTUM_BYTES, weight_bytes
+from .sizes import state_bytes, weight_bytes
 
 NOISE_INSTRUCTIONS = 130
 """GPU instructions for one element's two normal numbers, counted from kernels/reference.py: half a Philox-4x32-10 (10 rounds of
@@ -74,54 +74,54 @@ def estimate_step(
     hardware: Hardware,
     *,
     accumulation: int = 1,
-    window: int = 1,
     layers: int = 0,
     hidden: int = 0,
     offload: bool = False,
-    num_perturbations: int = 1,
 ) -> StepTime:
-    """Seconds of a step: two forwards of each micro-batch and perturbation, their gathers, and noise for each gathered element
-    and for the update along each perturbation.
+    """Seconds of a step of the plan's rule: a forward of each micro-batch and evaluation, their gathers, and noise for each
+    perturbed element and for the update along each direction.
 
-    Args: ``window``: steps of noise that one direction takes (1, or 1 + K with replay at the plateau). ``layers``, ``hidden``:
-    for the arithmetic of attention; 0 leaves it out.
+    Args: ``layers``, ``hidden``: for the arithmetic of attention; 0 leaves it out.
     """
-    tokens = plan.micro_batch * plan.length
-    passes = 2 * accumulation * num_perturbations
+    tokens, evaluations = plan.micro_batch * plan.length, plan.rule.evaluations(1)
+    passes = accumulation * len(evaluations)
+    along = [evaluation.direction for evaluation in evaluations if evaluation.direction is not None]
     # 2 flop for each weight and token; scores and their sum over the values: 4 hidden length for each token and layer.
     flop = passes * tokens * (2 * model.numel + 4 * layers * hidden * plan.length)
     received = passes * plan.traffic_numel * model.itemsize * (plan.world_size - 1) / plan.world_size
     trained = sum(size.real_numel(0, plan.world_size) for size in model.sizes if size.trained)
-    elements = passes * plan.perturbed_numel + num_perturbations * trained
+    elements = accumulation * len(along) * plan.perturbed_numel + len(set(along)) * trained
     from_host = 0.0
     if offload:
-        moved = _moved_from_host(model, plan, passes, trained, num_perturbations)
+        moved = _moved_from_host(model, plan, accumulation, trained)
         if plan.on_drive:
-            from_host = plan.world_size * moved * _share_on_drive(model, plan, num_perturbations) / (hardware.drive_gb * 1e9)
+            from_host = plan.world_size * moved * _share_on_drive(model, plan) / (hardware.drive_gb * 1e9)
         else:
             from_host = moved / (hardware.host_gb * 1e9 * hardware.link_efficiency)
     return StepTime(
         forward=flop / (hardware.tflops * 1e12 * hardware.efficiency),
         gather=received / (hardware.link_gb * 1e9 * hardware.link_efficiency),
         noise=elements
-        * (NOISE_INSTRUCTIONS * window + OTHER_INSTRUCTIONS)
+        * (NOISE_INSTRUCTIONS * plan.rule.noise_steps() + OTHER_INSTRUCTIONS)
         / (hardware.instructions * 1e12 * hardware.efficiency),
         host=from_host,
     )
 
 
-def _moved_from_host(model: Model, plan: MemoryPlan, passes: int, trained: int, num_perturbations: int) -> float:
+def _moved_from_host(model: Model, plan: MemoryPlan, accumulation: int, trained: int) -> float:
     """Bytes that a rank reads and writes in a step where its partitions are offloaded.
 
-    A gather reads the partitions, frozen ones too, and one momentum; the update reads and writes those that are trained, with
-    all their momenta.
+    A gather reads the partitions, frozen ones too, and what its evaluation needs of the state; the update reads and writes
+    those that are trained, with all their state.
     """
-    momentum = MOMENTUM_BYTES[plan.momentum_mode]
-    gathers = passes * (plan.traffic_numel / plan.world_size * model.itemsize + plan.perturbed_numel * momentum)
-    return gathers + 2 * trained * (model.itemsize + num_perturbations * momentum)
+    rule, dtype = plan.rule, model.torch_dtype
+    evaluations = rule.evaluations(1)
+    weights = len(evaluations) * plan.traffic_numel / plan.world_size * model.itemsize
+    state = plan.perturbed_numel * sum(state_bytes(rule, dtype, evaluation) for evaluation in evaluations)
+    return accumulation * (weights + state) + 2 * trained * (model.itemsize + state_bytes(rule, dtype))
 
 
-def _share_on_drive(model: Model, plan: MemoryPlan, num_perturbations: int) -> float:
+def _share_on_drive(model: Model, plan: MemoryPlan) -> float:
     """Of the stored bytes; small partitions stay in memory."""
     weights = plan.world_size * weight_bytes(model.sizes, plan.world_size, model.itemsize)
-    return plan.on_drive / (weights + num_perturbations * MOMENTUM_BYTES[plan.momentum_mode] * model.trained_numel)
+    return plan.on_drive / (weights + state_bytes(plan.rule, model.torch_dtype) * model.trained_numel)

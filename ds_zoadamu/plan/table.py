@@ -3,15 +3,20 @@
 from dataclasses import dataclass
 
 from ..config.auto import bucket_sizes
+from ..rules import ZOAdaMU
 from .gathers import GatherSettings, gather_use
 from .memory import GB, RESERVE_SHARE, Model
 from .models import OPT_SHAPES, opt_config
-from .sizes import MOMENTUM_BYTES, momentum_bytes, weight_bytes
+from .sizes import momentum_bytes, state_bytes, weight_bytes
 
 ADAM_BYTES = 16
 """Of states a parameter in mixed precision: 16-bit weight and gradient, fp32 master copy, m and v (Rajbhandari et al. 2020,
 section 3.1)."""
-METHODS = ("Adam", "MeZO", *(f"ZO-AdaMU {mode}" for mode in ("fp32", "bf16", "int8", "replay")))
+_OURS = {
+    f"ZO-AdaMU {dtype}": ZOAdaMU(lr=1e-6, total_steps=20_000, momentum={"dtype": dtype})
+    for dtype in ("fp32", "bf16", "int8", "replay")
+}
+METHODS = ("Adam", "MeZO", *_OURS)
 WORLD_SIZES = (1, 2, 4, 8)
 CARDS = (("A100-80GB", 80), ("V100-32GB", 32))
 # What the paper's Table 5 says of ZO-AdaMU on A100-80GB; nothing else of it is known here.
@@ -34,15 +39,13 @@ def need(model: Model, method: str, world_size: int, length: int, micro_batch: i
 
     Adam's is a lower bound: the activations it keeps for the backward pass and its gradient buckets are not counted.
     """
-    mode = method.removeprefix("ZO-AdaMU ")
-    ours = mode in MOMENTUM_BYTES
-    settings = _settings(model)
-    use = gather_use(model.trace(micro_batch, length), model.sizes, settings, world_size, model.itemsize, perturbed=ours)
+    rule, trace = _OURS.get(method), model.trace(micro_batch, length)
+    use = gather_use(trace, model.sizes, _settings(model), world_size, model.itemsize, perturbed=rule is not None)
     if method == "Adam":
         states = weight_bytes(model.sizes, world_size, ADAM_BYTES)
     else:
         states = weight_bytes(model.sizes, world_size, model.itemsize)
-        states += momentum_bytes(model.sizes, 0, world_size, mode) if ours else 0
+        states += momentum_bytes(model.sizes, 0, world_size, state_bytes(rule, model.torch_dtype)) if rule else 0
     return Need(states + model.buffers, use.total)
 
 

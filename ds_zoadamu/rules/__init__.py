@@ -3,7 +3,7 @@
 from .mezo import MeZO
 from .options import RuleConfig
 from .registry import RULES, import_modules, make_rule, origin, register
-from .rule import Elements, Evaluation, Rule, Update
+from .rule import Elements, Evaluation, Rule, Storage, Update
 from .zo_adamu import ZOAdaMU, ZOAdaMUConfig
 
 register(ZOAdaMU)
@@ -16,6 +16,7 @@ __all__ = [
     "MeZO",
     "Rule",
     "RuleConfig",
+    "Storage",
     "Update",
     "ZOAdaMU",
     "ZOAdaMUConfig",

@@ -71,6 +71,14 @@ def reject_unknown(where: str, given: dict, known: set[str]) -> None:
         raise ConfigError(unknown_keys_message(where, unknown, known))
 
 
+def set_at(config: dict, path: str, value: Any) -> None:
+    """Set the value at a path such as "optimizer.params.lr"; makes the sections above it too."""
+    *sections, key = path.split(".")
+    for section in sections:
+        config = config.setdefault(section, {})
+    config[key] = value
+
+
 def parse_fields(cls: type, where: str, given: dict) -> dict[str, Any]:
     """The checked value of every ``option`` of a dataclass, defaults filled in. Raises ConfigError."""
     known = {f.name: f for f in fields(cls)}

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from .. import kernels
 from ..kernels import Recurrence, Rounding, fp32, round_grad
 from .noise import parameter_keys
-from .options import RuleConfig
+from .options import RuleConfig, set_at
 
 Keys = tuple[tuple[int, int], ...]
 """The noise keys of one parameter, one a direction."""
@@ -56,6 +56,16 @@ class Update:
     lr: float
     weight_decay: float
     projected_grads: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A way to store a rule's state: the ``options`` that choose it, by their paths. ``note``: what is worth saying where it
+    is chosen; ``obstacle``: why the other options do not allow it."""
+
+    options: dict[str, Any]
+    note: str = ""
+    obstacle: str = ""
 
 
 class Rule(ABC):
@@ -107,6 +117,32 @@ class Rule(ABC):
     def reads(self, evaluation: Evaluation) -> tuple[str, ...]:
         """The names of the state that ``perturb_`` needs, where it is stored: the rest is not brought to the device."""
         return (_momentum(evaluation.direction),)
+
+    # --- what a plan asks beside ``state``, ``reads`` and ``evaluations``
+
+    def storage(self, weight_dtype: torch.dtype) -> str:
+        """How the state is stored, in a word: that of ``storages`` where there is a choice, "none" where there is no state."""
+        dtypes = dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in self.state(weight_dtype).values())
+        return " + ".join(dtypes) or "none"
+
+    def storages(self) -> dict[str, Storage]:
+        """The storages among which the options choose and a plan may, the best first."""
+        return {}
+
+    def noise_steps(self) -> int:
+        """Of how many steps an element's noise is made for one evaluation or update, at most."""
+        return 1
+
+    def remark(self) -> str:
+        """What is worth saying of the options beside a plan's figures."""
+        return ""
+
+    def with_options(self, changes: dict[str, Any]) -> "Rule":
+        """The rule with the options at these paths ("momentum.dtype") changed. Raises ConfigError."""
+        options = asdict(self.config)
+        for path, value in changes.items():
+            set_at(options, path, value)
+        return type(self)(**options)
 
     # --- a step
 

@@ -9,7 +9,7 @@ import torch
 from ..errors import ConfigError, shown
 from ..kernels.types import Recurrence, fp32
 from .options import MAX_STEP, RuleConfig, choice, integer, number, option, optional, parse_fields
-from .rule import Rule, Scalars
+from .rule import Rule, Scalars, Storage
 from .schedules import Schedule
 
 MOMENTUM_DTYPES = ("fp32", "bf16", "fp16", "int8", "replay")
@@ -125,6 +125,7 @@ class ZOAdaMU(Rule):
         super().__init__(**options)
         self.schedule = self.config.schedule
         self.sigma = fp32(self.config.sigma)
+        self.window = self.schedule.plateau_window(self.config.momentum.window_tolerance)  # replay's K at the plateau
 
     def direction(self, step: int, scalars: Scalars = ()) -> Recurrence:
         schedule, storage = self.schedule, self.config.momentum
@@ -141,6 +142,23 @@ class ZOAdaMU(Rule):
 
     def momentum_dtype(self, weight_dtype: torch.dtype) -> torch.dtype | None:
         return _TORCH_DTYPES.get(self.config.momentum.dtype)
+
+    def storage(self, weight_dtype: torch.dtype) -> str:
+        return self.config.momentum.dtype
+
+    def storages(self) -> dict[str, Storage]:
+        """int8 costs no extra noise; replay stores nothing."""
+        window, longest = self.window, self.config.momentum.max_window
+        note = f"replay makes the noise of K = {window} earlier steps again at the schedule's plateau"
+        obstacle = f"it needs K = {window} steps of noise, max_window is {longest}" if window > longest else ""
+        replay = Storage({"momentum.dtype": "replay"}, note, obstacle)
+        return {"int8": Storage({"momentum.dtype": "int8"}), "replay": replay}
+
+    def noise_steps(self) -> int:
+        return 1 + self.window if self.config.momentum.dtype == "replay" else 1
+
+    def remark(self) -> str:
+        return f"replay's K would be {self.window} (max_window {self.config.momentum.max_window})"
 
     def figures(self, step: int) -> dict[str, float]:
         schedule = self.schedule

@@ -1,40 +1,82 @@
-"""What a launch script does with its body."""
+"""What a launch script does with its arguments and its body."""
 
+import argparse
+import contextlib
+import errno
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from ds_zoadamu.distributed.alike import said_by_rank_0
 from ds_zoadamu.distributed.collective import describe, leave, together
-from ds_zoadamu.distributed.start import ensure_launched, launched_rank
+from ds_zoadamu.distributed.start import ensure_launched
+from ds_zoadamu.distributed.start import launched_rank as rank
 from ds_zoadamu.distributed.waiting import is_known
 from ds_zoadamu.errors import CheckpointError, ConfigError, JournalError, NonFiniteWeightsError, RankError, ReplayError
 from ds_zoadamu.tasks import InputError
+from ds_zoadamu.training.output import JOURNAL
 
 
-def run_script(body: Callable[[], object]) -> int:
+def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line; what is wrong with it is printed by one of the ranks."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return parser.parse_args()
+    except SystemExit as end:
+        if end.code:
+            _say(said.getvalue(), said.getvalue().rstrip())
+        raise
+
+
+def run_script(body: Callable[[], object], output_dir: str | None = None) -> int:
     """Runs a script's body on this rank; returns its exit status, for ``ending.run_command``.
 
-    What is wrong with the user's input is printed without a traceback, and the status is 2. Every other error goes on, to end
-    this rank with a traceback and status 1; the other ranks end with one line that names it. So does an exit() somewhere
-    inside, however it was meant: status 0 is of a body that has returned.
+    What is wrong with the user's input is printed without a traceback, by rank 0 alone where all ranks have the same error, and
+    the status is 2. Every other error goes on, to end this rank with a traceback and status 1; the other ranks end with one
+    line that names it. So does an exit() somewhere inside, however it was meant: status 0 is of a body that has returned.
+
+    ``output_dir``: where a run may have a journal, so that an interrupt can say how to go on.
     """
     ensure_launched()
     try:
         with together(Path(sys.argv[0]).name):  # nodes may have it under different paths
             _whole(body)
     except (InputError, ConfigError, JournalError, CheckpointError, ReplayError, NonFiniteWeightsError) as error:
-        print(f"{sys.argv[0]}: error on rank {launched_rank()}: {error}", file=sys.stderr, flush=True)
+        _say(str(error), f"{sys.argv[0]}: error on rank {rank()}: {error}")
         return 2
     except OSError as error:
         if not is_known(error):
             raise
-        print(f"{sys.argv[0]}: error on rank {launched_rank()}: {describe(error)}", file=sys.stderr, flush=True)
+        line = describe(error) + (_go_on(output_dir) if error.errno in (errno.ENOSPC, errno.EDQUOT) else "")
+        _say(line, f"{sys.argv[0]}: error on rank {rank()}: {line}")
         return 1
     except RankError as error:
-        print(f"{sys.argv[0]}: rank {launched_rank()} ends: {error}", file=sys.stderr, flush=True)
+        _say(str(error), f"{sys.argv[0]}: rank {rank()} ends: {error}")
         return 1
+    except KeyboardInterrupt:
+        if rank() == 0:
+            print(f"{sys.argv[0]}: interrupted{_go_on(output_dir)}", file=sys.stderr, flush=True)
+        return 130
     leave()
     return 0
+
+
+def _say(message: str, line: str) -> None:
+    """Print a line, on rank 0 and where rank 0 does not end with the same message."""
+    if rank() == 0 or not said_by_rank_0(message):
+        print(line, file=sys.stderr, flush=True)
+    if rank() == 0:
+        said_by_rank_0(message)
+
+
+def _go_on(output_dir: str | None) -> str:
+    if output_dir is None or not (Path(output_dir) / JOURNAL).exists():
+        return ""
+    return (
+        f"; every step that was taken is in {Path(output_dir) / JOURNAL}, and the same command with --resume goes on behind it"
+    )
 
 
 def _whole(body: Callable[[], object]) -> None:

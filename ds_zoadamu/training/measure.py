@@ -6,6 +6,7 @@ from pathlib import Path
 import deepspeed
 
 from ds_zoadamu.config import load
+from ds_zoadamu.config.known import check_known
 from ds_zoadamu.config.sections import check_stage
 from ds_zoadamu.config.settings import check_precision, read_config
 from ds_zoadamu.distributed.start import launched_rank, launched_world_size
@@ -35,6 +36,7 @@ def measure(args: Namespace) -> dict:
     if args.output_file and not Path(args.output_file).absolute().parent.is_dir():
         raise InputError(f"--output_file {args.output_file}: there is no such folder; make it first")
     given = read_config(args.deepspeed_config) if args.deepspeed_config else _DEFAULT
+    check_known(given)
     model_input = read_model_input(args)
     check_stage(given, f"{args.deepspeed_config}: ")
     given = {name: given[name] for name in _SECTIONS if name in given}

@@ -3,6 +3,7 @@
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from deepspeed.utils import logger
@@ -10,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ds_zoadamu.config import Config, load
 from ds_zoadamu.config.auto import STEPS_OF_A_RUN, hidden_size_of
+from ds_zoadamu.config.known import check_known
 from ds_zoadamu.config.sections import check_stage, value_at
 from ds_zoadamu.config.settings import check_precision, read_config
 from ds_zoadamu.distributed.start import launched_rank, launched_world_size
@@ -95,6 +97,7 @@ def make_plan(args: Namespace, ranks: int | None = None) -> Plan:
     if args.deepspeed_config is None:
         raise InputError("--deepspeed_config is missing; give a DeepSpeed JSON, for example one of ds_configs/")
     given = read_config(args.deepspeed_config)
+    check_known(given)
     if "optimizer" not in given:
         raise InputError(
             f'{args.deepspeed_config} has no "optimizer"; add one, for example '
@@ -146,6 +149,9 @@ def check_steps(config: Config, max_steps: int) -> None:
 
 def _load(kind, args: Namespace):
     path, what = args.model_name_or_path, kind.__name__[4:].lower()
+    folder = Path(path).expanduser()
+    if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise InputError(f"--model_name_or_path {path}: there is no folder {folder.absolute()}")
     try:
         # Without a value Transformers would ask on the terminal, on every rank.
         return kind.from_pretrained(path, trust_remote_code=args.trust_remote_code)
@@ -156,4 +162,5 @@ def _load(kind, args: Namespace):
                 "--trust_remote_code"
             ) from error
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"--model_name_or_path {path}: no {what} there: {reason}") from error
+        place = "no {} there" if folder.is_dir() else "it is no folder here, and the hub gave no {} of that name"
+        raise InputError(f"--model_name_or_path {path}: {place.format(what)}: {reason}") from error

@@ -42,6 +42,10 @@ engine
     _configure_lr_scheduler  behind it, schedulers are refused
     _configure_zero_optimizer  without an optimizer it partitions for inference
     _check_for_duplicates  of parameters in groups
+    _create_module_forward_pre_hook  in its place, one that does not keep the engine alive
+    _create_module_forward_post_hook  likewise
+    _forward_prologue   what that one calls
+    _forward_epilogue   likewise
 optimizer
     fp16_partitioned_groups_flat  of DeepSpeed's own optimizers, whose memory is compared: the weights
     fp32_partitioned_groups_flat  the master weights
@@ -55,6 +59,8 @@ deepspeed.runtime.zero.partition_parameters.ZeroParamStatus
 deepspeed.runtime.swap_tensor.partitioned_param_swapper.PartitionedParamStatus
     AVAILABLE           of status
     NOT_AVAILABLE       of status; the third is a read on its way
+deepspeed.runtime.zero.parameter_offload
+    ZeROOrderedDict     parameters that are discovered where a forward of another part uses them
 deepspeed.runtime.zero.offload_config.OffloadDeviceEnum
     nvme                of final_location
 deepspeed.runtime.zero.partitioned_param_coordinator.PartitionedParameterCoordinator

@@ -57,7 +57,7 @@ def _short(value: Any, limit: int = 100) -> str:
 
 
 def of_config(config: Config) -> dict[str, Any]:
-    """The values of a DeepSpeed configuration that must be the same, under dotted keys."""
+    """The values of a DeepSpeed configuration that must be the same, under dotted keys; what is switched off says nothing."""
     return {
         key: value
         for section in _SECTIONS
@@ -68,6 +68,8 @@ def of_config(config: Config) -> dict[str, Any]:
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
+        if value.get("enabled") is False or value.get("device") == "none":
+            return  # a section that is switched off, as one that is left out
         for key, inner in value.items():
             yield from _leaves(f"{path}.{key}", inner)
     elif value is not None:

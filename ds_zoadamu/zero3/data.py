@@ -4,6 +4,7 @@ A position is (epoch, micro-batches of it over all ranks). It travels with each 
 position of a step is that of the micro-batches it has taken, however many more have been handed out ahead of it.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import numpy
 import torch
 
 from ..errors import ConfigError
+from ..files.safetensors_io import raw_bytes
 
 Position = tuple[int, int]
 
@@ -86,10 +88,14 @@ class MicroBatchSampler(torch.utils.data.Sampler[list[int]]):
         as here; returns it, as the beginning of the next epoch where it is the end of one.
         """
         epoch, consumed = position
-        if consumed >= self._micro_batches:
+        if self.ends_epoch(position):
             epoch, consumed = epoch + 1, 0
         self.epochs.restore((epoch, consumed))
         return epoch, consumed
+
+    def ends_epoch(self, position: Position) -> bool:
+        """Whether nothing of its epoch is left behind a position."""
+        return position[1] >= self._micro_batches
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, first = self.begun = self.epochs.begin()
@@ -102,19 +108,26 @@ class MicroBatchSampler(torch.utils.data.Sampler[list[int]]):
 
 @dataclass
 class _Waiting:
-    """A micro-batch that no step has taken yet; ``refs``: to its tensors."""
+    """A micro-batch that no step has taken yet; ``refs``: to its tensors, ``prints``: of what they held when it was handed
+    out."""
 
     iteration: int
     position: Position
     refs: list[weakref.ref]
+    prints: set[int]
     evaluated: bool = False
+
+    def likeness(self, ids: set[int], prints: set[int]) -> int:
+        """How many of its tensors a batch has, itself or as copies."""
+        return max(sum((leaf := ref()) is not None and id(leaf) in ids for ref in self.refs), len(self.prints & prints))
 
 
 class _HandedOut:
     """The micro-batches that a loader has handed out and no step has taken yet, with their positions.
 
-    They are known again by their tensors. A copy, as on another device, is taken for the oldest one of the iteration that the
-    steps are in, or else of those that were gone through to their end and of the newest one; never for one that was evaluated.
+    They are known again by their tensors, and copies, as on another device, by what the tensors hold. One that was changed as
+    well is taken for the oldest one of the iteration that the steps are in, or else of those that were gone through to their
+    end and of the newest one; never for one that was evaluated.
     """
 
     def __init__(self) -> None:
@@ -122,6 +135,8 @@ class _HandedOut:
         self._iterations = 0
         self._ended: set[int] = set()
         self._current: int | None = None
+        self.guessed = False
+        """Whether a changed copy was taken for one of several."""
 
     def begin(self) -> int:
         """A number for an iteration of the loader."""
@@ -133,19 +148,21 @@ class _HandedOut:
         self._ended.add(iteration)
 
     def add(self, iteration: int, batch: Any, position: Position) -> None:
-        self._waiting.append(_Waiting(iteration, position, [weakref.ref(leaf) for leaf in _leaves(batch)]))
+        leaves = list(_leaves(batch))
+        self._waiting.append(_Waiting(iteration, position, [weakref.ref(leaf) for leaf in leaves], _prints(leaves)))
 
-    def remove(self, batch: Any) -> Position | None:
-        """The position of a micro-batch; it and what was handed out before it is waited for no more. None for a strange one."""
+    def remove(self, batch: Any) -> tuple[Position | None, bool]:
+        """The position of a micro-batch, None for a strange one; it and what was handed out before it is waited for no more.
+        And whether the iteration that the steps were in was left for its sake."""
         index = self._find(batch)
         if index is None:
-            index = self._oldest()
+            index = self._find_copy(batch)
         if index is None:
-            return None
-        found = self._waiting[index]
+            return None, False
+        found, before = self._waiting[index], self._current
         del self._waiting[: index + 1]  # in place: another thread may be handing out ahead
         self._current = found.iteration
-        return found.position
+        return found.position, before not in (None, found.iteration, *self._ended)
 
     def note_evaluated(self, batch: Any) -> None:
         """An evaluation has used a micro-batch; a step may still take it."""
@@ -159,16 +176,30 @@ class _HandedOut:
                 del self._waiting[number]
 
     def _find(self, batch: Any) -> int | None:
-        leaves = {id(leaf) for leaf in _leaves(batch)}
-        for enough in (all, any):  # any: without those that the user has replaced; not at once, as batches may share a tensor
-            for index, waiting in enumerate(self._waiting):
-                if waiting.refs and enough((leaf := ref()) is not None and id(leaf) in leaves for ref in waiting.refs):
-                    return index
+        ids = {id(leaf) for leaf in _leaves(batch)}
+        for index, waiting in enumerate(self._waiting):
+            if waiting.refs and all((leaf := ref()) is not None and id(leaf) in ids for ref in waiting.refs):
+                return index
         return None
 
-    def _oldest(self) -> int | None:
+    def _find_copy(self, batch: Any) -> int | None:
+        leaves = list(_leaves(batch))
+        ids, prints = {id(leaf) for leaf in leaves}, _prints(leaves)
+        likenesses = [waiting.likeness(ids, prints) for waiting in self._waiting]
+        best = max(likenesses, default=0)
+        alike = [index for index, likeness in enumerate(likenesses) if likeness == best]
+        chosen = self._oldest(alike)
+        if best == 0:
+            self.guessed |= chosen is not None and self._oldest([index for index in alike if index > chosen]) is not None
+            return chosen
+        index = alike[0] if chosen is None else chosen
+        self.guessed |= len(alike) > 1 and best < len(self._waiting[index].prints)
+        return index
+
+    def _oldest(self, indices: list[int]) -> int | None:
         for iterations in ({self._current}, self._ended | {self._iterations}):  # not one that was left after a look
-            for index, waiting in enumerate(self._waiting):
+            for index in indices:
+                waiting = self._waiting[index]
                 if waiting.iteration in iterations and not waiting.evaluated:
                     return index
         return None
@@ -186,11 +217,44 @@ def _leaves(batch: Any) -> Iterator[Any]:
             yield from _leaves(value)
 
 
+_PRINTED = 1 << 14  # elements of a tensor that its print is of, at most: images have millions
+
+
+def _prints(leaves: Iterable[Any]) -> set[int]:
+    """A number for what each tensor or array holds, the same for a copy of it."""
+    prints = set()
+    for leaf in leaves:
+        step = max(1, math.prod(leaf.shape) // _PRINTED)
+        if isinstance(leaf, numpy.ndarray):
+            data = leaf.reshape(-1)[::step].tobytes()
+        elif leaf.layout is torch.strided and not leaf.is_meta and not leaf.is_quantized:
+            data = bytes(raw_bytes(leaf.detach().reshape(-1)[::step]))
+        else:
+            continue
+        prints.add(hash((tuple(leaf.shape), data)))
+    return prints
+
+
+_LEFT = (
+    "a step has taken a micro-batch of a new iteration of the training data while the one before had not ended: each iteration "
+    "begins the next epoch, and a resume would go on in the one that was left. Keep one iterator: batches = iter(dataloader), "
+    "then engine.train_batch(batches) for each step"
+)
+_GUESSED = (
+    "a step was given a micro-batch that is none of the training data's, nor a copy of one, while several of those wait for a "
+    "step: it is taken for the oldest. If micro-batches were left out, a resume will take other data than this run: change "
+    "micro-batches in collate_fn or in place, or leave none out"
+)
+
+
 class TrainingData:
     """What the two loaders share: which position the steps have come to."""
 
     position: Position = (0, 0)
     """Of the last micro-batch that a step has taken."""
+
+    def __init__(self, epochs: _Epochs):
+        self._handed_out, self._epochs, self._told = _HandedOut(), epochs, set()
 
     def identity(self) -> dict | None:
         """What of the data belongs to the identity of a run."""
@@ -200,12 +264,25 @@ class TrainingData:
         """Go on behind a position with the next iteration, and with every further one until a step has taken something."""
         raise NotImplementedError
 
-    def take(self, micro_batches: Sequence[Any]) -> None:
-        """A step has taken these."""
-        positions = [self._handed_out.remove(micro_batch) for micro_batch in micro_batches]
-        if positions[-1] is not None:
-            self.position = positions[-1]
-            self._epochs.leave()
+    def take(self, micro_batches: Sequence[Any]) -> list[str]:
+        """A step has taken these. Returns, once each, warnings of what makes a resume take other data than the run would."""
+        warnings = []
+        for micro_batch in micro_batches:
+            last, (position, left) = self.position, self._handed_out.remove(micro_batch)
+            if position is not None:
+                self.position = position
+                self._epochs.leave()
+            if left and not self._ends_epoch(last):
+                warnings.append(_LEFT)
+        if self._handed_out.guessed:
+            warnings.append(_GUESSED)
+        new = [warning for warning in dict.fromkeys(warnings) if warning not in self._told]
+        self._told.update(new)
+        return new
+
+    def _ends_epoch(self, position: Position) -> bool:
+        """Whether a position is known to be the end of its epoch."""
+        return False
 
     def note_evaluated(self, micro_batch: Any) -> None:
         """An evaluation has used a micro-batch, of here or not; a step may still take it."""
@@ -235,14 +312,17 @@ class MicroBatchLoader(TrainingData, torch.utils.data.DataLoader):
     """A DataLoader over a ``MicroBatchSampler``, also with workers that read ahead."""
 
     def __init__(self, dataset: Any, sampler: MicroBatchSampler, **options: Any):
-        self._handed_out, self._epochs = _HandedOut(), sampler.epochs
-        super().__init__(dataset, batch_sampler=sampler, **options)
+        TrainingData.__init__(self, sampler.epochs)
+        torch.utils.data.DataLoader.__init__(self, dataset, batch_sampler=sampler, **options)
 
     def identity(self) -> dict:
         return {"num_examples": self.batch_sampler.num_examples, "seed": self.batch_sampler.seed}
 
     def restore(self, position: Position) -> None:
         self.position = self.batch_sampler.restore(position)
+
+    def _ends_epoch(self, position: Position) -> bool:
+        return self.batch_sampler.ends_epoch(position)
 
     def __iter__(self) -> Iterator[Any]:
         sampler = self.batch_sampler
@@ -263,7 +343,7 @@ class MicroBatchStream(TrainingData):
         self.dataset = data
         self._collate, self._micro_batch_size = collate_fn, micro_batch_size
         self._accumulation, self._rank, self._world_size = accumulation, rank, world_size
-        self._handed_out, self._epochs = _HandedOut(), _Epochs()
+        super().__init__(_Epochs())
 
     def identity(self) -> None:
         return None

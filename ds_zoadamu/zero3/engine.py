@@ -3,7 +3,7 @@
 import logging
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
@@ -17,11 +17,12 @@ from deepspeed.utils import log_dist, logger
 
 from .. import kernels
 from ..config import Config
-from ..config.learning_rate import beyond_plan, check_lrs, check_scheduler
+from ..config.learning_rate import begins_at_zero, beyond_plan, check_lrs, check_scheduler
 from ..distributed import collective
 from ..errors import ConfigError, NonFiniteLossError
 from ..rules import RULES, Evaluation, make_rule
-from . import divergence, nvme
+from . import divergence, forward_hooks, nvme
+from .batches import fresh, mapped
 from .data import MicroBatchLoader, MicroBatchSampler, MicroBatchStream, TrainingData, check_training_data, is_stream
 from .draws import CommonDraws, undrawn
 from .evaluation import Evaluator, evaluating
@@ -92,7 +93,7 @@ class ForwardOnlyEngine(DeepSpeedEngine):
             with evaluating(self.module):
                 for evaluation in evaluations:
                     with self.gathers.perturbed(self._fill(evaluation)):
-                        passes.append([self._loss(_fresh(batch)) for batch in draws.before_each(micro_batches)])
+                        passes.append([self._loss(fresh(batch)) for batch in draws.before_each(micro_batches)])
             record = self._record(evaluations, global_means(passes, self.device))
             if record.skipped and record.step == 1:
                 divergence.refuse_nonfinite_weights(self, record)
@@ -120,7 +121,7 @@ class ForwardOnlyEngine(DeepSpeedEngine):
     def _evaluate(self, micro_batch: Any) -> torch.Tensor:
         if (data := self.own_data) is not None:
             data.note_evaluated(micro_batch)
-        return self._loss(_fresh(self._to_device(micro_batch)))
+        return self._loss(fresh(self._to_device(micro_batch)))
 
     # --- where the run is
 
@@ -192,8 +193,9 @@ class ForwardOnlyEngine(DeepSpeedEngine):
 
         ``batch``: as given to ``train_batch``; ``micro_batches``: what was drawn of it.
         """
-        if self.own_data is not None:
-            self.own_data.take(micro_batches)
+        for warning in () if self.own_data is None else self.own_data.take(micro_batches):
+            if self.global_rank == 0:
+                logger.warning(warning)
 
     def _draw(self, batch: Any) -> list[Any]:
         """This rank's micro-batches of a step, once every rank has its own: before a gather waits for a rank without."""
@@ -244,7 +246,7 @@ class ForwardOnlyEngine(DeepSpeedEngine):
         return drawn
 
     def _to_device(self, batch: Any) -> Any:
-        return _mapped(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
+        return mapped(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
 
     def _loss(self, micro_batch: Any) -> torch.Tensor:
         return as_pair(self.loss_fn(self.module, micro_batch), self.device)
@@ -280,9 +282,10 @@ class ForwardOnlyEngine(DeepSpeedEngine):
 
     def _check_lrs(self) -> None:
         check_lrs(self.optimizer, self.lr_scheduler)
-        warning = beyond_plan(self.optimizer, self.lr_scheduler, self._told_beyond)
-        if warning is not None and self.global_rank == 0:
-            logger.warning(warning)
+        beyond = beyond_plan(self.optimizer, self.lr_scheduler, self._told_beyond)
+        for warning in (beyond, begins_at_zero(self.optimizer, self.lr_scheduler)):
+            if warning is not None and self.global_rank == 0:
+                logger.warning(warning)
 
     # --- reports
 
@@ -292,7 +295,8 @@ class ForwardOnlyEngine(DeepSpeedEngine):
             return
         coinciding = self.optimizer.coinciding_share()
         if printing:
-            log_dist(f"{record.line()} coinciding={coinciding:.4g} skipped={self.skipped_steps}", ranks=[0])
+            # Asked for, so it is printed; DeepSpeed's logger leaves out what is no warning.
+            print(f"{record.line()} coinciding={coinciding:.4g} skipped={self.skipped_steps}", flush=True)
         if self.monitor.enabled:
             values = [*record.monitored(), ("coinciding_share", coinciding), ("skipped_steps", self.skipped_steps)]
             self.monitor.write_events([(f"Train/Samples/{name}", value, self.global_samples) for name, value in values])
@@ -307,6 +311,7 @@ class ForwardOnlyEngine(DeepSpeedEngine):
             f"step {record.step} skipped: loss_plus={record.loss_plus} loss_minus={record.loss_minus} is not finite "
             f"({self._skipped_in_a_row} in a row, {limit} end the run)",
             ranks=[0],
+            level=logging.WARNING,
         )
         if self._skipped_in_a_row >= limit:
             raise NonFiniteLossError(
@@ -367,6 +372,14 @@ class ForwardOnlyEngine(DeepSpeedEngine):
             ranks=[0],
         )
 
+    def _create_module_forward_pre_hook(self):
+        ours = self.settings.rule is not None
+        return forward_hooks.before_forward(self) if ours else super()._create_module_forward_pre_hook()
+
+    def _create_module_forward_post_hook(self):
+        ours = self.settings.rule is not None
+        return forward_hooks.after_forward(self) if ours else super()._create_module_forward_post_hook()
+
     def _configure_lr_scheduler(self) -> None:
         super()._configure_lr_scheduler()
         if self._is_zeroth_order:
@@ -414,21 +427,3 @@ class ForwardOnlyEngine(DeepSpeedEngine):
             gathers.close()
         if offload := self.__dict__.pop("_offload", None):
             offload.destroy()
-
-
-def _mapped(batch: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A batch with other tensors, in containers of its own."""
-    if torch.is_tensor(batch):
-        return function(batch)
-    if hasattr(batch, "items"):
-        return {key: _mapped(value, function) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_mapped(value, function) for value in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(_mapped(value, function) for value in batch)
-    return batch
-
-
-def _fresh(batch: Any) -> Any:
-    """A copy for one pass: a loss may change its batch in place, and every pass must see the same one."""
-    return _mapped(batch, torch.clone)

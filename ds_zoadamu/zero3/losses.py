@@ -18,6 +18,10 @@ _UNSHIFTED = {f"{name}ForCausalLM" for name in (
     "Bart", "BigBirdPegasus", "Blenderbot", "BlenderbotSmall", "CpmAnt", "MBart", "Marian", "Musicgen", "Mvp", "PLBart",
     "Pegasus", "TrOCR", "Whisper",
 )} | {"Pix2StructTextModel"}  # fmt: skip
+# Their loss leaves out labels at places that the attention mask leaves out.
+_MASKED = {f"{name}ForConditionalGeneration" for name in ("Qwen2Audio", "GraniteSpeech", "GraniteSpeechPlus")}
+# PEFT's ways that put virtual tokens before the first one, which the last of them then predicts.
+_VIRTUAL_TOKENS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING")
 _PER_TOKEN = ("Seq2SeqLMOutput", "MaskedLMOutput", "TokenClassifierOutput")
 _PER_ROW = ("SequenceClassifierOutput", "ImageClassifierOutput", "MultipleChoiceModelOutput", "NextSentencePredictorOutput")
 
@@ -26,9 +30,10 @@ def model_loss(module: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch
     """The model's own ``.loss``, weighted by the labels that it is the mean of.
 
     ``batch``: a mapping of the model's keyword arguments with ``labels``. What counts follows from the kind of output: of a
-    causal language model the labels (batch, length) of positions 1, 2, ... that are not -100, of sequence-to-sequence and
-    masked language models and of token classifiers all that are not -100, of classifiers of whole inputs the rows (batch,),
-    for class numbers those that are not -100. Raises TypeError for any other output: it needs a loss_fn.
+    causal language model the labels (batch, length) of positions 1, 2, ... that are not -100 (behind virtual tokens of PEFT
+    those of position 0 too), of sequence-to-sequence and masked language models and of token classifiers all that are not
+    -100, of classifiers of whole inputs the rows (batch,), for class numbers those that are not -100. Raises TypeError for any
+    other output: it needs a loss_fn.
     """
     labels = batch["labels"] if hasattr(batch, "keys") and "labels" in batch else None
     if labels is None:
@@ -36,26 +41,48 @@ def model_loss(module: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch
             'the batch has no "labels", so the model makes no loss; add them, or pass loss_fn= to ds_zoadamu.initialize'
         )
     output = module(**batch)
-    weight = _labels_that_count(module, output, labels)
+    weight = _labels_that_count(module, output, batch)
     if output.loss is None:
         raise TypeError("the model makes no loss of the batch's labels; pass loss_fn= to ds_zoadamu.initialize")
     return output.loss, weight
 
 
-def _labels_that_count(module: torch.nn.Module, output: Any, labels: torch.Tensor) -> torch.Tensor:
-    kind, classes = type(output).__name__, {type(m).__name__ for m in module.modules()}  # wrapped ones too
+def _labels_that_count(module: torch.nn.Module, output: Any, batch: Any) -> torch.Tensor:
+    labels, kind = batch["labels"], type(output).__name__
+    classes = {type(m).__name__ for m in module.modules()}  # wrapped ones too
     if any(name in kind for name in _PER_TOKEN) or classes & _UNSHIFTED:
         return (labels != -100).sum()
     if any(name in kind for name in _PER_ROW):
         return _rows_that_count(module, labels)
     if "CausalLM" in kind and not any(name.endswith("ForCTC") for name in classes):
-        # PEFT's prompt tuning puts virtual tokens in front: the last of them predicts the first label.
-        logits = getattr(output, "logits", None)
-        first = 0 if logits is not None and logits.shape[-2] > labels.shape[-1] else 1
-        return (labels[..., first:] != -100).sum()
-    raise TypeError(
-        f"{type(module).__name__} returned a {kind}, of which it is not known how many labels its loss is the mean of; pass "
-        "loss_fn= to ds_zoadamu.initialize: (module, batch) -> (mean loss, weight)"
+        first = _first_that_counts(module, output, labels, classes)
+        counted = labels[..., first:] != -100
+        if classes & _MASKED and (mask := batch.get("attention_mask")) is not None:
+            counted &= mask[..., first:] != 0
+        return counted.sum()
+    raise _unknown_weight(module, f"returned a {kind}")
+
+
+def _first_that_counts(module: torch.nn.Module, output: Any, labels: torch.Tensor, classes: set[str]) -> int:
+    """Which place of a causal model's labels is the first that its loss compares with a prediction."""
+    ways = set()
+    if any(name.startswith("Peft") for name in classes):
+        kinds = [m.active_peft_config.peft_type for m in module.modules() if hasattr(m, "active_peft_config")]
+        ways = {getattr(kind, "value", kind) for kind in kinds}
+    if "CPT" in ways:
+        raise _unknown_weight(module, "has adapters of PEFT's CPT, which weighs labels by itself")
+    if ways & set(_VIRTUAL_TOKENS):
+        return 0
+    logits = getattr(output, "logits", None)
+    if logits is not None and logits.shape[-2] > labels.shape[-1] and "GitForCausalLM" not in classes:  # GIT cuts them off
+        raise _unknown_weight(module, f"returned {logits.shape[-2]} logits a row for {labels.shape[-1]} labels")
+    return 1
+
+
+def _unknown_weight(module: torch.nn.Module, why: str) -> TypeError:
+    return TypeError(
+        f"{type(module).__name__} {why}, of which it is not known how many labels its loss is the mean of; pass loss_fn= to "
+        "ds_zoadamu.initialize: (module, batch) -> (mean loss, weight)"
     )
 
 

@@ -156,11 +156,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         }
 
     def coinciding_share(self, max_elements: int = 65536) -> float:
-        """Share of a sample of this rank's elements whose two perturbed values are the same number at the next step.
+        """Share of a sample of this rank's elements whose values are the same number in two evaluations of a direction at the
+        next step, or in one and in the weight itself where a direction has one.
 
         Such an element is moved along a direction that was not evaluated. 0 to 1; NaN where this rank holds no element.
         """
-        first, second = self.rule.evaluations(self.next_step)[:2]
+        first, *others = (one for one in self.rule.evaluations(self.next_step) if one.direction is not None)
+        second = next((one for one in others if one.direction == first.direction), None)
         partitions = [p for p in self.partitions if p.length]
         total = same = 0
         for partition in partitions[: max(1, max_elements // 256)]:
@@ -168,7 +170,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             plus, minus = (torch.empty(sample.length, dtype=sample.dtype, device=sample.compute_device) for _ in range(2))
             with sample.loaded():
                 self.perturb_into(sample, plus, first)
-                self.perturb_into(sample, minus, second)
+                minus.copy_(sample.weight) if second is None else self.perturb_into(sample, minus, second)
             total += sample.length
             same += int((plus == minus).sum())
         return same / total if total else math.nan

@@ -9,7 +9,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import comms_logging
 
 from ..distributed.ending import rest_at_exit
-from ..distributed.waiting import current_limit, limit_waits, time_limit
+from ..distributed.waiting import current_limit, limit_waits, register_process, time_limit
 
 _SHM_OP = "deepspeed_shm_comm"
 
@@ -32,6 +32,7 @@ def init_distributed(timeout: float | timedelta | None = None, **kwargs) -> None
     backend = get_accelerator().communication_backend_name()
     deepspeed.init_distributed(dist_backend=backend, timeout=limit, **kwargs)
     limit_waits(limit)
+    register_process()
     rest_at_exit()
 
 

@@ -1,21 +1,47 @@
 """Models that cannot be trained in partitions, found out before they are partitioned, and what must not change after."""
 
+import platform
+
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 
 from ..config import Config
+from ..config.sections import DTYPES
+from ..distributed import collective
 from ..errors import ConfigError
 from .partition import WRAPPER_PREFIXES, canonical_name, reject_other_dtypes
 
 
 def reject_unusable(module: torch.nn.Module, config: Config) -> None:
     """Raise ConfigError for a module with parameters that cannot be trained in partitions, before they are partitioned."""
+    _reject_unsupported(module, config)
     _reject_empty(module)
     _reject_same_names(module)
     _reject_rescaling(module)
     numels = ((name, getattr(p, "ds_numel", p.numel())) for name, p in module.named_parameters())
     config.offload.check_partition_sizes(numels, dist.get_world_size())
     reject_other_dtypes(module, config)
+
+
+def _reject_unsupported(module: torch.nn.Module, config: Config) -> None:
+    """Raise ConfigError, on all ranks, for parameters of a dtype that DeepSpeed does not have on one of their machines.
+
+    ``config.check_precision`` asks for what the JSON says, and without a word there DeepSpeed takes the model's own dtypes.
+    """
+    if config.precision != "fp32":
+        return  # it casts the model
+    accelerator, names = get_accelerator(), {dtype: name for name, dtype in DTYPES.items()}
+    with collective.on_all_ranks(ConfigError):
+        lacking = {names[dtype] for dtype in {param.dtype for param in module.parameters()} & {torch.float16, torch.bfloat16}}
+        lacking = {name for name in lacking if not getattr(accelerator, f"is_{name}_supported")()}
+        for name, param in module.named_parameters():
+            if (precision := names.get(param.dtype)) in lacking:
+                raise ConfigError(
+                    f"parameter {name!r} is of {param.dtype}, and DeepSpeed has no {precision} on this machine "
+                    f"({accelerator.device_name()}, {platform.machine()}): convert the model with "
+                    f"{'bfloat16() or ' if precision == 'fp16' else ''}float() before initialize"
+                )
 
 
 def _reject_same_names(module: torch.nn.Module) -> None:

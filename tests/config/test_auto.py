@@ -10,6 +10,7 @@ import torch
 import ds_zoadamu
 from ds_zoadamu.config import load
 from ds_zoadamu.config.auto import fill
+from ds_zoadamu.config.known import check_known
 from ds_zoadamu.config.settings import check_config, zeroth_order_type
 from ds_zoadamu.errors import ConfigError
 from ds_zoadamu.tasks import InputError
@@ -28,6 +29,7 @@ def filled(config, *given, world_size=2):
 
 
 def fill_by(overrides, config, world_size=2, hidden_size=64, **data):
+    check_known(config)
     return fill(config, overrides, rule=zeroth_order_type(config), world_size=world_size, hidden_size=hidden_size, **data)
 
 

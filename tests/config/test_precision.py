@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from deepspeed.accelerator import get_accelerator
 
 import ds_zoadamu
@@ -50,6 +51,22 @@ def test_what_one_rank_lacks_is_refused_on_all_before_the_model_is_touched(preci
     for (messages, touched), start in zip(outcomes, (f"rank 1: {named}", named), strict=True):
         assert all(message.startswith(start) for message in messages) and len(messages) == 2, messages
         assert not touched
+
+
+def _half_model(rank, world_size, precision, dtype):
+    _supported(precision, rank == 0)
+    model = OddModel()
+    model.mix.to(dtype)
+    with pytest.raises(ds_zoadamu.ConfigError) as caught:
+        ds_zoadamu.initialize(model=model, config=config(world_size))
+    return str(caught.value), any(hasattr(p, "ds_id") for p in model.parameters())
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_so_is_that_of_a_model_without_a_word_in_the_json(precision, dtype):
+    named = f"parameter 'mix.weight' is of {dtype}, and DeepSpeed has no {precision} on this machine"
+    for (message, touched), start in zip(run_ranks(2, _half_model, precision, dtype), (f"rank 1: {named}", named), strict=True):
+        assert message.startswith(start) and "float() before initialize" in message and not touched
 
 
 def test_every_command_says_it_before_anything_is_loaded_or_written(tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ pytestmark = pytest.mark.ranks
 def _outcome(function, *args) -> str:
     try:
         return repr(function(*args))
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def _messages(rank, world_size):
@@ -109,13 +109,19 @@ def test_where_every_rank_fails_the_group_can_still_be_used():
 def _alone(rank, world_size, failing, how):
     """Rank ``failing`` fails where the others wait in another collective, of another group."""
     import os
+    import signal
+    import sys
 
     import torch
     import torch.distributed as dist
 
-    from ds_zoadamu.distributed import collective
+    from ds_zoadamu.distributed import collective, waiting
     from ds_zoadamu.distributed.waiting import limit_waits, time_limit
 
+    if how == "dies far away":
+        waiting._machine = lambda: f"machine {rank}"
+        waiting.register_process()
+        dist.barrier()
     beside, store = dist.new_group(), dist.group.WORLD.get_group_store()
     limit_waits(time_limit(4.0 if how == "hangs" else 12.0))
 
@@ -124,8 +130,12 @@ def _alone(rank, world_size, failing, how):
             collective.barrier()
             if rank == failing and how == "raises":
                 raise MemoryError("no memory left\nfor this rank")
-            if rank == failing and how == "dies":
-                os._exit(1)
+            if rank == failing and how == "interrupted":
+                raise KeyboardInterrupt
+            if rank == failing and how == "exits":
+                sys.exit(3)
+            if rank == failing and how.startswith("dies"):
+                os.kill(os.getpid(), signal.SIGKILL)
             if rank == failing:
                 store.wait(["the others have given up"])
             dist.all_reduce(torch.zeros(2), group=beside)
@@ -151,10 +161,27 @@ def test_a_rank_that_hangs_is_waited_for_as_long_as_the_limit_says():
         assert outcome == after
 
 
-def test_a_rank_that_dies_without_a_word_is_noticed():
+@pytest.mark.parametrize("how", ["interrupted", "exits"])
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_that_is_interrupted_or_exits_tells_the_others(failing, how):
+    """It keeps its own exception, by which its process ends."""
+    name = "KeyboardInterrupt" if how == "interrupted" else "SystemExit: 3"
+    for rank, (outcome, _) in enumerate(run_ranks(3, _alone, failing, how)):
+        assert outcome == (name if rank == failing else f"RankError: rank {failing}, at work: {name}")
+
+
+@pytest.mark.parametrize("failing, world_size", [(1, 2), (2, 3)])
+def test_a_rank_that_dies_without_a_word_is_named(failing, world_size):
+    with pytest.raises(AssertionError, match=f"rank {failing}: died without an answer") as failure:
+        run_ranks(world_size, _alone_or_raise, failing, "dies")
+    said = f"AssertionError: RankError: rank {failing}'s process has ended without a word, at work: killed, or out of memory? ("
+    assert str(failure.value).count(said) == world_size - 1
+
+
+def test_of_a_dead_rank_nobody_knows_the_wrong_one_is_not_named():
     with pytest.raises(AssertionError, match="rank 1: died without an answer") as failure:
-        run_ranks(2, _alone_or_raise, 1, "dies")
-    assert "RankError: rank 0, at work: another rank's process has ended without a word: killed" in str(failure.value)
+        run_ranks(2, _alone_or_raise, 1, "dies far away")
+    assert "RankError: another rank's process has ended without a word, at work: killed" in str(failure.value)
 
 
 def _alone_or_raise(rank, world_size, failing, how):

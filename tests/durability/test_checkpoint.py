@@ -115,11 +115,61 @@ def test_tags_latest_client_state_and_save_total_limit(tmp_path):
         assert latest == "global_step7"
 
 
+def old_ones_cannot_be_removed(rank, world_size, folder):
+    """Returns what was logged, and what is there after each of two saves."""
+    from deepspeed.utils import logger
+
+    from ds_zoadamu.durability import checkpoint_store as store
+
+    remove, stuck, warnings, listed = store.folders.remove, [True], [], []
+
+    def remove_others(path):
+        if stuck and path.name == ".removing-global_step1":  # as a file that another machine holds open
+            raise OSError(16, "Device or resource busy", str(path))
+        remove(path)
+
+    store.folders.remove, warn = remove_others, logger.warning
+    logger.warning = warnings.append
+    engine, batches = runs.make_engine(world_size)
+    for step in range(1, 5):
+        runs.train(engine, batches, step)
+        if step == 4:
+            stuck.clear()
+        engine.save_checkpoint(folder, save_total_limit=1)
+        listed.append(sorted(name for name in os.listdir(folder) if name != ".lock"))
+    logger.warning = warn
+    return warnings, listed
+
+
+def test_a_checkpoint_is_saved_though_an_older_one_cannot_be_removed(tmp_path):
+    (warnings, listed), (others, _) = run_ranks(2, old_ones_cannot_be_removed, str(tmp_path))
+    assert warnings == [
+        f"checkpoint '{tmp_path}/global_step2' is saved, but an older one beyond save_total_limit 1 cannot be removed: "
+        f"'{tmp_path}/.removing-global_step1': Device or resource busy. The next save tries again"
+    ]
+    assert others == [] and listed == [
+        ["global_step1", "latest"],
+        [".removing-global_step1", "global_step2", "latest"],
+        [".removing-global_step1", "global_step3", "latest"],
+        ["global_step4", "latest"],
+    ]
+
+
 # --- refusals -----------------------------------------------------------------------------------------------------------------
 
 
 def _rewritten(file, change):
     return lambda path: (path / file).write_bytes(change((path / file).read_bytes()))
+
+
+def _save_too_much(engine, folder):
+    from ds_zoadamu.durability import checkpoint_store as store
+
+    store._MAX_BYTES, bound = 20_000, store._MAX_BYTES
+    try:
+        engine.save_checkpoint(folder, client_state={"text": "x" * 30_000})
+    finally:
+        store._MAX_BYTES = bound
 
 
 def _forged(change):
@@ -184,6 +234,9 @@ def refused(rank, world_size, folder):
     attempt("scheduler", lambda engine: engine.load_checkpoint(good), scheduler=True)
     attempt("weights of other dtype", lambda engine: engine.load_checkpoint(good, load_module_only=True), dtype="bf16")
     attempt("client_state", lambda engine: engine.save_checkpoint(good, client_state={"model": torch.nn.Linear(1, 1)}))
+    deep = {"tree": json.loads("[" * 120 + "]" * 120)}
+    attempt("too deep", lambda engine: engine.save_checkpoint(good, client_state=deep))
+    attempt("too large", lambda engine: _save_too_much(engine, folder / "large"))
     attempt("tag", lambda engine: engine.save_checkpoint(good, "a/b"))
     attempt("limit", lambda engine: engine.save_checkpoint(good, save_total_limit=0))
     attempt("different tags", lambda engine: engine.save_checkpoint(good, f"rank{rank}"))
@@ -210,6 +263,8 @@ def test_refusals_on_two_ranks(tmp_path):
         "scheduler": "was saved with the lr scheduler None, this run has WarmupLR",
         "weights of other dtype": "dtype of 'temperature' is 'bfloat16' here",
         "client_state": "client_state['model'] is a Linear; kept are numbers, strings",
+        "too deep": "a checkpoint cannot hold all of client_state: lists or objects more than 100 deep",
+        "too large": " bytes, 30012 of them for client_state; it can have at most 20000: keep less there",
         "tag": "tag is 'a/b'; it must be the name of a folder",
         "limit": "save_total_limit is 0; it must be an integer >= 1",
         "different tags": "the ranks disagree about the tag",
@@ -269,6 +324,28 @@ def test_a_folder_is_of_one_run_and_one_engine(tmp_path):
             assert f"{tmp_path}/real' holds checkpoint 'global_step3' (step 3) of another run; give this run" in message
         assert len(messages) == 3 and listed == [".lock", "global_step2", "global_step3", "latest"]
     assert run_ranks(1, go_on, str(tmp_path / "link")) == [[".lock", "global_step4", "global_step5", "latest"]]
+
+
+def dropped(rank, world_size, folder):
+    """An engine whose name is given to another one, as in a notebook: the next goes on with its journal and its folder, and
+    the model, which somebody still has, can be used."""
+    engine, batches = runs.make_engine(world_size)
+    engine.open_journal(Path(folder) / "journal.jsonl")
+    runs.train(engine, batches, 2, save_every=2, folder=folder)
+    module, batch = engine.module.eval(), runs.Sentences()[0]
+    batch = {name: ids[None] for name, ids in batch.items()}
+    engine.module.requires_grad_(False)
+    before = float(module(**batch).loss)
+    engine = None
+    engine, batches = runs.make_engine(world_size)
+    engine.resume(Path(folder) / "journal.jsonl", folder)
+    runs.train(engine, batches, 4, save_every=2, folder=folder)
+    return before == float(module(**batch).loss), sorted(os.listdir(folder))
+
+
+def test_an_engine_that_nobody_has_any_more_gives_up_what_it_holds(tmp_path):
+    for usable, listed in run_ranks(2, dropped, str(tmp_path)):
+        assert usable and listed == [".lock", "global_step2", "global_step4", "journal.jsonl", "latest"]
 
 
 # --- a full disk, no permission -----------------------------------------------------------------------------------------------

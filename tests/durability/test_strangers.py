@@ -72,6 +72,8 @@ def base(**changes) -> dict:
         ({"base": None}, "base is None"),
         ({"base": base(revision="../../refs/main")}, "base.revision is '../../refs/main'"),
         ({"base": base(sha256="0" * 64, files={"../x": "0" * 64})}, "'../x' is not the plain name of a file"),
+        ({"base": base(sha256="0" * 64, files={"evil.py": "0" * 64})}, "'evil.py' is no file of weights"),
+        ({"base": base(sha256="0" * 64, files={"pytorch_model.bin": "0" * 64})}, "'pytorch_model.bin' is no file of weights"),
         ({"base": base(sha256="0" * 64)}, "one of sha256 and files is null"),
         ({"base": base(companions={"evil.py": "0" * 64})}, "'evil.py' is not among the files that are copied"),
     ],

@@ -14,10 +14,11 @@ from ds_zoadamu.plan.__main__ import main
 from ds_zoadamu.plan.gathers import GatherSettings, gather_use
 from ds_zoadamu.plan.memory import Model, plan_memory
 from ds_zoadamu.plan.models import OPT_SHAPES, load_config, opt_config
-from ds_zoadamu.plan.sizes import ParameterSize, meta_model, momentum_bytes, parameter_sizes, weight_bytes
+from ds_zoadamu.plan.sizes import ParameterSize, meta_model, momentum_bytes, parameter_sizes, state_bytes, weight_bytes
 from ds_zoadamu.plan.step_time import HARDWARE, estimate_step
 from ds_zoadamu.plan.table import largest
 from ds_zoadamu.plan.trace import trace_forward
+from ds_zoadamu.rules import Rule, ZOAdaMU
 from ds_zoadamu.zero3.chunks import CHUNK_ON_GPU
 
 
@@ -30,6 +31,14 @@ def opt(size: str, dtype: str = "bf16") -> Model:
 @cache
 def sizes_of(size: str) -> list[ParameterSize]:
     return parameter_sizes(meta_model(opt_config(size)))
+
+
+def zo_adamu(momentum: str) -> Rule:
+    return ZOAdaMU(lr=1e-6, total_steps=20_000, momentum={"dtype": momentum})
+
+
+def momentum_of(sizes, rank: int, world_size: int, momentum: str) -> int:
+    return momentum_bytes(sizes, rank, world_size, state_bytes(zo_adamu(momentum), torch.bfloat16))
 
 
 def by_formula(hidden: int, layers: int, vocab: int = 50272, positions: int = 2050) -> int:
@@ -66,12 +75,12 @@ def test_parameter_counts_are_those_of_the_formula(size):
 def test_known_sums(size, world_size, momentum, weights, stored):
     sizes = sizes_of(size)
     assert weight_bytes(sizes, world_size, 2) == weights
-    assert momentum_bytes(sizes, 0, world_size, momentum) == stored
+    assert momentum_of(sizes, 0, world_size, momentum) == stored
 
 
 def test_the_issue_s_figures_in_gb():
     sizes = sizes_of("175b")
-    together = {m: (weight_bytes(sizes, 8, 2) + momentum_bytes(sizes, 0, 8, m)) / 1e9 for m in ("int8", "replay")}
+    together = {m: (weight_bytes(sizes, 8, 2) + momentum_of(sizes, 0, 8, m)) / 1e9 for m in ("int8", "replay")}
     assert round(together["int8"], 1) == 65.5 and round(together["replay"], 1) == 43.7
 
 
@@ -81,7 +90,7 @@ def test_padding_and_odd_sizes():
     assert [sizes[0].real_numel(r, 4) for r in range(4)] == [2, 2, 2, 1]
     assert [sizes[1].real_numel(r, 4) for r in range(4)] == [1, 0, 0, 0]
     assert weight_bytes(sizes, 4, 2) == 2 * (2 + 1 + 2)
-    assert [momentum_bytes(sizes, r, 4, "fp32") for r in range(4)] == [12, 8, 8, 4]  # the frozen one has none
+    assert [momentum_of(sizes, r, 4, "fp32") for r in range(4)] == [12, 8, 8, 4]  # the frozen one has none
 
 
 def test_tied_weights_count_once_and_untied_ones_twice():
@@ -198,7 +207,7 @@ def test_gloo_receives_two_gathers_at_once():
 
 def test_offload_moves_weights_and_momentum_to_the_host():
     model = opt("125m")
-    common = {"world_size": 2, "capacity": 10**10, "momentum": "int8", "micro_batch": 1, "length": 64}
+    common = {"rule": zo_adamu("int8"), "world_size": 2, "capacity": 10**10, "micro_batch": 1, "length": 64}
     plan, moved = plan_memory(model, **common), plan_memory(model, **common, offload=True)
     assert moved.weights == model.buffers and moved.momentum == 0
     assert moved.host == 2 * (plan.weights - model.buffers) + model.numel
@@ -210,7 +219,7 @@ def test_offload_to_nvme_keeps_small_partitions_and_the_buffers_in_host_memory()
     offload_param = {"device": "nvme", "nvme_path": "/drive", "buffer_count": 3, "buffer_size": 1000}
     drive = load({"zero_optimization": {"offload_param": offload_param}, "bf16": {"enabled": True}}).offload
     assert (drive.smallest_file, drive.buffers) == (2**20, 3 * 1024 * 2)  # each aligned to 1024 bytes
-    common = {"world_size": 2, "capacity": 10**10, "momentum": "int8", "micro_batch": 1, "length": 64, "offload": True}
+    common = {"rule": zo_adamu("int8"), "world_size": 2, "capacity": 10**10, "micro_batch": 1, "length": 64, "offload": True}
     host, nvme = plan_memory(model, **common), plan_memory(model, **common, drive=drive)
     # Two ranks: half of each large matrix in bf16, and its momentum. fc1, fc2 of 12 layers and the two embeddings; the
     # projections of attention are 768 x 768, 0.59 MB a rank.
@@ -225,7 +234,7 @@ def test_offload_to_nvme_keeps_small_partitions_and_the_buffers_in_host_memory()
 
 def test_an_offloaded_partition_is_copied_to_the_device_in_chunks():
     model = opt("125m")
-    common = {"world_size": 1, "capacity": 10**10, "momentum": "fp32", "micro_batch": 1, "length": 8}
+    common = {"rule": zo_adamu("fp32"), "world_size": 1, "capacity": 10**10, "micro_batch": 1, "length": 8}
     plan, moved = plan_memory(model, **common), plan_memory(model, **common, offload=True)
     # The embedding has more than two chunks; the copies of weight and momentum come on top of its temporary.
     assert 50272 * 768 > 2 * CHUNK_ON_GPU
@@ -234,14 +243,13 @@ def test_an_offloaded_partition_is_copied_to_the_device_in_chunks():
 
 def test_step_time_by_hand():
     model = opt("125m")
-    plan = plan_memory(model, world_size=1, capacity=80 * 10**9, momentum="int8", micro_batch=2, length=100)
+    common = {"rule": zo_adamu("int8"), "capacity": 80 * 10**9, "micro_batch": 2, "length": 100}
+    plan = plan_memory(model, **common, world_size=1)
     hardware = HARDWARE["a100-80gb"].with_overrides(tflops=100.0, efficiency=1.0)
     time = estimate_step(model, plan, hardware)
     assert time.forward == pytest.approx(2 * 2 * model.numel * 200 / 1e14)
     assert time.gather == 0.0  # one rank
-    eight = estimate_step(
-        model, plan_memory(model, world_size=8, capacity=80 * 10**9, momentum="int8", micro_batch=2, length=100), hardware
-    )
+    eight = estimate_step(model, plan_memory(model, **common, world_size=8), hardware)
     assert eight.gather > 0 and eight.noise < time.noise / 7
 
 

@@ -1,18 +1,21 @@
-"""The plan for what is not plain ZO-AdaMU: MeZO, several perturbations a step, a constant beta1, PEFT adapters."""
+"""The plan for what is not plain ZO-AdaMU: MeZO, several perturbations, a constant beta1, rules of one's own, PEFT adapters."""
 
 import json
 import sys
 
 import pytest
+import torch
 
 from ds_zoadamu import ConfigError, check_config
+from ds_zoadamu.cli import main as console
 from ds_zoadamu.config.offload import Offload
 from ds_zoadamu.plan.__main__ import main
 from ds_zoadamu.plan.adapters import read_adapter
 from ds_zoadamu.plan.memory import Model, plan_memory
 from ds_zoadamu.plan.models import opt_config
-from ds_zoadamu.plan.sizes import momentum_bytes
+from ds_zoadamu.plan.sizes import momentum_bytes, state_bytes
 from ds_zoadamu.plan.step_time import HARDWARE, estimate_step
+from ds_zoadamu.rules import RULES, MeZO, Rule, ZOAdaMU, import_modules, make_rule
 from ds_zoadamu.rules.schedules import Schedule
 
 OPT_125M = 125_239_296
@@ -33,8 +36,12 @@ def json_file(path, rule: str = "ZOAdaMU", **params) -> str:
     return str(path)
 
 
-def plan(model: Model, **kind):
-    return plan_memory(model, **({"world_size": 2, "capacity": 10**10, "micro_batch": 1, "length": 64} | kind))
+def zo_adamu(momentum: str, num_perturbations: int = 1) -> Rule:
+    return ZOAdaMU(lr=1e-6, total_steps=20_000, num_perturbations=num_perturbations, momentum={"dtype": momentum})
+
+
+def plan(model: Model, rule: Rule, **kind):
+    return plan_memory(model, rule, **({"world_size": 2, "capacity": 10**10, "micro_batch": 1, "length": 64} | kind))
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +66,9 @@ def test_mezo_stores_nothing_and_its_json_stays_mezo(capsys, tmp_path):
 
 
 def test_mezo_needs_what_replay_needs_and_does_not_make_its_noise(opt):
-    mezo, replay = plan(opt, momentum="none"), plan(opt, momentum="replay")
+    mezo, replay = plan(opt, MeZO(lr=1e-6)), plan(opt, zo_adamu("replay"))
     assert (mezo.total, mezo.momentum) == (replay.total, 0)
-    times = [estimate_step(opt, p, HARDWARE["a100-80gb"], window=w) for p, w in ((mezo, 1), (replay, 45))]
+    times = [estimate_step(opt, p, HARDWARE["a100-80gb"]) for p in (mezo, replay)]
     assert times[0].noise < times[1].noise / 30
 
 
@@ -74,23 +81,23 @@ def test_mezo_has_no_momentum_option(capsys, tmp_path):
 
 
 def test_each_perturbation_stores_a_momentum_and_makes_two_forwards(opt):
-    one, three = (plan(opt, momentum="int8", num_perturbations=count) for count in (1, 3))
+    one, three = (plan(opt, zo_adamu("int8", count)) for count in (1, 3))
     assert three.momentum == 3 * one.momentum == 3 * OPT_125M // 2
     assert (three.weights, three.gathered, three.temporaries, three.activations) == (
         one.weights, one.gathered, one.temporaries, one.activations,
     )  # fmt: skip
-    times = [estimate_step(opt, p, HARDWARE["a100-80gb"], num_perturbations=c) for p, c in ((one, 1), (three, 3))]
+    times = [estimate_step(opt, p, HARDWARE["a100-80gb"]) for p in (one, three)]
     for cause in ("forward", "gather", "noise"):
         assert getattr(times[1], cause) == pytest.approx(3 * getattr(times[0], cause))
 
 
 def test_offloaded_momenta_lie_on_the_host_and_one_goes_along_with_a_gather(opt):
-    host = [plan(opt, momentum="bf16", num_perturbations=count, offload=True) for count in (1, 3)]
+    host = [plan(opt, zo_adamu("bf16", count), offload=True) for count in (1, 3)]
     assert host[1].host - host[0].host == 2 * 2 * OPT_125M and host[1].momentum == 0
     # Two forwards read 16-bit weights and one 16-bit momentum, the update reads and writes weights and three momenta.
-    alone = plan(opt, momentum="bf16", num_perturbations=3, offload=True, world_size=1)
+    alone = plan(opt, zo_adamu("bf16", 3), offload=True, world_size=1)
     hardware = HARDWARE["a100-80gb"]
-    time = estimate_step(opt, alone, hardware, num_perturbations=3, offload=True)
+    time = estimate_step(opt, alone, hardware, offload=True)
     moved = OPT_125M * (6 * (2 + 2) + 2 * (2 + 3 * 2))
     assert time.host == pytest.approx(moved / (hardware.host_gb * 1e9 * hardware.link_efficiency))
 
@@ -98,9 +105,8 @@ def test_offloaded_momenta_lie_on_the_host_and_one_goes_along_with_a_gather(opt)
 def test_nvme_takes_every_momentum_along(opt):
     drive = Offload("nvme", itemsize=2, smallest_file=2**20, buffers=10**8)
     large = sum(size.numel for size in opt.sizes if size.numel >= 2**20)  # 2 bytes a weight, 2 ranks
-    on_drive = [
-        plan(opt, momentum=momentum, num_perturbations=3, offload=True, drive=drive).on_drive for momentum in ("none", "int8")
-    ]
+    rules = MeZO(lr=1e-6, num_perturbations=3), zo_adamu("int8", 3)
+    on_drive = [plan(opt, rule, offload=True, drive=drive).on_drive for rule in rules]
     assert on_drive == [2 * large, (2 + 3) * large]
 
 
@@ -137,6 +143,64 @@ def test_a_small_constant_beta1_leaves_replay_out(capsys, tmp_path):
     assert status == 2 and "135" in err and "max_window is 64" in err
 
 
+# --- rules of one's own -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(monkeypatch):
+    """Arguments of `ds_zoadamu` that bring the rules of tests/helpers/own_rule.py; they are forgotten afterwards."""
+    before = dict(RULES)
+    monkeypatch.delitem(sys.modules, OWN, raising=False)  # else a second import would register nothing
+    yield ["--import", OWN]
+    RULES.clear()
+    RULES.update(before)
+
+
+OWN = "tests.helpers.own_rule"
+
+
+def test_a_rule_s_own_state_and_evaluations_are_planned(opt, own):
+    import_modules(own[1:])
+    rule = make_rule("OneSided", {"lr": 1e-6, "num_perturbations": 2})
+    stored, moved = plan(opt, rule), plan(opt, rule, offload=True, world_size=1)
+    assert stored.momentum == (4 + 1) * OPT_125M // 2 and moved.host == (2 + 4 + 1) * OPT_125M
+    mezo, hardware = plan(opt, MeZO(lr=1e-6)), HARDWARE["a100-80gb"]
+    times = [estimate_step(opt, p, hardware) for p in (mezo, stored)]
+    # Three forwards, of which two are perturbed: noise for those, and along two directions for the update.
+    assert times[1].forward == pytest.approx(1.5 * times[0].forward) and times[1].gather == pytest.approx(1.5 * times[0].gather)
+    assert times[1].noise == pytest.approx(4 / 3 * times[0].noise)
+    # The forwards read weights, two of them the mean too; the update reads and writes all.
+    bytes_moved = OPT_125M * (3 * 2 + 2 * 4 + 2 * (2 + 4 + 1))
+    per_second = hardware.host_gb * 1e9 * hardware.link_efficiency
+    assert estimate_step(opt, moved, hardware, offload=True).host == pytest.approx(bytes_moved / per_second)
+
+
+def test_the_command_plans_a_rule_of_ones_own(capsys, tmp_path, own):
+    given, written = json_file(tmp_path / "ds.json", "OneSided", num_perturbations=2), tmp_path / "written.json"
+    status = console([*own, "plan", *WORDS, "--config", given, "--write", str(written)])
+    out = capsys.readouterr().out
+    assert status == 0 and "momentum float32 + int8, micro-batch 1" in out and "replay" not in out
+    assert "num_perturbations is 2: a step has 3 forwards and 2 momenta" in out and "\n  3 forwards" in out
+    assert any(line.split() == ["momentum", "0.626"] for line in out.splitlines())  # 5 bytes x 125,239,296
+    assert json.loads(written.read_text())["optimizer"]["params"] == {"lr": 1e-6, "num_perturbations": 2}
+
+
+def test_a_rule_of_ones_own_says_which_storages_there_are(capsys, tmp_path, own):
+    given, written = json_file(tmp_path / "ds.json", "Kept"), tmp_path / "written.json"
+    words = [*own, "plan", *WORDS, "--config", given]
+    assert console([*words, "--gpu-memory", "0.9", "--write", str(written)]) == 0
+    out = capsys.readouterr().out
+    assert "momentum votes" in out and "mean momentum would miss by 0.1 GB" in out and "votes are coarse" in out
+    assert "elements; kept by hand" in out
+    assert json.loads(written.read_text())["optimizer"]["params"] == {"lr": 1e-6, "kept": "votes"}
+    assert console([*words, "--gpu-memory", "0.3"]) == 3
+    assert "both is left out: nobody wrote it" in capsys.readouterr().out
+    asked = json_file(tmp_path / "asked.json", "Kept", kept="mean")
+    assert console([*own, "plan", *WORDS, "--config", asked, "--gpu-memory", "0.9"]) == 3
+    out = capsys.readouterr().out
+    assert "momentum mean" in out and "left out" not in out
+
+
 # --- adapters -----------------------------------------------------------------------------------------------------------------
 
 
@@ -156,8 +220,8 @@ def test_lora_s_sizes_by_hand(lora):
     model = Model.build("opt-125m", opt_config("125m"), "bf16", read_adapter(str(lora)))
     assert model.trained_numel == LORA_NUMEL and model.numel == OPT_125M + LORA_NUMEL
     assert all(("lora_" in size.name) == size.trained for size in model.sizes)
-    assert momentum_bytes(model.sizes, 0, 2, "int8", 3) == 3 * LORA_NUMEL // 2
-    adapted = plan(model, momentum="int8")
+    assert momentum_bytes(model.sizes, 0, 2, state_bytes(zo_adamu("int8", 3), torch.bfloat16)) == 3 * LORA_NUMEL // 2
+    adapted = plan(model, zo_adamu("int8"))
     assert adapted.weights == 2 * (OPT_125M + LORA_NUMEL) // 2 and adapted.momentum == LORA_NUMEL // 2
     assert adapted.perturbed_numel == LORA_NUMEL // 2  # what is frozen is gathered as it is
     assert adapted.traffic_numel == OPT_125M + LORA_NUMEL

@@ -13,8 +13,9 @@ import transformers
 
 from ds_zoadamu.plan.gathers import GatherSettings, gather_use
 from ds_zoadamu.plan.memory import Model
-from ds_zoadamu.plan.sizes import buffer_bytes, momentum_bytes, parameter_sizes, weight_bytes
+from ds_zoadamu.plan.sizes import buffer_bytes, momentum_bytes, parameter_sizes, state_bytes, weight_bytes
 from ds_zoadamu.plan.trace import trace_forward
+from ds_zoadamu.rules import make_rule
 
 from ..helpers.harness import HANG, free_port, run_ranks
 from ..helpers.jobs import config, engine_for
@@ -64,6 +65,12 @@ def _config(world_size, dtype, momentum, num_perturbations):
     return config(world_size, **rule, **PRECISIONS[dtype])
 
 
+def _momentum(sizes, rank, world_size, dtype, momentum, num_perturbations):
+    optimizer = _config(world_size, dtype, momentum, num_perturbations)["optimizer"]
+    rule = make_rule(optimizer["type"], optimizer["params"])
+    return momentum_bytes(sizes, rank, world_size, state_bytes(rule, DTYPES[dtype]))
+
+
 def _bytes_held(engine) -> tuple[dict[str, int], int, int]:
     """Of trained weights and momentum, of all weights, of buffers."""
     everything = sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in engine.module.parameters())
@@ -92,7 +99,7 @@ def test_weights_momentum_and_buffers_planned_are_those_held(world_size):
             trained = [size for size in sizes if size.trained]
             assert everything == weight_bytes(sizes, world_size, ITEMSIZE[dtype])
             assert held["weights"] == weight_bytes(trained, world_size, ITEMSIZE[dtype])
-            assert held["momentum"] == momentum_bytes(sizes, rank, world_size, momentum, count)
+            assert held["momentum"] == _momentum(sizes, rank, world_size, dtype, momentum, count)
             assert buffers == (0 if kind == "odd" else buffer_bytes(model))
             assert kind != "llama" or buffers > 0
             assert kind != "lora" or len(trained) < len(sizes)
@@ -130,7 +137,7 @@ def test_planned_is_held_with_25_million_parameters(lora):
     for rank, (held, everything, buffers) in enumerate(run_ranks(2, _large, adapter)):
         assert everything == weight_bytes(planned.sizes, 2, 2)
         assert held["weights"] == weight_bytes(trained, 2, 2)
-        assert held["momentum"] == momentum_bytes(planned.sizes, rank, 2, "int8", 2)
+        assert held["momentum"] == _momentum(planned.sizes, rank, 2, "bf16", "int8", 2)
         assert buffers == planned.buffers
 
 
@@ -217,3 +224,20 @@ def test_a_rehearsal_holds_what_was_planned(tmp_path, section, layers, batch, se
     assert done.returncode == 0, done.stderr  # weights and momentum, to the byte, on both ranks
     planned, measured = map(float, re.search(r"^peak +([\d.]+) +([\d.]+)", done.stdout, re.MULTILINE).groups())
     assert 0.85 < measured / planned < 1.15
+
+
+def test_a_rehearsal_of_a_rule_of_ones_own_holds_what_was_planned(tmp_path):
+    rule = {"type": "OneSided", "params": {"lr": 1e-6, "num_perturbations": 2}}
+    sections = {"optimizer": rule, "bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
+    (tmp_path / "ds.json").write_text(json.dumps(sections))
+    plan = ["plan", "--model", "opt-125m", "--config", str(tmp_path / "ds.json"), "--batch", "1", "--seq", "8"]
+    command = [sys.executable, "-m", "ds_zoadamu.cli", "--import", "tests.helpers.own_rule", *plan]
+    done = subprocess.run(
+        [*command, "--rehearse", "--rehearse-layers", "1"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())},
+        capture_output=True, text=True, timeout=HANG,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    planned, held = re.search(r"^momentum +([\d.]+) +([\d.]+)$", done.stdout, re.MULTILINE).groups()
+    # 52322 x 768 (embeddings), one layer of 12 x 768^2 + 13 x 768, 2 x 768; 4 + 1 bytes each.
+    assert planned == held == f"{(52_322 * 768 + 12 * 768**2 + 13 * 768 + 2 * 768) * 5 / 1e9:.6f}"

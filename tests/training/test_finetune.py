@@ -235,7 +235,9 @@ BAD_INPUT = {
     "--data_dir {tmp}/nowhere": "nowhere: no such folder",
     "--data_dir {tmp}/broken": "train.jsonl:2: column 'label' is missing",
     "--task {tmp}/deep.json": "deep.json: not JSON: lists or objects more than 100 deep",
-    "--model_name_or_path {tmp}/nowhere": "no config there",
+    "--model_name_or_path {tmp}/nowhere": "nowhere: there is no folder {tmp}/nowhere",
+    "--model_name_or_path {tmp}/taken": "taken: no config there: ",
+    "--model_name_or_path nobody/nowhere": "it is no folder here, and the hub gave no config of that name: ",
     "--model_name_or_path {tmp}/cut": "cut/model.safetensors' is not a whole safetensors file: ",
     "--output_dir {tmp}/taken": "holds the results.json of an earlier run; give another folder, "
     "--resume or --overwrite_output_dir",
@@ -243,6 +245,7 @@ BAD_INPUT = {
     "--deepspeed_config {tmp}/nowhere.json": "cannot be read",
     "--deepspeed_config {tmp}/no_optimizer.json": 'has no "optimizer"',
     "--deepspeed_config {tmp}/stage2.json": "zero_optimization.stage is 2; set it to 3",
+    "--deepspeed_config {tmp}/text.json": 'steps_per_print is "ten"; it must be an integer >= 1, or null to print nothing',
     "--deepspeed_config {tmp}/misspelt.json": "unknown 'zo_epsilon' (did you mean 'zo_eps'?)",
     "--max_steps 0": "--max_steps must be at least 1, got 0",
     "--max_length 2": "max_length 2 is too short",
@@ -269,7 +272,7 @@ def _every_message(rank, world_size, arguments, tmp):
     return outcomes
 
 
-def test_bad_input_ends_every_rank_with_the_message_and_changes_no_file(model, data, tmp_path):
+def test_bad_input_ends_every_rank_with_one_message_and_changes_no_file(model, data, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "results.json").write_text("{}")
     (tmp_path / "broken").mkdir()
@@ -282,6 +285,7 @@ def test_bad_input_ends_every_rank_with_the_message_and_changes_no_file(model, d
     good = {"optimizer": {"type": "ZOAdaMU", "params": params}, "zero_optimization": {"stage": 3}}
     for name, change in {
         "no_optimizer": {"optimizer": None},
+        "text": {"steps_per_print": "ten"},
         "stage2": {"zero_optimization": {"stage": 2}},
         "misspelt": {"optimizer": {"type": "ZOAdaMU", "params": {**params, "zo_epsilon": 1e-3}}},
     }.items():
@@ -289,7 +293,10 @@ def test_bad_input_ends_every_rank_with_the_message_and_changes_no_file(model, d
         (tmp_path / f"{name}.json").write_text(json.dumps(config))
     before = snapshot(tmp_path)
     arguments = [str(argument) for argument in finetune_arguments(model, data, tmp_path / "out")]
-    for rank, outcomes in enumerate(run_ranks(2, _every_message, arguments, str(tmp_path))):
-        for change, (status, message) in outcomes.items():
-            assert status == 2 and f"error on rank {rank}: " in message and BAD_INPUT[change] in message, (change, message)
+    first, second = run_ranks(2, _every_message, arguments, str(tmp_path))
+    for change, (status, message) in first.items():
+        expected = BAD_INPUT[change].format(tmp=tmp_path)
+        assert status == 2 and "error on rank 0: " in message and expected in message, (change, message)
+        assert message.count("\n") == 1
+    assert set(second.values()) == {(2, "")}  # said once
     assert snapshot(tmp_path) == before

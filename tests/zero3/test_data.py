@@ -163,6 +163,70 @@ def test_batches_that_are_looked_at_evaluated_or_left_out(kind, changed):
         assert loader.position == (1, 5)
 
 
+COPIES = {
+    "clone": lambda batch: {"numbers": batch["numbers"].clone()},
+    "array": lambda batch: {"numbers": batch["numbers"].numpy().copy()},
+    "with more": lambda batch: {"numbers": batch["numbers"].clone(), "mask": torch.ones(3)},
+}
+
+
+@KINDS
+@pytest.mark.parametrize("copy", COPIES.values(), ids=COPIES)
+def test_copies_behind_micro_batches_that_are_left_out_are_known_by_what_they_hold(kind, copy):
+    [loader] = loaders(kind, 1, 1)
+    for number, batch in enumerate(loader, 1):
+        batch = copy(batch)
+        if number % 3:
+            assert loader.take([batch]) == []
+            assert loader.position == (0, number)
+
+
+def test_a_changed_copy_that_may_be_one_of_several_is_warned_of_once():
+    [loader] = loaders("numbered", 1, 1)
+    batches = iter(loader)
+
+    def changed():
+        return {"numbers": next(batches)["numbers"] + 1000}
+
+    assert loader.take([changed()]) == [] and loader.position == (0, 1)  # it can be of no other
+    changed()
+    [warning] = loader.take([changed()])
+    assert "it is taken for the oldest. If micro-batches were left out, a resume will take other data" in warning
+    changed()
+    assert loader.take([changed()]) == []
+
+
+def test_a_part_that_all_micro_batches_share_does_not_decide():
+    mask = torch.ones(3)
+    sampler = MicroBatchSampler(12, 3, 1, 0, 1, 7)
+    loader = MicroBatchLoader(range(12), sampler, collate_fn=lambda numbers: (mask, torch.tensor(numbers)))
+    batches = iter(loader)
+    next(batches)
+    shared, numbers = next(batches)
+    assert loader.take([(shared, numbers.clone())]) == [] and loader.position == (0, 2)
+
+
+@KINDS
+def test_an_iteration_that_is_left_for_a_new_one_is_warned_of_once(kind):
+    [loader] = loaders(kind, 1, 1)
+    next(iter(loader))  # a look
+    assert loader.take([next(iter(loader))]) == []
+    [warning] = loader.take([next(iter(loader))])
+    assert "a resume would go on in the one that was left. Keep one iterator: batches = iter(dataloader)" in warning
+    assert loader.take([next(iter(loader))]) == []
+
+
+def test_iterations_that_give_all_they_have_are_not_warned_of():
+    [loader] = loaders("numbered", 1, 1)
+    for _ in range(2):
+        batches = iter(loader)
+        for _ in range(len(loader)):  # it never gets to say that it has ended
+            assert loader.take([next(batches)]) == []
+    for _ in range(2):
+        for batch in loader:
+            assert loader.take([batch]) == []
+
+
 def test_a_tensor_that_all_batches_share_does_not_confuse():
     mask = torch.ones(3)
     sampler = MicroBatchSampler(12, 3, 1, 0, 1, 7)

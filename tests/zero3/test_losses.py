@@ -95,6 +95,40 @@ def test_virtual_tokens_make_the_first_label_count():
     assert float(loss) == pytest.approx(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).item(), rel=1e-6)
 
 
+def test_image_tokens_of_git_do_not_make_the_first_label_count():
+    """Its logits are longer than the labels too, and it cuts off those of the image before it shifts."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = t.GitConfig(vision_config=vision | {"image_size": 8, "patch_size": 4}, **_SMALL, max_position_embeddings=16)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = t.GitForCausalLM(config).eval()
+    ids = torch.randint(3, 31, (2, 6), generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        loss, weight = model_loss(model, {"input_ids": ids, "pixel_values": pixels, "labels": ids})
+        logits = model(input_ids=ids, pixel_values=pixels).logits
+    assert logits.shape[1] == 6 + 5 and weight == 2 * 5
+    expected = torch.nn.functional.cross_entropy(logits[:, 5:-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert float(loss) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_masked_places_of_an_audio_model_do_not_count():
+    class Qwen2AudioForConditionalGeneration(torch.nn.Module):
+        """As the real one takes its mean."""
+
+        def forward(self, labels, attention_mask):
+            logits = torch.zeros(*labels.shape, 5)
+            kept = attention_mask[:, 1:] != 0
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1][kept], labels[:, 1:][kept])
+            return t.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+    batch = {
+        "labels": torch.tensor([[1, 2, 3, 0], [1, -100, 3, 4]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]),
+    }
+    assert model_loss(Qwen2AudioForConditionalGeneration(), batch)[1] == 4
+
+
 class _Odd(torch.nn.Module):
     def __init__(self, output: object):
         super().__init__()
@@ -110,11 +144,24 @@ class _Odd(torch.nn.Module):
         (t.modeling_outputs.QuestionAnsweringModelOutput(loss=torch.tensor(1.0)), "a QuestionAnsweringModelOutput, of"),
         (torch.tensor(1.0), "returned a Tensor, of"),
         (t.modeling_outputs.CausalLMOutput(logits=torch.zeros(1, 2, 3)), "no loss of the batch's labels"),
+        (t.modeling_outputs.CausalLMOutput(logits=torch.zeros(1, 4, 3)), "_Odd returned 4 logits a row for 2 labels, of"),
     ],
 )
 def test_other_outputs_need_a_loss_fn(output, message):
     with pytest.raises(TypeError, match=message + ".*pass loss_fn= to ds_zoadamu.initialize"):
         model_loss(_Odd(output), {"labels": torch.zeros(1, 2, dtype=torch.long)})
+
+
+def test_adapters_that_weigh_labels_by_themselves_need_a_loss_fn():
+    peft = pytest.importorskip("peft")
+    config = peft.CPTConfig(
+        task_type="CAUSAL_LM", cpt_token_ids=[1, 2], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2],
+        opt_weighted_loss_type="decay", opt_loss_decay_factor=0.9,
+    )  # fmt: skip
+    model = peft.get_peft_model(t.LlamaForCausalLM(t.LlamaConfig(**_SMALL)), config).eval()
+    ids = torch.randint(3, 31, (2, 6), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(TypeError, match="CPT, which weighs labels by itself, of which .* pass loss_fn="):
+        model_loss(model, {"input_ids": ids, "labels": ids})
 
 
 def test_ctc_is_no_causal_head():

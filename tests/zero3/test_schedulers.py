@@ -258,3 +258,21 @@ def test_a_run_beyond_its_planned_steps_says_so_once_on_rank_0():
         "step 16 is beyond total_steps 3 and scheduler.params.total_num_steps 15",
     ]
     assert "a decaying lr those are 0. Give a longer run the larger number from its beginning" in said[1]
+
+
+def _at_zero(rank, world_size):
+    from deepspeed.utils import logger
+
+    said = []
+    logger.warning = said.append
+    for name in ("WarmupLR", "OneCycle"):
+        engine = _engine(world_size)
+        _fresh(engine, DEEPSPEED[name])
+        lrs = _lrs(engine, 3)
+    return [message for message in said if "lr 0" in message], lrs[0]
+
+
+def test_a_schedule_that_begins_at_lr_0_says_so_once():
+    """As one does whose warmup_max_lr is a number of its own, though no warm-up was asked for."""
+    [([said], other)] = run_ranks(1, _at_zero)
+    assert other > 0 and said.startswith("WarmupLR begins with the lr 0, at which a step changes nothing: DeepSpeed's warm-ups")
