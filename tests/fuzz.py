@@ -374,28 +374,43 @@ def safetensors_reader(folder: Path) -> Reader:
 
 
 def task_reader(folder: Path) -> Reader:
-    """A task file, and a prompt made by it."""
-    path = folder / "topic.json"
-    task = {
+    """A task file of any kind, as JSON or YAML, and prompts made by it."""
+    paths = [folder / "topic.json", folder / "topic.yaml"]
+    common = {
         "name": "topic",
         "template": "{a}: {b} Topic:",
-        "label_words": {"0": " sports", "1": " science"},
-        "label_column": "label",
         "train_file": "train",
         "validation_file": "held_out.jsonl",
         "hub_path": None,
         "hub_name": None,
+        "num_dev": 3,
+        "fields": {
+            "b": {"column": "c.d", "transforms": ["lower", {"replace": ["won", "lost"]}, {"map": {"they lost.": "no"}}]}
+        },
     }
-    row = {"a": "Cup", "b": "They won.", "label": 1}
+    words = {"label_words": {"0": " sports", "1": " science"}, "label_column": "label", "score": "sum"}
+    tasks = [
+        common | words | {"metric": ["accuracy", "f1"]},
+        common | {"kind": "multiple_choice", "options": [" {a}", " {b}"], "objective": "accuracy"},
+        common | {"kind": "multiple_choice", "options": [" {option}"], "options_column": "all", "answers_column": "right"},
+        common | {"kind": "generation", "answer": " {answer}.", "answers_column": "right", "max_new_tokens": 7},
+        common | {"kind": "text", "metric": "loss"},
+        {"kind": "chat", "messages_column": "messages"},
+    ]
+    messages = [{"role": "assistant", "content": "yes"}]
+    row = {"a": "Cup", "c": {"d": "They won."}, "label": 1, "all": ["x", "y"], "right": ["y"], "messages": messages}
     for name in ("train.jsonl", "held_out.jsonl", "validation.jsonl"):
         (folder / name).write_text(json.dumps(row) + "\n")
-    whole = json.dumps(task, indent=1).encode()
 
     def write(rng: random.Random) -> None:
+        task, path = rng.choice(tasks), rng.choice(paths)
+        for other in paths:
+            other.unlink(missing_ok=True)
+        whole = json.dumps(task, indent=1).encode()
         path.write_bytes(damage_bytes(rng, whole) if rng.random() < 0.5 else to_text(change(rng, task)).encode())
 
     def read() -> None:
-        task = load_task(str(path))
+        task = load_task(str(next(path for path in paths if path.exists())))
         for split in ("train", "validation"):
             task.rows(split, str(folder))
 

@@ -128,6 +128,7 @@ _TASK_HINTS = {
     "train_sha256": "the encoded training examples: rows, their draw and order, template, label words, tokenizer, length",
     "dev_sha256": "the encoded development examples, which decide what the best step is",
     "test_sha256": "the encoded test examples",
+    "score": "where it has none, options are compared by sums: --score sum",
 }
 
 

@@ -27,6 +27,36 @@ def summed(
 
     Raises, on all ranks: what `figures` raises; a RankError where it does on another rank.
     """
+
+    def row(part: Sequence[Any]) -> torch.Tensor:
+        return torch.tensor(list(figures(part)), dtype=torch.float64)
+
+    return _in_order(model, examples, batch_size, row).cumsum(dim=0)[-1].tolist()
+
+
+def collected(
+    model: torch.nn.Module, items: Sequence[Any], batch_size: int, figures: Callable[[Sequence[Any]], torch.Tensor]
+) -> torch.Tensor:
+    """The figures of every item in the order of the items; the same on every rank. Deals them out as `summed` does.
+
+    Args:
+        figures: of a micro-batch, [items, figures].
+
+    Returns:
+        fp64 [N, figures], on the CPU.
+    """
+
+    def padded(part: Sequence[Any]) -> torch.Tensor:
+        found = figures(part).detach().to("cpu", torch.float64)
+        return torch.nn.functional.pad(found, (0, 0, 0, batch_size - len(found)))
+
+    return _in_order(model, items, batch_size, padded).flatten(0, 1)[: len(items)]
+
+
+def _in_order(
+    model: torch.nn.Module, examples: Sequence[Any], batch_size: int, figures: Callable[[Sequence[Any]], torch.Tensor]
+) -> torch.Tensor:
+    """What `figures` makes of each micro-batch, always of one shape, in their global order; zeros behind them."""
     with collective.together("evaluate"):
         collective.barrier()  # before a gather waits for a rank that does something else
         rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -36,12 +66,11 @@ def summed(
         with torch.no_grad():
             for turn in range(rank, -(-len(starts) // world_size) * world_size, world_size):
                 start = starts[turn] if turn < len(starts) else 0
-                row = torch.tensor(list(figures(examples[start : start + batch_size])), dtype=torch.float64)
+                row = figures(examples[start : start + batch_size])
                 rows.append(row if turn < len(starts) else torch.zeros_like(row))
         model.train(was_training)
         mine = torch.stack(rows).to(get_accelerator().current_device_name())
         gathered = [torch.zeros_like(mine) for _ in range(world_size)]
         dist.all_gather(gathered, mine)
-    # [rounds, ranks, figures] flattened is the global order; padding rounds add exact zeros.
-    in_order = torch.stack([part.cpu() for part in gathered], dim=1).flatten(0, 1)
-    return in_order.cumsum(dim=0)[-1].tolist()
+    # [rounds, ranks, ...] flattened is the global order; padding rounds add exact zeros.
+    return torch.stack([part.cpu() for part in gathered], dim=1).flatten(0, 1)

@@ -70,6 +70,10 @@ class Task(Protocol):
     """Chooses the best step; what tables, curves and targets show."""
     warnings: Sequence[str] = ()
     """A line for each thing about the task that will hardly work with this model."""
+    details: Mapping[str, str | int] = {}
+    """What was chosen of the ways to do it, such as the score, for results."""
+    differentiable: bool = True
+    """Whether the loss has a gradient; where not, `details` names the "objective"."""
 
     def encode(self, row: Any) -> Any:
         """A row as the model is given it, a dataclass of JSON values. Raises InputError."""
@@ -90,6 +94,10 @@ class Task(Protocol):
     def remarks(self, name: str, examples: Sequence[Any]) -> Iterable[str]:
         """What scores on the `name` examples ("training", "development") will not tell."""
         return ()
+
+    def identity(self, examples: Iterable[Any]) -> Mapping[str, str | int]:
+        """What beside the metric and the encoded examples makes a run on them what it is, for the header of its journal."""
+        return {}
 
     def digest(self, examples: Sequence[Any]) -> str:
         """SHA-256 of examples in their order, one line of JSON each. By it a resumed run knows its data."""

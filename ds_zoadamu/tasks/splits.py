@@ -6,26 +6,66 @@ from typing import Any
 from ds_zoadamu.tasks.errors import InputError
 from ds_zoadamu.tasks.protocol import TaskData
 
+NUM_TRAIN, NUM_DEV = 1000, 500
+"""Training and development examples where nobody says how many, and there are as many: the papers' numbers."""
 
-def load_splits(task: TaskData, data_dir: str | None, *, num_train: int, num_dev: int, seed: int) -> dict[str, list[Any]]:
+
+def load_splits(
+    task: TaskData,
+    data_dir: str | None,
+    *,
+    num_train: int | None = None,
+    num_dev: int | None = None,
+    num_test: int | None = None,
+    seed: int,
+) -> dict[str, list[Any]]:
     """The "train", "dev" and "test" rows of a run.
 
-    The whole validation split is "test". The training split is shuffled by `seed`; the first `num_train` are for training, the
-    next `num_dev` whose prompt is not among them for development, so no development text was trained on even where the
-    source repeats texts.
+    The training split is shuffled by `seed`; the first `num_train` are for training, the next `num_dev` whose prompt is not
+    among them for development, so no development text was trained on even where the source repeats texts. "test" is the
+    validation split, or `num_test` rows of it that `seed` draws, in the order of the source.
+
+    Args:
+        num_train, num_dev: exactly so many; None: as many as there are up to the papers' numbers, see `sizes`.
+        num_test: at most so many; None: what the task says, else all.
 
     Raises:
         InputError: as `task.rows`; fewer rows than asked for.
     """
     pool, test = task.rows("train", data_dir), task.rows("validation", data_dir)
     random.Random(seed).shuffle(pool)
-    train = pool[:num_train]
+    most, least = sizes(len(pool), num_train, num_dev, getattr(task, "num_dev", None)), (num_train or 1, num_dev or 1)
+    train = pool[: most[0]]
     seen = {row.prompt for row in train}
-    dev = [row for row in pool[num_train:] if row.prompt not in seen][:num_dev]
-    if len(train) < num_train or len(dev) < num_dev:
+    dev = [row for row in pool[most[0] :] if row.prompt not in seen][: most[1]]
+    if len(train) < least[0] or len(dev) < least[1]:
         raise InputError(
             f"too few examples: the training split of task {task.name!r} has {len(pool)}, which gives {len(train)} for "
             f"training and {len(dev)} for development whose texts are others; asked for "
-            f"--num_train {num_train} and --num_dev {num_dev}"
+            f"--num_train {least[0]} and --num_dev {least[1]}"
         )
-    return {"train": train, "dev": dev, "test": test}
+    return {"train": train, "dev": dev, "test": drawn(test, num_test or getattr(task, "num_test", None), seed)}
+
+
+def sizes(rows: int, num_train: int | None, num_dev: int | None, of_task: int | None) -> tuple[int, int]:
+    """How many rows are for training and for development.
+
+    What is not given is the papers' number, or the task's. Where there are fewer rows, development has a third of them, as it
+    has of 1500; of a task that names a number that number, up to half of them.
+    """
+    if num_train is not None and num_dev is not None:
+        return num_train, num_dev
+    if num_train is not None:
+        return num_train, max(1, min(of_task or NUM_DEV, rows - num_train))
+    if num_dev is None:
+        share = rows // 2 if of_task else rows // 3
+        num_dev = of_task or NUM_DEV
+        num_dev = num_dev if rows >= NUM_TRAIN + num_dev else max(1, min(num_dev, share))
+    return max(1, min(NUM_TRAIN, rows - num_dev)), num_dev
+
+
+def drawn(rows: list[Any], count: int | None, seed: int) -> list[Any]:
+    """So many of the rows, drawn by a seed, in their order; all of them where there are no more or no number is given."""
+    if count is None or count >= len(rows):
+        return rows
+    return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), count))]

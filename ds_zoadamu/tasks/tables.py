@@ -1,4 +1,4 @@
-"""Rows of a task's split: from local JSON-lines or CSV files, or from the Hugging Face hub."""
+"""Rows of a task's split: from local JSON-lines, CSV or text files, or from the Hugging Face hub."""
 
 import csv
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ds_zoadamu.tasks.errors import InputError
 
-SUFFIXES = (".jsonl", ".json", ".csv")
+SUFFIXES = (".jsonl", ".json", ".csv", ".txt")
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 """What Python's "surrogateescape" makes of a byte that is not UTF-8."""
 
@@ -17,7 +17,7 @@ _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 def read_rows(task, split: str, data_dir: str | None) -> Iterator[tuple[str, dict]]:
     """Yields (where, row) for the task's "train" or "validation" split; `where` names the file and line for messages.
 
-    `task` is a `PromptTask`, or has its `name`, `train_file`, `validation_file`, `hub_path` and `hub_name`.
+    `task` is a `FileTask`, or has its `name`, `train_file`, `validation_file`, `hub_path`, `hub_name` and `hub_revision`.
 
     Local files are read here rather than through `datasets`, whose errors do not say which line is at fault.
 
@@ -50,7 +50,7 @@ def find_file(task, split: str, data_dir: str) -> Path:
 
 
 def _read_file(path: Path) -> Iterator[tuple[str, dict]]:
-    reader = _read_csv if path.suffix == ".csv" else _read_json_lines
+    reader = {".csv": _read_csv, ".txt": _read_text}.get(path.suffix, _read_json_lines)
     try:
         # What is not UTF-8 is decoded too, so that the line it stands in is known.
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -81,6 +81,13 @@ def _read_json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, di
         yield f"{path}:{number}", row
 
 
+def _read_text(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, dict]]:
+    """Each line that is not empty is a row with the column `text`."""
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield f"{path}:{number}", {"text": line}
+
+
 def _read_csv(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, dict]]:
     reader = csv.DictReader(lines, strict=True)
     try:
@@ -103,7 +110,7 @@ def _read_hub(task, split: str) -> Iterator[tuple[str, dict]]:
     name = task.train_file if split == "train" else task.validation_file
     source = "/".join(part for part in (task.hub_path, task.hub_name) if part)
     try:
-        table = datasets.load_dataset(task.hub_path, task.hub_name, split=name)
+        table = datasets.load_dataset(task.hub_path, task.hub_name, split=name, revision=task.hub_revision)
     # The hub client has many kinds of errors (network, missing name, missing split): all mean that there is no data.
     except Exception as error:
         raise InputError(

@@ -3,16 +3,17 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 
-from ds_zoadamu.tasks import TASKS, InputError, TaskData, label_words_from, load_task
+from ds_zoadamu.tasks import OBJECTIVES, SCORES, TASKS, InputError, TaskData, label_words_from, load_task
+from ds_zoadamu.tasks.objectives import WITHOUT_GRADIENT
 
 _POSITIVE = (
     "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "per_device_eval_batch_size",
-    "save_total_limit", "journal_fsync_every", "profile_steps", "num_train", "num_dev", "ranks", "threads", "trial_steps",
+    "save_total_limit", "journal_fsync_every", "profile_steps", "num_train", "num_dev", "num_test", "ranks", "threads",
+    "trial_steps",
 )  # fmt: skip
 
 
@@ -47,14 +48,24 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WORD",
         help='replaces the task\'s label words for labels 0, 1, ..., for example " terrible" " great"',
     )
-    keys = "template, label_words and optionally label_column, train_file, validation_file, hub_path, hub_name"
+    group.add_argument(
+        "--score",
+        choices=SCORES,
+        help="options are compared by the mean or the sum of their tokens' log-probabilities (default: mean)",
+    )
+    group.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        help="what is trained on: cross_entropy over the options, lm (the likelihood of the right answer's tokens), or a "
+        f"metric itself, which has no gradient: {', '.join(WITHOUT_GRADIENT)} (default: the task's)",
+    )
     add_options(
         group,
         str,
-        task=("sst2", f"{', '.join(TASKS)}, or a .json task file with {keys}"),
+        task=("sst2", f"{', '.join(TASKS)}, or a .json or .yaml task file, see docs/tasks.md"),
         template=(None, 'replaces the task\'s template, for example "{sentence} It was"'),
         label_column=(None, "replaces the task's column of labels"),
-        data_dir=(None, "folder with train and validation as .jsonl, .json or .csv; without it the task's hub data set"),
+        data_dir=(None, "folder with train and validation as .jsonl, .json, .csv or .txt; without it the task's hub data set"),
     )
     add_options(
         group,
@@ -75,8 +86,9 @@ def add_set_arguments(group: argparse._ArgumentGroup) -> None:
     add_options(
         group,
         int,
-        num_train=(1000, "training examples drawn from the training split"),
-        num_dev=(500, "development examples drawn from the rest"),
+        num_train=(None, "training examples drawn from the training split (default: what is there, up to 1000)"),
+        num_dev=(None, "development examples drawn from the rest (default: what is there, up to 500 or the task's number)"),
+        num_test=(None, "test examples drawn from the validation split (default: the task's number, else all)"),
         per_device_train_batch_size=(None, "examples in a micro-batch (default: 8)"),
         gradient_accumulation_steps=(None, "micro-batches a rank takes in a step (default: 1)"),
     )
@@ -148,6 +160,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--split", choices=("validation", "train"), default="validation", help="which split (default: %(default)s)"
     )
+    add_options(parser, int, num_test=(None, "so many examples, drawn from the split (default: all)"))
     add_options(parser, str, output_file=(None, "also write the figures to this JSON file"))
     add_switches(parser, overwrite_output_file="replace --output_file")
     return deepspeed.add_config_arguments(parser)
@@ -170,18 +183,20 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def task_from(args: argparse.Namespace) -> TaskData:
-    """The task that --task, --template, --label_words and --label_column describe.
+    """The task that --task, --template, --label_words, --label_column, --score and --objective describe.
+
+    One of the package's tasks with another template or other words is "custom".
 
     Raises:
         InputError: as `load_task` and `PromptTask`; one of these options for a task that has nothing of the kind.
     """
     task, changes = load_task(args.task), {}
-    for name in ("template", "label_words", "label_column"):
+    for name in ("template", "label_words", "label_column", "score", "objective"):
         if (value := getattr(args, name)) is None:
             continue
         if not hasattr(task, name):
             raise InputError(f"--{name}: task {task.name!r} has no {name}; leave the option out")
         changes[name] = label_words_from(value, "--label_words") if name == "label_words" else value
-    if args.data_dir and {"template", "label_words"} <= changes.keys():  # nothing of the task is left but its name
-        changes["name"] = Path(args.data_dir).absolute().name or task.name
+    if args.task in TASKS and {"template", "label_words"} & set(changes):
+        changes["name"] = "custom"
     return replace(task, **changes) if changes else task

@@ -14,6 +14,7 @@ from ds_zoadamu.distributed.waiting import current_limit, limit_waits
 from ds_zoadamu.files.json_files import write_json
 from ds_zoadamu.hf.models import load_causal_lm
 from ds_zoadamu.tasks import InputError
+from ds_zoadamu.tasks.splits import drawn
 from ds_zoadamu.training.arguments import check_arguments
 from ds_zoadamu.training.output import settings
 from ds_zoadamu.training.plan import read_model_input
@@ -43,12 +44,14 @@ def measure(args: Namespace) -> dict:
     config = load(given, world_size=launched_world_size(), model_info=model_input, overrides=args)
     check_precision(config)
     task = model_input.task
-    examples = [task.encode(row) for row in model_input.data.rows(args.split, args.data_dir)]
+    rows = drawn(model_input.data.rows(args.split, args.data_dir), args.num_test, seed=0)
+    examples = list(map(task.encode, rows))
     model = load_causal_lm(args.model_name_or_path, config, trust_remote_code=args.trust_remote_code)
     engine, *_ = deepspeed.initialize(model=model, config=config.deepspeed)
     limit_waits(current_limit())
     result = task.evaluate(engine.module, examples)
-    figures = {"task": task.name, "model": args.model_name_or_path, "split": args.split, **result}
+    asked = {"task": task.name, "model": args.model_name_or_path, "split": args.split}
+    figures = {**asked, **{name: text for name, text in task.details.items() if name != "objective"}, **result}
     if (baseline := task.main_metric.baseline) is not None:
         figures[baseline.name] = task.baseline(examples)
     if launched_rank() == 0:

@@ -58,7 +58,8 @@ class Plan:
     def task_identity(self) -> dict[str, str]:
         """What a run is trained and judged on, for the header of its journal: the metric, and SHA-256 of each encoded set."""
         digests = {f"{name}_sha256": self.task.digest(examples) for name, examples in self.sets.items()}
-        return {"metric": self.task.main_metric.name, **digests}
+        further = self.task.identity([example for examples in self.sets.values() for example in examples])
+        return {"metric": self.task.main_metric.name, **digests, **further}
 
     def baseline(self, split: str) -> float | None:
         """The value of the metric's baseline on "dev" or "test"; None where there is none."""
@@ -107,6 +108,11 @@ def make_plan(args: Namespace, ranks: int | None = None) -> Plan:
     config = load(given, world_size=ranks or launched_world_size(), model_info=model_input, overrides=args)
     check_steps(config, args.max_steps)
     check_precision(config)
+    if config.rule is None and not model_input.task.differentiable:
+        raise InputError(
+            f"--objective {model_input.task.details['objective']} has no gradient, and {config.optimizer} needs one: take a "
+            "zeroth-order optimizer, or another objective"
+        )
     return encode_splits(args, config, model_input)
 
 
@@ -117,7 +123,8 @@ def encode_splits(args: Namespace, config: Config | None, model_input: ModelInpu
         InputError: as `load_splits`.
     """
     task, data_seed = model_input.task, args.seed if args.data_seed is None else args.data_seed
-    rows = load_splits(model_input.data, args.data_dir, num_train=args.num_train, num_dev=args.num_dev, seed=data_seed)
+    sizes = {name: getattr(args, name) for name in ("num_train", "num_dev", "num_test")}
+    rows = load_splits(model_input.data, args.data_dir, **sizes, seed=data_seed)
     sets = {name: list(map(task.encode, part)) for name, part in rows.items()}
     for name, split in (("training", "train"), ("development", "dev")) if launched_rank() == 0 else ():
         for line in task.remarks(name, sets[split]):

@@ -80,7 +80,8 @@ def _with(config: Config, lr: float, zo_eps: float) -> Config:
 
 
 def _row(trial: dict) -> str:
-    lr, zo_eps, loss, value, seconds = trial.values()
+    lr, zo_eps, loss, *_, seconds = trial.values()
+    value = list(trial.values())[-2]  # the metric, which may be the loss
     shown = f"{loss:10.4f}" if math.isfinite(loss) else f"{'diverged':>10}"
     return f"{lr:10.3g} {zo_eps:10.3g} {shown} {value:10.4f} {seconds:10.1f}"
 

@@ -105,6 +105,7 @@ def about(plan: Plan, stepper: Stepper) -> dict:
     """What was run and where, for results.json and profile.json."""
     return {
         "task": plan.task.name,
+        **plan.task.details,
         "model": plan.args.model_name_or_path,
         "optimizer": stepper.optimizer,
         "world_size": dist.get_world_size(),

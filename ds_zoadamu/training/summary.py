@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from ds_zoadamu.tasks import Evaluation, Metric
 from ds_zoadamu.training.plan import Plan
 
+_SETS = {"train": "training", "dev": "development", "test": "held-out"}
+
 
 def scores(plan: Plan, evaluations: Mapping[str, Evaluation]) -> dict:
     """The metrics, loss and num_nonfinite of results.json, each by the name of an evaluation; the main metric's baseline too.
@@ -32,6 +34,7 @@ def summary(results: dict, metric: Metric, output_dir: str) -> str:
         lines.append(f"{f'{title} {metric.name}':<22}{cells}")
     figures = [
         ("steps", f"{results['max_steps']}, the best was {results['best_step']}"),
+        ("examples", ", ".join(f"{count} {_SETS[name]}" for name, count in results["num_examples"].items())),
         ("seconds a step", f"{results['seconds_a_step']['median']:.3f} (median)"),
         ("memory a rank", _memory(results["ranks"])),
         ("outputs", f"{output_dir}: model/, metrics.jsonl, results.json, curves.png"),

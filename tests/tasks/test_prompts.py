@@ -1,5 +1,7 @@
 """Prompts as token ids, micro-batches of them, and the task's loss against a plain computation one sequence at a time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -59,15 +61,18 @@ class AllLogits(torch.nn.Module):
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, AllLogits], ids=["kept logits", "all logits"])
+@pytest.mark.parametrize("score", ["mean", "sum"])
 @pytest.mark.parametrize("task", [SST2, LONG_WORDS], ids=["one token", "several tokens"])
-def test_scores_equal_the_plain_computation(model, tokenizer, task, wrap):
+def test_scores_equal_the_plain_computation(model, tokenizer, task, score, wrap):
     items = examples(task, "film is great", "is", "film film film is dull and awful", "a")
-    bound = task.bind(tokenizer, model.config)
+    bound = replace(task, score=score).bind(tokenizer, model.config)
     batch = bound.collate([bound.encode(item) for item in items])
     with torch.no_grad():
-        scores = candidate_scores(wrap(model), batch)
+        scores = candidate_scores(wrap(model), batch, score)
         loss, weight = bound.loss(wrap(model), batch)
     expected = torch.stack([plain_scores(model, tokenizer, item, task) for item in items])
+    if score == "mean":
+        expected = expected / torch.tensor([len(tokenizer(word, add_special_tokens=False).input_ids) for word in task.words])
     # fp32 with other matrix shapes: a few roundings on numbers of size 1 to 30.
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-4)
     labels = torch.tensor([item.label for item in items])
@@ -189,7 +194,7 @@ def test_words_that_are_the_same_tokens_behind_some_text_only_are_refused_there(
 
 
 def test_a_word_that_begins_another_is_warned_of(tokenizer, model):
-    task = words_task(" great", " great fun", " terrible")
+    task = replace(words_task(" great", " great fun", " terrible"), score="sum")
     (line,) = PromptEncoder(tokenizer, task, 64).warnings
     assert "' great fun' begins with the tokens of ' great'" in line and "can never win" in line
     # What the warning says, on a model with random weights: the longer word wins for no text.
@@ -197,7 +202,8 @@ def test_a_word_that_begins_another_is_warned_of(tokenizer, model):
         PromptEncoder(tokenizer, task, 64).encode(item) for item in examples(task, *("film", "is", "dull", "a great film"))
     ]
     with torch.no_grad():
-        scores = candidate_scores(model, PromptCollator(1)(encoded))
+        scores = candidate_scores(model, PromptCollator(1)(encoded), "sum")
+    assert PromptEncoder(tokenizer, replace(task, score="mean"), 64).warnings == ()  # by their means it can
     assert (scores[:, 0] > scores[:, 1]).all()
     assert PromptEncoder(tokenizer, LONG_WORDS, 64).warnings == PromptEncoder(tokenizer, SST2, 64).warnings == ()
 

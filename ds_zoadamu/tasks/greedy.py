@@ -1,0 +1,80 @@
+"""Greedy generation in micro-batches, with all ranks in step."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+
+def generate(model, tokenizer, contexts: Sequence[Sequence[int]], longest: int, pad: int) -> list[str]:
+    """The likeliest token after token behind each prompt, up to the end of the line, an end token or `longest` tokens.
+
+    Under ZeRO-3 every forward gathers parameters from all ranks: those that are done go on until all are. Call it on all
+    ranks together. Padding goes to the left, so that all prompts end at one place; it is masked.
+
+    Args:
+        model: a model with Transformers' `generate`, or an engine around one.
+        contexts: token ids.
+        longest: at most so many new tokens.
+        pad: any token that the embedding holds.
+
+    The end tokens are those of the tokenizer and of the model's folder, which may have more of them.
+
+    Returns:
+        The new texts without the line's end, and without spaces around them.
+    """
+    model = getattr(model, "module", model)
+    width = max(map(len, contexts))
+    ids = torch.tensor([[pad] * (width - len(context)) + list(context) for context in contexts])
+    mask = torch.tensor([[0] * (width - len(context)) + [1] * len(context) for context in contexts])
+    device = get_accelerator().current_device_name()
+    ends = {token for config in (model.generation_config, tokenizer) for token in _as_list(config.eos_token_id)}
+    line_end = _LineEnd(tokenizer)
+    with torch.no_grad(), _plainly(model, longest, pad, ends):
+        found = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            stopping_criteria=StoppingCriteriaList([line_end]),
+            synced_gpus=dist.is_initialized() and dist.get_world_size() > 1,
+        )
+    # Behind its end a row is filled with the padding token, which need not be a special one.
+    rows = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in found[:, width:].tolist()]
+    rows = [row[: 1 + next((at for at, token in enumerate(row) if line_end.is_one(token)), len(row))] for row in rows]
+    return [text.partition("\n")[0].strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+
+class _LineEnd(StoppingCriteria):
+    """Whether a row's newest token ends the line; tokenizers have many that do."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer, self._known = tokenizer, {}
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        return torch.tensor([self.is_one(token) for token in input_ids[:, -1].tolist()], device=input_ids.device)
+
+    def is_one(self, token: int) -> bool:
+        """Whether the line ends with this token."""
+        if token not in self._known:
+            self._known[token] = "\n" in self._tokenizer.decode([token])
+        return self._known[token]
+
+
+@contextmanager
+def _plainly(model, longest: int, pad: int, ends: Iterable[int]) -> Iterator[None]:
+    """Inside, the model generates greedily whatever its folder says: penalties and samplers would be another rule."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        max_new_tokens=longest, do_sample=False, num_beams=1, eos_token_id=sorted(ends) or None, pad_token_id=pad
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else value if isinstance(value, list) else [value]

@@ -1,0 +1,83 @@
+"""Log-probabilities of given tokens by a causal language model, and the scores of options made of them."""
+
+import inspect
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+SCORES = ("mean", "sum")
+"""How the log-probabilities of an option's tokens become its score."""
+_CHUNK = 1 << 26
+"""Logits that are widened to fp32 at a time."""
+
+
+def token_log_probs(module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Log-probability of every token of every option after its prompt, 0 where an option has no more tokens.
+
+    Args:
+        module: a causal language model (or an engine around one) whose output has `logits` [R, T, vocabulary].
+        batch: what `PromptCollator` makes; moved to the accelerator if it is not there.
+
+    Returns:
+        fp32 [B, C, L].
+    """
+    batch = on_device(batch)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    if _keeps_logits(module):
+        # The vocabulary is a large part of a small model, and its logits the largest tensor of a forward without gradients.
+        logits = module(**inputs, logits_to_keep=batch["kept"]).logits
+    else:
+        logits = module(**inputs).logits[:, batch["kept"]]
+    # Only the predicting positions are widened to fp32: [B, C, L, vocabulary].
+    chosen = logits[batch["rows"].unsqueeze(-1), batch["positions"]].float()
+    log_probs = chosen.log_softmax(dim=-1).gather(-1, batch["tokens"].unsqueeze(-1)).squeeze(-1)
+    return log_probs.masked_fill(~batch["token_mask"], 0.0)
+
+
+def candidate_scores(module, batch: dict[str, torch.Tensor], score: str = "mean") -> torch.Tensor:
+    """The score of every option: the mean, or the sum, of its tokens' log-probabilities; -inf where there is no such option.
+
+    Args:
+        module, batch: as for `token_log_probs`.
+        score: one of `SCORES`.
+
+    Returns:
+        fp32 [B, C].
+    """
+    sums, counts = token_log_probs(module, batch).sum(dim=-1), batch["token_mask"].sum(dim=-1)
+    counts = counts.to(sums.device)
+    scores = sums / counts.clamp(min=1) if score == "mean" else sums  # of one token the same bits
+    return scores.masked_fill(counts == 0, -torch.inf)
+
+
+def sequence_log_probs(module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Log-probability of each token whose label is not -100, 0 elsewhere.
+
+    Args:
+        module: as for `token_log_probs`.
+        batch: input_ids, attention_mask and labels, each int64 [B, T].
+
+    Returns:
+        fp32 [B, T - 1]: of the tokens 1, 2, ...
+    """
+    batch = on_device(batch)
+    logits = module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    labels = batch["labels"][:, 1:]
+    logits, flat = logits[:, :-1].flatten(0, 1), labels.flatten()
+    rows = max(1, _CHUNK // logits.shape[-1])
+    losses = [
+        torch.nn.functional.cross_entropy(part.float(), wanted, ignore_index=-100, reduction="none")
+        for part, wanted in zip(logits.split(rows), flat.split(rows), strict=True)
+    ]
+    return -torch.cat(losses).view_as(labels)
+
+
+def on_device(batch: dict) -> dict:
+    """A micro-batch with its tensors where the model is."""
+    device = get_accelerator().current_device_name()
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+
+
+def _keeps_logits(module) -> bool:
+    """Whether the model makes the logits of given positions only (most of Transformers' causal models do)."""
+    return "logits_to_keep" in inspect.signature(getattr(module, "module", module).forward).parameters
