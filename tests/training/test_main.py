@@ -103,4 +103,4 @@ def test_a_task_of_ones_own_has_the_name_of_its_folder():
 
     own = ("--template", "{text} It was", "--label_words", " bad", " good")
     assert name(*own, "--data_dir", "data/my_reviews/") == "my_reviews"
-    assert name(*own) == name(*own[:2], "--data_dir", "data/my_reviews") == "sst2"
+    assert name(*own) == name(*own[:2], "--data_dir", "data/my_reviews") == "custom"
