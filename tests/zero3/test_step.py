@@ -52,7 +52,7 @@ PRECISIONS = {
     ],
 )
 def test_run_is_bit_identical_on_1_2_and_4_ranks(dtype, momentum):
-    skip_unsupported(PRECISIONS[dtype])
+    skip_unsupported(config(1, **PRECISIONS[dtype]))
     runs = {}
     for world_size in (1, 2, 4):
         results = run_ranks(world_size, _whole_run, dtype, momentum, {})
