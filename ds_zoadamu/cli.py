@@ -13,14 +13,22 @@ from .distributed import quiet  # noqa: F401
 from .distributed.alike import is_rank_0, say
 from .distributed.collective import describe, leave
 from .distributed.ending import run_command
+from .distributed.launcher import run_module
 from .errors import CheckpointError, ConfigError, JournalError, RankError, ReplayError
 
 # name -> (module, one line of help); imported when it is called, for some of them import DeepSpeed
 SUBCOMMANDS = {
+    "configs": ("config.configs_command", "list, show or write the DeepSpeed configurations that come with the package"),
     "journal": ("durability.journal_report", "print a summary of a journal, and draw it"),
     "replay": ("durability.replay_command", "rebuild a tuned model from its base and its journal"),
     "plan": ("plan.command", "what fits, with which settings, and how long a step takes"),
     "digest": ("durability.digest_command", "print the SHA-256 of a model's trained weights"),
+}
+# name -> (module that is a command with a parser of its own, one line of help)
+COMMANDS = {
+    "finetune": ("training.finetune_command", "fine-tune a model on a task"),
+    "evaluate": ("training.evaluate_command", "measure a model on a task"),
+    "benchmark": ("benchmark.command", "optimizers side by side"),
 }
 _USER_ERRORS = (CheckpointError, ConfigError, JournalError, ReplayError)
 
@@ -28,6 +36,8 @@ _USER_ERRORS = (CheckpointError, ConfigError, JournalError, ReplayError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; what the user can put right is one line on stderr and exit status 2 (docs/commands.md)."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in COMMANDS:
+        run_module(f"{__package__}.{COMMANDS[argv[0]][0]}", argv[1:])
     parser = argparse.ArgumentParser(prog="ds_zoadamu", description="Plan, record and rebuild zeroth-order fine-tuning runs.")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     parser.add_argument(
@@ -36,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     wanted = next((word for word in argv if word in SUBCOMMANDS), None)
     modules = {}
+    for name, (_, text) in COMMANDS.items():
+        subparsers.add_parser(name, help=f"{text}; with --num_gpus, --hostfile and the like on several ranks")
     for name, (module, text) in SUBCOMMANDS.items():
         subparser = subparsers.add_parser(name, help=text, description=text)
         if name == wanted:

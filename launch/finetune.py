@@ -6,20 +6,7 @@
 The JSON's optimizer decides: "ZOAdaMU" trains with forward passes only, "AdamW" with DeepSpeed's ZeRO-3 and backward passes.
 """
 
-import ds_zoadamu.distributed.quiet  # noqa: F401
-from ds_zoadamu.distributed.ending import run_command
-from ds_zoadamu.training.arguments import finetune_parser
-from ds_zoadamu.training.main import parse_arguments, run_script
-from ds_zoadamu.training.profile import profile
-from ds_zoadamu.training.run import finetune
-from ds_zoadamu.training.search import find_lr
-
-
-def main() -> int:
-    args = parse_arguments(finetune_parser())
-    task = find_lr if args.find_lr else profile if args.profile_steps else finetune
-    return run_script(lambda: task(args), args.output_dir)
-
+from ds_zoadamu.training.finetune_command import console
 
 if __name__ == "__main__":
-    run_command(main)
+    console()

@@ -6,20 +6,7 @@ instead of this project; launch/benchmark.py runs it beside the others.
 Takes launch/finetune.py's arguments but for the DeepSpeed JSON, on one rank, and writes the same files.
 """
 
-import ds_zoadamu.distributed.quiet  # noqa: F401
-from ds_zoadamu.distributed.ending import run_command
-from ds_zoadamu.training.arguments import finetune_parser
-from ds_zoadamu.training.main import run_script
-from ds_zoadamu.training.plain import PlainMeZO, make_plain_plan
-from ds_zoadamu.training.profile import profile
-from ds_zoadamu.training.run import finetune
-
-
-def main() -> int:
-    args = finetune_parser().parse_args()
-    task = profile if args.profile_steps else finetune
-    return run_script(lambda: task(args, make_plain_plan, PlainMeZO))
-
+from ds_zoadamu.training.plain_command import console
 
 if __name__ == "__main__":
-    run_command(main)
+    console()

@@ -19,6 +19,7 @@ from ds_zoadamu.benchmark.plots import draw_cost, draw_curves
 from ds_zoadamu.benchmark.report import markdown
 from ds_zoadamu.benchmark.runs import Runner
 from ds_zoadamu.benchmark.settings import check_settings
+from ds_zoadamu.config import shipped
 from ds_zoadamu.files.json_files import write_json
 from ds_zoadamu.files.safetensors_io import write_durably
 from ds_zoadamu.tasks import Metric
@@ -27,11 +28,8 @@ RESULTS, REPORT = "results.json", "report.md"
 _ENVIRONMENT = ("versions", "platform", "processor", "num_cpus", "accelerator")
 
 
-def benchmark(args: Namespace, repository: Path) -> int:
+def benchmark(args: Namespace) -> int:
     """Runs what `benchmark_parser` says, or the rest of it; writes results.json, report.md and the plots.
-
-    Args:
-        repository: the folder of launch/ and ds_configs/.
 
     Returns:
         1 where a run failed for another reason than memory or divergence, else 0.
@@ -40,12 +38,12 @@ def benchmark(args: Namespace, repository: Path) -> int:
         InputError, ConfigError: before anything runs or is written.
     """
     check_numbers(args)
-    contenders = choose_contenders(args, repository / "ds_configs")
+    contenders = choose_contenders(args, shipped.FOLDER)
     grids = make_grids(args, contenders)
     common, metric = check_settings(args, contenders, grids)
     output, items = Path(args.output_dir), common["batch"]["train_batch_size"]
     check_folder(output)
-    runner = Runner(args, common["batch"], repository, _commit(repository))
+    runner = Runner(args, common["batch"], _commit(Path(__file__).parent))
     settings = {
         "arguments": shared_arguments(args),
         "ranks": args.ranks,
@@ -121,11 +119,11 @@ def _any_failed(contenders: Mapping[str, dict]) -> bool:
     return FAILED in statuses
 
 
-def _commit(repository: Path) -> str:
+def _commit(folder: Path) -> str:
     """Of the code, with "+" where files differ from it; "unknown" without a repository."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(repository), *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")

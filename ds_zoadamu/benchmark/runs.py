@@ -16,6 +16,9 @@ from ds_zoadamu.files.folders import remove
 from ds_zoadamu.files.json_files import write_json
 from ds_zoadamu.training.output import BEST, CHECKPOINTS, MODEL
 
+_PLACE = Path(__file__).resolve().parents[2]
+"""Of the package, for the processes that are started."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -23,13 +26,13 @@ class Run:
 
     Attributes:
         folder: under the benchmark's output, named after what the run is.
-        script: of launch/.
+        module: that is the command.
         arguments: its command line, but for the folders that differ from machine to machine.
     """
 
     contender: Contender
     folder: Path
-    script: str
+    module: str
     arguments: tuple[str, ...]
     ranks: int
     threads: int
@@ -41,12 +44,11 @@ class Runner:
     Args:
         args: of `benchmark_parser`.
         batch: the settings that all contenders share, of `check_settings`.
-        repository: where launch/ is.
         commit: of the code, noted with every outcome.
     """
 
-    def __init__(self, args: Namespace, batch: dict, repository: Path, commit: str):
-        self._args, self._batch, self._repository, self._commit = args, batch, repository, commit
+    def __init__(self, args: Namespace, batch: dict, commit: str):
+        self._args, self._batch, self._commit = args, batch, commit
         self.output = Path(args.output_dir)
         self.threads = args.threads or max(1, len(os.sched_getaffinity(0)) // args.ranks)
 
@@ -66,8 +68,8 @@ class Runner:
             words += ["--save_steps", "0"]
         words += [*point.arguments, "--max_steps", str(steps), "--seed", str(seed), *more]
         name = kind if kind == "profile" else f"{kind}-{point.label}-steps{steps}-seed{seed}"
-        script = "plain_mezo.py" if contender.plain else "finetune.py"
-        return Run(contender, self.output / "runs" / contender.name / name, script, tuple(words), ranks, threads)
+        module = f"ds_zoadamu.training.{'plain' if contender.plain else 'finetune'}_command"
+        return Run(contender, self.output / "runs" / contender.name / name, module, tuple(words), ranks, threads)
 
     def config_path(self, contender: Contender) -> Path:
         """Where the benchmark keeps its copy of a contender's JSON."""
@@ -97,8 +99,8 @@ class Runner:
     def _command(self, run: Run, folder: Path) -> list[str]:
         port = str(self._args.master_port or free_port())
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(run.ranks), "--master_port", port]
-        return [*launcher, str(self._repository / "launch" / run.script), *run.arguments, "--output_dir", str(folder / "out")]
+        return [*launcher, "--module", run.module, *run.arguments, "--output_dir", str(folder / "out")]
 
     def _environment(self, run: Run) -> dict[str, str]:
-        path = os.pathsep.join([str(self._repository), *filter(None, [os.environ.get("PYTHONPATH")])])
+        path = os.pathsep.join([str(_PLACE), *filter(None, [os.environ.get("PYTHONPATH")])])
         return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(run.threads), "TOKENIZERS_PARALLELISM": "false"}

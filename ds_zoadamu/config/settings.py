@@ -24,6 +24,7 @@ from .offload import Offload
 from .refusals import check_deepspeed_settings
 from .schedule import check_schedule_complete
 from .sections import DTYPES, Batch, as_object, batch_of, check_batch, check_batch_given, precision_of, value_at
+from .shipped import file_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +113,7 @@ def read_config(source: "dict | str | Path | Config") -> dict:
     if isinstance(source, dict):
         return source
     what = f"DeepSpeed configuration {str(source)!r}"
-    loaded = read_json(source, what)
+    loaded = read_json(file_of(source), what)
     if not isinstance(loaded, dict):
         raise ConfigError(f"{what} holds a {type(loaded).__name__}; it must be a JSON object")
     return loaded

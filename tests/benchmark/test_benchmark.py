@@ -87,8 +87,8 @@ def test_interrupted_it_goes_on_with_what_is_left(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     args = benchmark_parser().parse_args(arguments(tmp_path))
     with locked(tmp_path / "out"), pytest.raises(InputError, match="another benchmark works there now"):
-        benchmark(args, ROOT)
-    assert benchmark(args, ROOT) == 0
+        benchmark(args)
+    assert benchmark(args) == 0
     assert {path: path.stat().st_mtime_ns for path in runs.glob("*/*/outcome.json")} == ends
     assert json.loads((tmp_path / "out" / "results.json").read_text())["contenders"] == before["contenders"]
 

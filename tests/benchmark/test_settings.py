@@ -130,7 +130,7 @@ def test_bad_input_is_refused_before_anything_is_written(tiny, text):
     write_config(tiny, "unclipped", optimizer={"type": "AdamW", "params": {"lr": "auto"}})
     before = sorted(tiny.rglob("*"))
     with pytest.raises((InputError, ConfigError)) as caught:
-        benchmark(arguments(tiny, text.format(tiny=tiny)), ROOT)
+        benchmark(arguments(tiny, text.format(tiny=tiny)))
     assert REFUSED[text] in str(caught.value)
     assert sorted(tiny.rglob("*")) == before
 

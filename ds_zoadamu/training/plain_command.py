@@ -1,0 +1,26 @@
+"""The command of launch/plain_mezo.py."""
+
+from typing import NoReturn
+
+import ds_zoadamu.distributed.quiet  # noqa: F401
+from ds_zoadamu.distributed.ending import run_command
+from ds_zoadamu.training.arguments import finetune_parser
+from ds_zoadamu.training.main import run_script
+from ds_zoadamu.training.plain import PlainMeZO, make_plain_plan
+from ds_zoadamu.training.profile import profile
+from ds_zoadamu.training.run import finetune
+
+
+def main() -> int:
+    args = finetune_parser().parse_args()
+    task = profile if args.profile_steps else finetune
+    return run_script(lambda: task(args, make_plain_plan, PlainMeZO))
+
+
+def console() -> NoReturn:
+    """``main`` as a command: the process ends with it."""
+    run_command(main)
+
+
+if __name__ == "__main__":
+    console()
