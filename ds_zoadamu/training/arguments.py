@@ -51,7 +51,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--score",
         choices=SCORES,
-        help="options are compared by the mean or the sum of their tokens' log-probabilities (default: mean)",
+        help="options are compared by the mean or the sum of their tokens' log-probabilities (default: the task's, else mean)",
     )
     group.add_argument(
         "--objective",
