@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .distributed import quiet  # noqa: F401
-from .distributed.alike import said_by_rank_0
+from .distributed.alike import is_rank_0, say
 from .distributed.collective import describe, leave
 from .distributed.ending import run_command
-from .distributed.start import launched_rank
 from .errors import CheckpointError, ConfigError, JournalError, RankError, ReplayError
 
 # name -> (module, one line of help); imported when it is called, for some of them import DeepSpeed
@@ -52,23 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         leave()
         return status
     except (*_USER_ERRORS, OSError) as e:
-        _say(describe(e) if isinstance(e, OSError) else str(e))
+        message = describe(e) if isinstance(e, OSError) else str(e)
+        say(message, f"ds_zoadamu: {message}")
     except RankError as e:
-        _say(str(e))
+        say(str(e), f"ds_zoadamu: {e}")
         return 1
     except KeyboardInterrupt:
-        if launched_rank() == 0:
+        if is_rank_0():
             print("ds_zoadamu: interrupted; the same command begins anew", file=sys.stderr)
         return 130
     return 2
-
-
-def _say(message: str) -> None:
-    """On rank 0, and where rank 0 does not end with the same message."""
-    if launched_rank() == 0 or not said_by_rank_0(message):
-        print(f"ds_zoadamu: {message}", file=sys.stderr, flush=True)
-    if launched_rank() == 0:
-        said_by_rank_0(message)
 
 
 def console() -> NoReturn:

@@ -16,9 +16,13 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+# Of launchers that DeepSpeed asks for the group by itself.
+_OTHER_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "AZUREML_EXPERIMENT_ID", "DLTS_JOB_ID")
+
+
 def ensure_launched() -> None:
     """Without a launcher, describe a group of one rank in the environment, as the launcher would for one device."""
-    if "WORLD_SIZE" not in os.environ:
+    if not any(name in os.environ for name in ("WORLD_SIZE", *_OTHER_LAUNCHERS)):
         port = str(free_port())
         os.environ.update(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
 

@@ -159,7 +159,9 @@ def base_folder(module: Any, base: str | Path | None) -> Path | None:
     return find_folder(name, _revision(module), download=False) if name else None
 
 
-def _base_name(module: Any, base: str | Path | None) -> str:
+def _base_name(module: Any, base: str | Path | bool | None) -> str:
+    if base is False:
+        return ""
     if base is not None:
         return str(base)
     return "" if hasattr(module, "peft_config") else getattr(getattr(module, "config", None), "_name_or_path", None) or ""
@@ -169,13 +171,13 @@ def _revision(module: Any) -> str | None:
     return getattr(getattr(module, "config", None), "_commit_hash", None)
 
 
-def base_identity(module: Any, base: str | Path | None) -> dict:
+def base_identity(module: Any, base: str | Path | bool | None) -> dict:
     """What a journal's header says of the base model: {"name", "revision", "sha256", "files", "companions"}; sha256 and files
     None, with a "note" and without companions, where the weights did not come from safetensors files. A local folder is named
     without the path to it: journals are published.
 
-    Args: ``module``: the model; ``base``: folder or hub name, or None: what the model itself says it was loaded from.
-    Raises ReplayError where ``base`` was given and has no safetensors weights.
+    Args: ``module``: the model; ``base``: folder or hub name, or None: what the model itself says it was loaded from,
+    or False: the weights are in no files. Raises ReplayError where ``base`` was given and has no safetensors weights.
     """
     adapters = hasattr(module, "peft_config")
     name, revision, folder = _base_name(module, base), _revision(module), base_folder(module, base)
@@ -186,7 +188,7 @@ def base_identity(module: Any, base: str | Path | None) -> dict:
         "files": None,
     }
     if folder is None:
-        if base is not None:
+        if base is not None and base is not False:
             raise ReplayError(f"base {name!r} is neither a folder nor a model in the hub's local cache")
         what = "adapters were not loaded from a folder: pass base=" if adapters else "the model was not loaded from files"
         return {**unknown, "note": what}

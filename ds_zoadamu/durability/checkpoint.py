@@ -64,7 +64,7 @@ def save(
         given.mine = [tag, _data_state(engine)]
         if save_total_limit is not None and (isinstance(save_total_limit, bool) or not save_total_limit >= 1):
             raise CheckpointError(f"save_total_limit is {save_total_limit!r}; it must be an integer >= 1, or None to keep all")
-        manifest = _manifest(engine, client_state, owner.journal.checksum if owner.journal is not None else None)
+        manifest = _manifest(engine, client_state, owner)
     tags, data_states = zip(*given.all, strict=True)
     if len(set(tags)) > 1:
         raise collective.everywhere(CheckpointError(f"the ranks disagree about the tag of a checkpoint: {list(tags)}"))
@@ -105,7 +105,7 @@ def _prune(directory: Path, limit: int, tag: str, owner: CheckpointOwner) -> Non
         )
 
 
-def _manifest(engine: Any, client_state: dict, journal_checksum: str | None) -> dict:
+def _manifest(engine: Any, client_state: dict, owner: CheckpointOwner) -> dict:
     state, scheduler = engine.state(), None
     if state.lr_scheduler is not None:
         name = type(engine.lr_scheduler).__name__
@@ -122,7 +122,7 @@ def _manifest(engine: Any, client_state: dict, journal_checksum: str | None) -> 
         "lr_scheduler": scheduler,
         "data_position": state.data_position,
         "client_state": _encoded(client_state, "client_state"),
-        "journal_checksum": journal_checksum,
+        "journal_checksum": None if owner.journal is None else owner.journal.checksum_at(engine.optimizer.step_count),
     }
 
 

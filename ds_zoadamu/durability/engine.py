@@ -1,6 +1,7 @@
 """The engine that users get: what makes a run survive, journal, checkpoints and resume, as its methods."""
 
 import logging
+from collections import deque
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from ..zero3.records import StepRecord
 from . import checkpoint
 from . import resume as resuming
 from .checkpoint_owner import CheckpointOwner
+from .checkpoint_store import Found
 from .journal import Journal, Record
 from .resume import Resumed
 
@@ -30,6 +32,13 @@ class ZerothOrderEngine(ForwardOnlyEngine):
     journaling = False
     """Whether steps are recorded; on all ranks."""
     _weight_decays: tuple[float, ...] = ()
+    loaded_checkpoint: Found | None = None
+    """The checkpoint that the run goes on from."""
+
+    @cached_property
+    def _due(self) -> deque[Record]:
+        """Records of an attached journal whose steps have not been taken yet."""
+        return deque()
 
     @cached_property
     def _owner(self) -> CheckpointOwner:
@@ -37,16 +46,17 @@ class ZerothOrderEngine(ForwardOnlyEngine):
         return CheckpointOwner()
 
     def open_journal(
-        self, path: str | Path, *, base: str | Path | None = None, fsync_every: int = 1, task: dict | None = None
+        self, path: str | Path, *, base: str | Path | bool | None = None, fsync_every: int = 1, task: dict | None = None
     ) -> None:
         """Write a record of every step to ``path`` from now on, before the step changes a partition. Call it on all ranks
         before step 1.
 
-        Args: ``path``: of the new journal; ``base``: folder or hub name of the model the run starts from (default: where the
-        model says it was loaded from), whose files are hashed once; ``fsync_every``: the journal is made durable every so many
-        steps. With 1 not even a power failure loses a step; with more it may lose the last few, which are then taken again. A
-        killed process loses none. ``task``: what else makes the run this run and the engine cannot see, names to strings or
-        integers, such as {"data_sha256": ...}; the same on all ranks, and a resume must give the same.
+        Args: ``path``: of the new journal; ``base``: folder or hub name of the model the run starts from, whose files are
+        hashed once (default: where the model says it was loaded from; False: it is in no files, and the run can be resumed, not
+        replayed); ``fsync_every``: the journal is made durable every so many steps. With 1 not even a power failure loses a
+        step; with more it may lose the last few, which are then taken again. A killed process loses none. ``task``: what else
+        makes the run this run and the engine cannot see, names to strings or integers, such as {"data_sha256": ...}; the same
+        on all ranks, and a resume must give the same.
 
         Raises JournalError on all ranks where the file exists, is being written by another run, or cannot be written;
         ReplayError where the run could not be rebuilt from the base: a parameter is not in its files, or in another shape.
@@ -85,6 +95,23 @@ class ZerothOrderEngine(ForwardOnlyEngine):
             self._hold_journal(journal)
         return resumed
 
+    def attach_journal(
+        self, path: str | Path, *, base: str | Path | None = None, fsync_every: int = 1, task: dict | None = None
+    ) -> int:
+        """Go on with a journal on an engine that has loaded a checkpoint of its run, or that holds the weights the run began
+        with. Call it on all ranks.
+
+        Later records are not applied now: as many calls of ``train_batch`` take their steps from the journal in place of
+        forward passes, so that whoever deals out data and counts steps stays in step. Returns how many there are; ``resume``
+        applies them at once. Args and errors as for ``resume``.
+        """
+        self._require_zeroth_order("attach_journal")
+        with collective.together("attach_journal"):
+            records, journal = resuming.attach_journal(self, path, base, fsync_every, task)
+            self._due = deque(records)
+            self._hold_journal(journal)
+        return len(records)
+
     def skip_to(self, step: int) -> None:
         """Count the steps up to ``step`` as taken without taking them, to measure a step in the middle of a schedule. On all
         ranks. An open journal goes on from there, and nothing can be rebuilt from it.
@@ -95,6 +122,7 @@ class ZerothOrderEngine(ForwardOnlyEngine):
 
     def close_journal(self) -> None:
         """Make the journal durable and give up its lock; later steps are not recorded. On all ranks."""
+        self._due.clear()
         journal, self._journal, self.journaling = self._journal, None, False
         self._owner.hold_journal(None)
         if journal is not None:
@@ -157,8 +185,8 @@ class ZerothOrderEngine(ForwardOnlyEngine):
         file ``latest``.
 
         Raises CheckpointError on all ranks for a missing, shortened or damaged file, another model, dtype or momentum mode, or
-        other options; nothing has been changed then. RuntimeError while a journal is open: use ``resume``, which keeps the two
-        together.
+        other options; nothing has been changed then. An open journal is closed once the weights are loaded, and says so: a run
+        goes back to its best step when it is over. To go on with a run use ``resume``, which keeps the two together.
         """
         if not self._is_zeroth_order:
             return super().load_checkpoint(
@@ -170,11 +198,6 @@ class ZerothOrderEngine(ForwardOnlyEngine):
                 load_module_only,
                 custom_load_fn,
             )
-        if self.journaling:
-            raise RuntimeError(
-                "load_checkpoint while a journal is open would break its chain of steps; use engine.resume(journal, "
-                "checkpoint_dir)"
-            )
         if custom_load_fn is not None:
             raise ValueError("custom_load_fn is not supported: partitions are loaded by name and range")
         weights_only = load_module_only or not load_optimizer_states
@@ -185,8 +208,10 @@ class ZerothOrderEngine(ForwardOnlyEngine):
             with collective.on_all_ranks(CheckpointError):
                 client_state, data_state = checkpoint.client_state_of(found), checkpoint.data_state_of(found)
             checkpoint.load(self, found, weights_only=weights_only, with_lr_scheduler=load_lr_scheduler_states)
+            self._close_after(found)
             if not weights_only:
                 self._owner.go_on(found.manifest)
+                self.loaded_checkpoint = found
             with collective.on_all_ranks(CheckpointError):
                 if not weights_only and data_state is not None and self.data_source is not None:
                     self.data_source.load_state_dict(data_state)
@@ -198,11 +223,33 @@ class ZerothOrderEngine(ForwardOnlyEngine):
             )
         return str(found.path), client_state
 
+    def _close_after(self, found: Found) -> None:
+        """The weights are those of another step than the journal's last: it ends there."""
+        if not self.journaling:
+            return
+        last = self.state().step if self._journal is None else self._journal.last_step
+        self.close_journal()
+        checkpoint.log_on_rank_0(
+            logging.INFO,
+            f"the journal is closed behind step {last}: checkpoint {str(found.path)!r} of step {found.step} was loaded. Later "
+            "steps are not recorded",
+        )
+
     # --- called by train_batch ------------------------------------------------------------------------------------------------
+
+    def recorded_step(self) -> StepRecord | None:
+        """The next step as an attached journal has it."""
+        if not self._due:
+            return None
+        resuming.set_lrs(self, self._due[0])
+        return resuming.step_record(self, self._due[0])
 
     def before_update(self, record: StepRecord, batch: Any, micro_batches: Sequence[Any]) -> None:
         """Write the record, or end on all ranks."""
         super().before_update(record, batch, micro_batches)
+        if self._due:  # it is of the journal
+            self._due.popleft()
+            return
         if hasattr(batch, "state_dict") and hasattr(batch, "load_state_dict"):
             self.data_source = batch
         if not self.journaling:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..distributed import collective
 from ..errors import CheckpointError, HalfLoadedError, JournalError, ReplayError, shown
+from ..zero3.records import StepRecord
 from . import checkpoint
 from . import checkpoint_store as store
 from .base_model import base_folder, base_identity
@@ -155,6 +156,49 @@ def resume(
     return Resumed(step, len(records), found and found.path, client_state), journal
 
 
+def attach_journal(
+    engine: Any, path: str | Path, base: str | Path | None, fsync_every: int, task: dict | None
+) -> tuple[list[Record], Journal | None]:
+    """See ``ZerothOrderEngine.attach_journal``; returns the later records and, on rank 0, the journal."""
+    step, loaded = engine.optimizer.step_count, engine.loaded_checkpoint
+    if step != (0 if loaded is None else loaded.step):
+        raise JournalError(
+            f"this engine has taken steps and is at {step}; attach a journal to a new one, or right after loading"
+        )
+    _check_task(task)
+    frozen_digests(engine)
+    journal, contents = _open(path, fsync_every)
+    try:
+        _check_header(engine, contents.header, path, base, task)
+        if loaded is None:
+            _check_weights(engine, contents.header, path)
+        else:
+            _check_of_run(loaded, contents, path)
+        with collective.on_all_ranks(JournalError):
+            if journal is not None and contents.torn:
+                journal.cut_torn_line()
+    except BaseException:
+        if journal is not None:
+            journal.close()
+        raise
+    return contents.records[step:], journal
+
+
+def _check_of_run(found: store.Found, contents: Contents, path: str | Path) -> None:
+    """Raises JournalError for a checkpoint that the run of a journal has not saved."""
+    if found.step >= len(contents.checksums):
+        raise JournalError(
+            f"journal {str(path)!r} ends at step {len(contents.records)}, but checkpoint {str(found.path)!r} is of step "
+            f"{found.step}: it is of another run, or the journal has lost its end. Restore the journal, or move the "
+            "checkpoint away to take the steps again"
+        )
+    if found.manifest["journal_checksum"] != contents.checksums[found.step]:
+        raise JournalError(
+            f"checkpoint {str(found.path)!r} was not saved by the run of journal {str(path)!r} (their checksums at step "
+            f"{found.step} differ); give each run a folder of its own"
+        )
+
+
 def _open(path: str | Path, fsync_every: int) -> tuple[Journal | None, Contents]:
     """Rank 0 opens, locks and verifies the journal; every rank gets its contents."""
     journal, data = None, None
@@ -210,19 +254,9 @@ def _load_newest(engine: Any, directory: str | Path | None, contents: Contents, 
             listed = [{"tag": f.tag, "path": str(f.path), "manifest": f.manifest} for f in store.find_all(Path(directory))]
     for entry in json.loads(collective.broadcast_bytes(json.dumps(listed).encode())):
         found = store.Found(entry["tag"], Path(entry["path"]), entry["manifest"])
-        if found.step >= len(contents.checksums):
-            raise JournalError(
-                f"journal {str(path)!r} ends at step {len(contents.records)}, but checkpoint {str(found.path)!r} is of step "
-                f"{found.step}: it is of another run, or the journal has lost its end. Restore the journal, or move the "
-                "checkpoint away to take the steps again"
-            )
         if found.step == 0 and found.manifest["journal_checksum"] is None:
             continue  # saved before the journal was opened: the weights that the run began with
-        if found.manifest["journal_checksum"] != contents.checksums[found.step]:
-            raise JournalError(
-                f"checkpoint {str(found.path)!r} was not saved by the run of journal {str(path)!r} (their checksums at step "
-                f"{found.step} differ); give each run a folder of its own"
-            )
+        _check_of_run(found, contents, path)
         try:
             checkpoint.load(engine, found)
         except CheckpointError as e:
@@ -277,6 +311,16 @@ def _advance(engine: Any, first: int, contents: Contents) -> None:
 
 def _follow(engine: Any, record: Record) -> None:
     """lr and scheduler after a recorded step, as DeepSpeedEngine.step leaves them."""
+    set_lrs(engine, record)
+    if engine.lr_scheduler is not None and not record.skipped:
+        with warnings.catch_warnings():
+            # torch's schedulers warn that optimizer.step() was not called: the journal took its place
+            warnings.simplefilter("ignore")
+            engine.lr_scheduler.step()
+
+
+def set_lrs(engine: Any, record: Record) -> None:
+    """Give the parameter groups a record's lr. Raises JournalError where the run's scheduler gives another."""
     for index, (group, lr) in enumerate(zip(engine.optimizer.param_groups, record.lrs, strict=True)):
         if engine.lr_scheduler is not None and float(group["lr"]) != lr:
             raise JournalError(
@@ -284,11 +328,20 @@ def _follow(engine: Any, record: Record) -> None:
                 f"{index}); resume with the scheduler that the journal was written with"
             )
         group["lr"] = lr
-    if engine.lr_scheduler is not None and not record.skipped:
-        with warnings.catch_warnings():
-            # torch's schedulers warn that optimizer.step() was not called: the journal took its place
-            warnings.simplefilter("ignore")
-            engine.lr_scheduler.step()
+
+
+def step_record(engine: Any, record: Record) -> StepRecord:
+    """A journal's record as ``train_batch`` reports it."""
+    return StepRecord(
+        step=record.step,
+        loss=(record.loss_plus + record.loss_minus) / 2.0,
+        loss_plus=record.loss_plus,
+        loss_minus=record.loss_minus,
+        projected_grads=record.projected_grads,
+        lrs=record.lrs,
+        skipped=record.skipped,
+        figures=engine.optimizer.rule.figures(record.step),
+    )
 
 
 def _restore_data(engine: Any, contents: Contents, records: list[Record], found: store.Found | None, data: Any) -> None:

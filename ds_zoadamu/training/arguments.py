@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -198,5 +199,6 @@ def task_from(args: argparse.Namespace) -> TaskData:
             raise InputError(f"--{name}: task {task.name!r} has no {name}; leave the option out")
         changes[name] = label_words_from(value, "--label_words") if name == "label_words" else value
     if args.task in TASKS and {"template", "label_words"} & set(changes):
-        changes["name"] = "custom"
+        own_data = args.data_dir and {"template", "label_words"} <= set(changes)
+        changes["name"] = (own_data and Path(args.data_dir).absolute().name) or "custom"
     return replace(task, **changes) if changes else task

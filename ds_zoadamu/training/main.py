@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ds_zoadamu.distributed.alike import said_by_rank_0
+from ds_zoadamu.distributed.alike import is_rank_0, say
 from ds_zoadamu.distributed.collective import describe, leave, together
 from ds_zoadamu.distributed.start import ensure_launched
 from ds_zoadamu.distributed.start import launched_rank as rank
@@ -26,7 +26,7 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
             return parser.parse_args()
     except SystemExit as end:
         if end.code:
-            _say(said.getvalue(), said.getvalue().rstrip())
+            say(said.getvalue(), said.getvalue().rstrip())
         raise
 
 
@@ -44,39 +44,30 @@ def run_script(body: Callable[[], object], output_dir: str | None = None) -> int
         with together(Path(sys.argv[0]).name):  # nodes may have it under different paths
             _whole(body)
     except (InputError, ConfigError, JournalError, CheckpointError, ReplayError, NonFiniteWeightsError) as error:
-        _say(str(error), f"{sys.argv[0]}: error on rank {rank()}: {error}")
+        say(str(error), f"{sys.argv[0]}: error on rank {rank()}: {error}")
         return 2
     except OSError as error:
         if not is_known(error):
             raise
         line = describe(error) + (_go_on(output_dir) if error.errno in (errno.ENOSPC, errno.EDQUOT) else "")
-        _say(line, f"{sys.argv[0]}: error on rank {rank()}: {line}")
+        say(line, f"{sys.argv[0]}: error on rank {rank()}: {line}")
         return 1
     except RankError as error:
-        _say(str(error), f"{sys.argv[0]}: rank {rank()} ends: {error}")
+        say(str(error), f"{sys.argv[0]}: rank {rank()} ends: {error}")
         return 1
     except KeyboardInterrupt:
-        if rank() == 0:
+        if is_rank_0():
             print(f"{sys.argv[0]}: interrupted{_go_on(output_dir)}", file=sys.stderr, flush=True)
         return 130
     leave()
     return 0
 
 
-def _say(message: str, line: str) -> None:
-    """Print a line, on rank 0 and where rank 0 does not end with the same message."""
-    if rank() == 0 or not said_by_rank_0(message):
-        print(line, file=sys.stderr, flush=True)
-    if rank() == 0:
-        said_by_rank_0(message)
-
-
 def _go_on(output_dir: str | None) -> str:
-    if output_dir is None or not (Path(output_dir) / JOURNAL).exists():
+    journal = Path(output_dir or "") / JOURNAL
+    if output_dir is None or not journal.exists():
         return ""
-    return (
-        f"; every step that was taken is in {Path(output_dir) / JOURNAL}, and the same command with --resume goes on behind it"
-    )
+    return f"; {journal} has every step that was taken, and the same command with --resume goes on behind them"
 
 
 def _whole(body: Callable[[], object]) -> None:

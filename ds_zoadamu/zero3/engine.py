@@ -4,7 +4,7 @@ import logging
 import math
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..distributed import collective
 from ..errors import ConfigError, NonFiniteLossError
 from ..rules import RULES, Evaluation, make_rule
 from . import divergence, forward_hooks, nvme
-from .batches import fresh, mapped
+from .batches import drawn_of, fresh, mapped
 from .data import MicroBatchLoader, MicroBatchSampler, MicroBatchStream, TrainingData, check_training_data, is_stream
 from .draws import CommonDraws, undrawn
 from .evaluation import Evaluator, evaluating
@@ -68,12 +68,13 @@ class ForwardOnlyEngine(DeepSpeedEngine):
 
     # --- one step
 
-    def train_batch(self, batch: Any) -> float:
+    def train_batch(self, batch: Any = None, *, micro_batches: Sequence[Any] | None = None) -> float:
         """One zeroth-order step; returns the mean of loss_plus and loss_minus, the same on all ranks.
 
         Args: ``batch``: an iterator, from which gradient_accumulation_steps micro-batches are drawn, or one micro-batch where
-        that is 1. The model runs in eval mode (no dropout) and without gradients; the same micro-batches, and the same random
-        numbers drawn by the loss, serve all perturbations, and the same perturbation both signs.
+        that is 1; or in its place ``micro_batches``, any number of them, as many on each rank. The model runs in eval mode (no
+        dropout) and without gradients; the same micro-batches, and the same random numbers drawn by the loss, serve all
+        perturbations, and the same perturbation both signs.
 
         Raises, on all ranks: StopIteration when a rank's iterator is empty; ValueError for one that ends within a step, and for
         weights that sum to 0; ConfigError where requires_grad of a parameter was changed; NonFiniteLossError after
@@ -85,18 +86,9 @@ class ForwardOnlyEngine(DeepSpeedEngine):
         with collective.together(f"train_batch of step {self.optimizer.next_step}"):
             self._trained_set.reject_changes()
             self._check_lrs()
-            drawn = self._draw(batch)
-            micro_batches = [self._to_device(micro_batch) for micro_batch in drawn]
+            drawn = self._draw(batch, micro_batches)
             self.tput_timer.begin_step()
-            evaluations = self.optimizer.rule.evaluations(self.optimizer.next_step)
-            passes, draws = [], CommonDraws()
-            with evaluating(self.module):
-                for evaluation in evaluations:
-                    with self.gathers.perturbed(self._fill(evaluation)):
-                        passes.append([self._loss(fresh(batch)) for batch in draws.before_each(micro_batches)])
-            record = self._record(evaluations, global_means(passes, self.device))
-            if record.skipped and record.step == 1:
-                divergence.refuse_nonfinite_weights(self, record)
+            record = self.recorded_step() or self._evaluated_step(drawn)
             self.before_update(record, batch, drawn)
             self.optimizer.observe(None if record.skipped else record.projected_grads)
             with self.gathers.writing():
@@ -105,6 +97,24 @@ class ForwardOnlyEngine(DeepSpeedEngine):
             self._report(record)
         self._stop_if_diverged(record)
         return record.loss
+
+    def recorded_step(self) -> StepRecord | None:
+        """What is known of the next step without forwards."""
+        return None
+
+    def _evaluated_step(self, drawn: Sequence[Any]) -> StepRecord:
+        """The next step's losses, by two forwards for each perturbation."""
+        micro_batches = [self._to_device(micro_batch) for micro_batch in drawn]
+        evaluations = self.optimizer.rule.evaluations(self.optimizer.next_step)
+        passes, draws = [], CommonDraws()
+        with evaluating(self.module):
+            for evaluation in evaluations:
+                with self.gathers.perturbed(self._fill(evaluation)):
+                    passes.append([self._loss(fresh(batch)) for batch in draws.before_each(micro_batches)])
+        record = self._record(evaluations, global_means(passes, self.device))
+        if record.skipped and record.step == 1:
+            divergence.refuse_nonfinite_weights(self, record)
+        return record
 
     def eval_batch(self, batch: Any) -> float:
         """The loss at the unperturbed parameters, reduced as in ``train_batch``; changes nothing. The same on all ranks.
@@ -197,14 +207,18 @@ class ForwardOnlyEngine(DeepSpeedEngine):
             if self.global_rank == 0:
                 logger.warning(warning)
 
-    def _draw(self, batch: Any) -> list[Any]:
+    def _draw(self, batch: Any, micro_batches: Sequence[Any] | None) -> list[Any]:
         """This rank's micro-batches of a step, once every rank has its own: before a gather waits for a rank without."""
         with collective.on_all_ranks(ValueError) as given:
-            drawn = self._take(batch)
+            drawn = drawn_of(batch, micro_batches, self.gradient_accumulation_steps())
             given.mine = [len(drawn), *(float(group["lr"]) for group in self.optimizer.param_groups)]
         self._require_one_lr([lrs for _, *lrs in given.all])
         counts = [count for count, *_ in given.all]
         if all(counts):
+            if len(set(counts)) > 1:
+                by_count = collective.grouped(counts)
+                found = ", ".join(f"{count} on {collective.by_rank(ranks)}" for count, ranks in by_count.items())
+                raise collective.everywhere(ValueError(f"the micro-batches of a step are {found}; give all ranks as many"))
             return drawn
         ended = [number for number, count in enumerate(counts) if count == 0]
         if len(ended) < len(counts):
@@ -223,27 +237,6 @@ class ForwardOnlyEngine(DeepSpeedEngine):
             raise collective.everywhere(
                 ConfigError(f"step {self.optimizer.next_step}: the lr is {lrs}; give all ranks the same lr scheduler")
             )
-
-    def _take(self, batch: Any) -> list[Any]:
-        """The micro-batches of a step; none where the iterator has ended."""
-        count = self.gradient_accumulation_steps()
-        if not hasattr(batch, "__next__"):
-            if count != 1:
-                raise ValueError(
-                    f"gradient_accumulation_steps is {count}, so a step takes {count} micro-batches; pass an iterator: "
-                    "batches = iter(dataloader), and engine.train_batch(batches) for each step"
-                )
-            return [batch]
-        drawn = []
-        with suppress(StopIteration):
-            while len(drawn) < count:
-                drawn.append(next(batch))
-        if 0 < len(drawn) < count:
-            raise ValueError(
-                f"the iterator ended after {len(drawn)} of the {count} micro-batches of a step (gradient_accumulation_steps); "
-                "let it end between steps"
-            )
-        return drawn
 
     def _to_device(self, batch: Any) -> Any:
         return mapped(batch, lambda tensor: tensor.to(self.device, non_blocking=True))

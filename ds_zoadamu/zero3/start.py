@@ -9,6 +9,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import comms_logging
 
 from ..distributed.ending import rest_at_exit
+from ..distributed.start import ensure_launched
 from ..distributed.waiting import current_limit, limit_waits, register_process, time_limit
 
 _SHM_OP = "deepspeed_shm_comm"
@@ -22,6 +23,8 @@ def init_distributed(timeout: float | timedelta | None = None, **kwargs) -> None
     leaves a file of 69 MB in /dev/shm behind. It serves ``inference_all_reduce`` of tensor-parallel inference only; the
     collectives of ZeRO-3 go through gloo with or without it. Starts nothing where torch.distributed runs already.
 
+    Without a launcher, as in a notebook, it is a group of one rank.
+
     ``timeout``: see ``waiting.time_limit``. A torch.distributed that runs already keeps its limit where it is None. Raises
     ConfigError.
     """
@@ -29,6 +32,8 @@ def init_distributed(timeout: float | timedelta | None = None, **kwargs) -> None
     limit = current_limit() if running and timeout is None else time_limit(timeout)
     deepspeed.ops.__compatible_ops__[_SHM_OP] = False
     comms_logging.calc_bw_log = _bandwidths
+    if not running:
+        ensure_launched()
     backend = get_accelerator().communication_backend_name()
     deepspeed.init_distributed(dist_backend=backend, timeout=limit, **kwargs)
     limit_waits(limit)

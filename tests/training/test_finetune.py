@@ -237,7 +237,6 @@ BAD_INPUT = {
     "--task {tmp}/deep.json": "deep.json: not JSON: lists or objects more than 100 deep",
     "--model_name_or_path {tmp}/nowhere": "nowhere: there is no folder {tmp}/nowhere",
     "--model_name_or_path {tmp}/taken": "taken: no config there: ",
-    "--model_name_or_path nobody/nowhere": "it is no folder here, and the hub gave no config of that name: ",
     "--model_name_or_path {tmp}/cut": "cut/model.safetensors' is not a whole safetensors file: ",
     "--output_dir {tmp}/taken": "holds the results.json of an earlier run; give another folder, "
     "--resume or --overwrite_output_dir",

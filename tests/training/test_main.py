@@ -1,11 +1,17 @@
-"""The status that a launch script ends with."""
+"""The status that a launch script ends with, and its last words."""
 
+import argparse
+import errno
 import sys
+from argparse import Namespace
 
 import pytest
 
+from ds_zoadamu.distributed.waiting import everywhere
 from ds_zoadamu.tasks import InputError
-from ds_zoadamu.training.main import run_script
+from ds_zoadamu.training import plan
+from ds_zoadamu.training.arguments import finetune_parser, task_from
+from ds_zoadamu.training.main import parse_arguments, run_script
 
 
 def _raises(error):
@@ -29,3 +35,72 @@ def test_other_statuses_stay(monkeypatch):
     with pytest.raises(SystemExit) as ended:
         run_script(_raises(SystemExit(7)))
     assert ended.value.code == 7
+
+
+GO_ON = "{journal} has every step that was taken, and the same command with --resume goes on behind them\n"
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("ds_zoadamu.training.main.ensure_launched", lambda: None)
+    assert run_script(_raises(KeyboardInterrupt()), str(tmp_path)) == 130
+    assert capsys.readouterr().err == f"{sys.argv[0]}: interrupted\n"  # before a journal there is nothing to go on with
+    journal = tmp_path / "journal.jsonl"
+    journal.touch()
+    assert run_script(_raises(KeyboardInterrupt()), str(tmp_path)) == 130
+    assert capsys.readouterr().err == f"{sys.argv[0]}: interrupted; {GO_ON.format(journal=journal)}"
+
+
+def test_a_full_disk_is_named_with_what_is_safe(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("ds_zoadamu.training.main.ensure_launched", lambda: None)
+    monkeypatch.setattr("ds_zoadamu.training.main.together", lambda place: _As(everywhere))
+    journal = tmp_path / "journal.jsonl"
+    journal.touch()
+    assert run_script(_raises(OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")), str(tmp_path)) == 1
+    said = f"{sys.argv[0]}: error on rank 0: 'metrics.jsonl': No space left on device; {GO_ON.format(journal=journal)}"
+    assert capsys.readouterr().err == said
+
+
+class _As:
+    """Of several ranks: an exception that they know of."""
+
+    def __init__(self, mark):
+        self._mark = mark
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, error, traceback):
+        self._mark(error)
+
+
+def test_a_wrong_option_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["p", "--nonsense"])
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(argparse.ArgumentParser(prog="p"))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "usage: p [-h]\np: error: unrecognized arguments: --nonsense\n"
+
+
+def test_a_name_that_the_hub_does_not_have_is_said_to_be_no_folder_either():
+    class AutoConfig:
+        @staticmethod
+        def from_pretrained(path, trust_remote_code):
+            raise OSError("nobody/nowhere is not a local folder\nand more lines")
+
+    with pytest.raises(InputError) as raised:
+        plan._load(AutoConfig, Namespace(model_name_or_path="nobody/nowhere", trust_remote_code=False))
+    assert str(raised.value) == (
+        "--model_name_or_path nobody/nowhere: it is no folder here, and the hub gave no config of that name: nobody/nowhere is "
+        "not a local folder"
+    )
+
+
+def test_a_task_of_ones_own_has_the_name_of_its_folder():
+    needed = ("--model_name_or_path", "m", "--output_dir", "o", "--max_steps", "1")
+
+    def name(*words):
+        return task_from(finetune_parser().parse_args([*needed, *words])).name
+
+    own = ("--template", "{text} It was", "--label_words", " bad", " good")
+    assert name(*own, "--data_dir", "data/my_reviews/") == "my_reviews"
+    assert name(*own) == name(*own[:2], "--data_dir", "data/my_reviews") == "custom"
