@@ -186,7 +186,8 @@ def check_arguments(args: argparse.Namespace) -> None:
 def task_from(args: argparse.Namespace) -> TaskData:
     """The task that --task, --template, --label_words, --label_column, --score and --objective describe.
 
-    One of the package's tasks with another template or other words is "custom".
+    One of the package's tasks with another template and other words for data of one's own is called by the data's folder, with
+    one of these missing "custom".
 
     Raises:
         InputError: as `load_task` and `PromptTask`; one of these options for a task that has nothing of the kind.
