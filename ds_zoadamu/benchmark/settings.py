@@ -15,7 +15,7 @@ from ds_zoadamu.config.settings import check_precision
 from ds_zoadamu.errors import ConfigError
 from ds_zoadamu.tasks import InputError, Metric
 from ds_zoadamu.training.arguments import finetune_parser
-from ds_zoadamu.training.plan import ModelInput, encode_splits, read_model_input
+from ds_zoadamu.training.plan import ModelInput, check_gradient, encode_splits, read_model_input
 
 _EQUAL = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "precision")
 
@@ -67,6 +67,7 @@ def _filled(args: Namespace, contender: Contender, points: Sequence[Point], mode
         for seed, steps, point in itertools.product(args.seeds, _lengths(args), points):
             run_args = finetune_args(args, point, max_steps=steps, seed=seed)
             config = load(contender.config, world_size=args.ranks, model_info=model_input, overrides=run_args)
+        check_gradient(config, model_input.task)
         if get_accelerator().is_synchronized_device():  # a CPU; this process keeps off a GPU, where each run asks for itself
             check_precision(config)
     except (InputError, ConfigError) as error:

@@ -89,7 +89,9 @@ class ChoiceTask(TemplateTask):
             if not option.strip():
                 raise InputError(f"{where}: option {number} is empty: {shown(option)}")
         if len(options) < 2:
-            raise InputError(f"{where}: column {self.options_column!r} has one option, {shown(texts[0])}; a choice needs two")
+            raise InputError(
+                f"{where}: column {shown(self.options_column)} has one option, {shown(texts[0])}; a choice needs two"
+            )
         right = self._right(where, row, texts, len(options))
         return ChoiceRow(filled(self.template, values), tuple(options), right)
 
@@ -105,14 +107,14 @@ class ChoiceTask(TemplateTask):
             number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 9 else value
             if isinstance(number, bool) or number not in range(count):
                 raise InputError(
-                    f"{where}: column {self.label_column!r} has the label {shown(value)}; the {count} options are 0 to "
+                    f"{where}: column {shown(self.label_column)} has the label {shown(value)}; the {count} options are 0 to "
                     f"{count - 1}"
                 )
             return (int(number),)
         answers = texts_at(where, row, self.answers_column)
         if answers[0] not in texts:
             raise InputError(
-                f"{where}: column {self.answers_column!r} begins with {shown(answers[0])}, which is not among the options of "
-                f"{self.options_column!r}: {shown(list(texts))}"
+                f"{where}: column {shown(self.answers_column)} begins with {shown(answers[0])}, which is not among the "
+                f"options of {shown(self.options_column)}: {shown(list(texts))}"
             )
         return tuple(texts.index(answer) for answer in answers if answer in texts)

@@ -106,14 +106,14 @@ class FileTask:
         column = self.source_of(name)
         value = value_at(where, row, column)
         if not isinstance(value, (str, int, float)) or (isinstance(value, float) and not math.isfinite(value)):
-            raise InputError(f"{where}: column {column!r} must hold text, got {shown(value)}")
-        check_text(f"{where}: column {column!r}", str(value))
+            raise InputError(f"{where}: column {shown(column)} must hold text, got {shown(value)}")
+        check_text(f"{where}: column {shown(column)}", str(value))
         if not (text := str(value).strip()):
-            raise InputError(f"{where}: column {column!r} is empty")
+            raise InputError(f"{where}: column {shown(column)} is empty")
         try:
             return transformed(text, self.fields.get(name, {}).get("transforms", ()))
         except ValueError as error:
-            raise InputError(f"{where}: column {column!r} {error}") from error
+            raise InputError(f"{where}: column {shown(column)} {error}") from error
 
     def choose(self, key: str, allowed: Sequence[str]) -> None:
         """Raises InputError where a key has a value that is not among the allowed ones."""
@@ -196,7 +196,7 @@ def value_at(where: str, row: dict, path: str) -> Any:
     value: Any = row
     for part in path.split("."):
         if not isinstance(value, dict) or part not in value:
-            raise InputError(f"{where}: column {path!r} is missing; the row has {', '.join(map(shown, row)) or 'none'}")
+            raise InputError(f"{where}: column {shown(path)} is missing; the row has {', '.join(map(shown, row)) or 'none'}")
         value = value[part]
     return value
 
@@ -210,11 +210,11 @@ def texts_at(where: str, row: dict, path: str) -> tuple[str, ...]:
     value = value_at(where, row, path)
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     if not values:
-        raise InputError(f"{where}: column {path!r} is an empty list")
+        raise InputError(f"{where}: column {shown(path)} is an empty list")
     for item in values:
         if isinstance(item, bool) or not isinstance(item, (str, int, float)):
-            raise InputError(f"{where}: column {path!r} must hold text or a list of texts, got {shown(value)}")
-        check_text(f"{where}: column {path!r}", str(item))
+            raise InputError(f"{where}: column {shown(path)} must hold text or a list of texts, got {shown(value)}")
+        check_text(f"{where}: column {shown(path)}", str(item))
         if not str(item).strip():
-            raise InputError(f"{where}: column {path!r} has an empty text: {shown(value)}")
+            raise InputError(f"{where}: column {shown(path)} has an empty text: {shown(value)}")
     return tuple(dict.fromkeys(str(item).strip() for item in values))

@@ -55,7 +55,7 @@ class ChatTask(FileTask):
     def row(self, where: str, row: dict) -> ChatRow:
         """As `FileTask.row`."""
         messages = value_at(where, row, self.messages_column)
-        place = f"{where}: column {self.messages_column!r}"
+        place = f"{where}: column {shown(self.messages_column)}"
         if not isinstance(messages, (list, tuple)) or not messages:
             raise InputError(f'{place} must hold a list of {{"role": ..., "content": ...}}, got {shown(messages)}')
         turns = tuple(_turn(f"{place}: message {number}", message) for number, message in enumerate(messages))

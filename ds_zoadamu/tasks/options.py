@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
+from ds_zoadamu.errors import shown
 from ds_zoadamu.tasks.errors import InputError
 
 Candidates = tuple[tuple[int, ...], ...]
@@ -51,7 +52,7 @@ class OptionEncoder:
             body = body[max(0, len(body) - room) :]
         if not self.prefix and not body:
             raise InputError(
-                f"the prompt {prompt!r} leaves no token before the {self._kind}s; give the template words of its own"
+                f"the prompt {shown(prompt)} leaves no token before the {self._kind}s; give the template words of its own"
             )
         context = (*self.prefix, *body)
         self.check_held(context, candidates, prompt, options)
@@ -64,7 +65,8 @@ class OptionEncoder:
         for option, ids in zip(options, sequences, strict=True):
             if ids == alone:
                 raise InputError(
-                    f"the {self._kind} {option!r} adds no token to the prompt {prompt!r}; give a word that this tokenizer knows"
+                    f"the {self._kind} {shown(option)} adds no token to the prompt {shown(prompt)}; give a word that this "
+                    "tokenizer knows"
                 )
         shared = min(_common_prefix([alone, *sequences]), min(map(len, sequences)) - 1)
         return sequences[0][:shared], tuple(tuple(ids[shared:]) for ids in sequences)
@@ -82,10 +84,11 @@ class OptionEncoder:
 
     def same_tokens(self, options: Sequence[str], ids: Sequence[int]) -> InputError:
         """The error of two options that no prediction could tell apart."""
+        first, second, tokens = shown(options[0]), shown(options[1]), shown(list(ids))
         return InputError(
-            f"the {self._kind}s {options[0]!r} and {options[1]!r} are the same tokens {list(ids)} to this model's tokenizer "
-            f"({self._tokenizer.decode(list(ids))!r}); no prediction could tell the labels apart: choose words that differ "
-            "for it"
+            f"the {self._kind}s {first} and {second} are the same tokens {tokens} to this model's tokenizer "
+            f"({shown(self._tokenizer.decode(list(ids)))}); no prediction could tell the labels apart: choose words that "
+            "differ for it"
         )
 
     def shadowed(self, options: Sequence[str], candidates: Candidates) -> Iterator[str]:

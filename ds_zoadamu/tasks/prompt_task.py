@@ -82,7 +82,7 @@ class PromptTask(TemplateTask):
         found = value_at(where, row, self.label_column)
         if (label := self.label_index(found)) is None:
             raise InputError(
-                f"{where}: column {self.label_column!r} has the label {shown(found)}; "
+                f"{where}: column {shown(self.label_column)} has the label {shown(found)}; "
                 f"task {self.name!r} knows {', '.join(map(printed, self.label_words))}"
             )
         return PromptRow(filled(self.template, values), label)

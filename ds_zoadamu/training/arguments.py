@@ -52,7 +52,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--score",
         choices=SCORES,
-        help="options are compared by the mean or the sum of their tokens' log-probabilities (default: mean)",
+        help="options are compared by the mean or the sum of their tokens' log-probabilities (default: the task's, else mean)",
     )
     group.add_argument(
         "--objective",
@@ -186,7 +186,8 @@ def check_arguments(args: argparse.Namespace) -> None:
 def task_from(args: argparse.Namespace) -> TaskData:
     """The task that --task, --template, --label_words, --label_column, --score and --objective describe.
 
-    One of the package's tasks with another template or other words is "custom".
+    One of the package's tasks with another template and other words for data of one's own is called by the data's folder, with
+    one of these missing "custom".
 
     Raises:
         InputError: as `load_task` and `PromptTask`; one of these options for a task that has nothing of the kind.

@@ -108,11 +108,7 @@ def make_plan(args: Namespace, ranks: int | None = None) -> Plan:
     config = load(given, world_size=ranks or launched_world_size(), model_info=model_input, overrides=args)
     check_steps(config, args.max_steps)
     check_precision(config)
-    if config.rule is None and not model_input.task.differentiable:
-        raise InputError(
-            f"--objective {model_input.task.details['objective']} has no gradient, and {config.optimizer} needs one: take a "
-            "zeroth-order optimizer, or another objective"
-        )
+    check_gradient(config, model_input.task)
     return encode_splits(args, config, model_input)
 
 
@@ -130,6 +126,19 @@ def encode_splits(args: Namespace, config: Config | None, model_input: ModelInpu
         for line in task.remarks(name, sets[split]):
             logger.warning(line)
     return Plan(args=args, config=config, task=task, tokenizer=model_input.tokenizer, sets=sets)
+
+
+def check_gradient(config: Config, task: Task) -> None:
+    """Refuses to train without a gradient by an optimizer that needs one.
+
+    Raises:
+        InputError: names --objective and the optimizer.
+    """
+    if config.rule is None and not task.differentiable:
+        raise InputError(
+            f"--objective {task.details['objective']} has no gradient, and {config.optimizer} needs one: take a zeroth-order "
+            "optimizer, or another objective"
+        )
 
 
 def check_steps(config: Config, max_steps: int) -> None:

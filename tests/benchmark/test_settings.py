@@ -114,6 +114,7 @@ REFUSED = {
     "--max_steps 400 --lr_grid 0": "every value must be finite and above 0",
     "--max_steps 400 --lr_grid 1,1": "stands there twice",
     "--max_steps 400 --task sst3": "unknown task 'sst3'",
+    "--max_steps 400 --objective accuracy": "adamw: --objective accuracy has no gradient, and AdamW needs one",
     "--max_steps 400 --per_device_train_batch_size 30": "--num_train 40 is less than one step's 60 examples",
     "--max_steps 400 --output_dir {tiny}/small.json": "is a file, not a folder",
     "--max_steps 400 --output_dir {tiny}/data": "holds files but no benchmark",

@@ -1,11 +1,12 @@
 """The package's tasks, for rows with the hub's columns: prompt, options, tokens and what is right, written out by hand."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from ds_zoadamu.tasks import TASKS, GenerationTask, InputError, PromptTask
-from tests.helpers.hub_rows import BY_HAND, texts
+from tests.helpers.hub_rows import BY_HAND, texts, write_task
 from tests.helpers.tokenizers_of_tests import llama_like, opt_like, roberta_like
 
 TOKENIZERS = {"opt": opt_like(texts()), "llama": llama_like(texts()), "roberta": roberta_like(texts())}
@@ -90,6 +91,17 @@ def test_a_long_prompt_loses_its_beginning(name, kind, tmp_path):
     cut, same, _ = encoded(name, row, tokenizer, max_length=limit)
     assert same == candidates and cut == (context[0], *context[2:])
     assert encoded(name, row, tokenizer, max_length=limit + 1)[0] == context
+
+
+@pytest.mark.parametrize("name", ["boolq", "copa", "record", "squad", "drop"])
+def test_the_hubs_reader_gives_the_same_rows(name, tmp_path, monkeypatch):
+    """`load_dataset` takes a folder for a hub name, so nested columns and lists go through it without a network."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data = write_task(tmp_path / "hub", name, num_train=5, num_test=3)
+    task = replace(TASKS[name], hub_path=str(data), hub_name=None)
+    assert task.rows("validation", None) == TASKS[name].rows("validation", str(data))
 
 
 def test_labels_of_hidden_test_sets_are_no_labels(tmp_path):
