@@ -26,8 +26,11 @@ SUBCOMMANDS = {
 }
 # name -> (module that is a command with a parser of its own, one line of help)
 COMMANDS = {
-    "finetune": ("training.finetune_command", "fine-tune a model on a task"),
-    "evaluate": ("training.evaluate_command", "measure a model on a task"),
+    "finetune": (
+        "training.finetune_command",
+        "fine-tune a model on a task; with --num_gpus, --hostfile ... under the launcher",
+    ),
+    "evaluate": ("training.evaluate_command", "measure a model on a task; on several ranks likewise"),
     "benchmark": ("benchmark.command", "optimizers side by side"),
 }
 _USER_ERRORS = (CheckpointError, ConfigError, JournalError, ReplayError)
@@ -47,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = next((word for word in argv if word in SUBCOMMANDS), None)
     modules = {}
     for name, (_, text) in COMMANDS.items():
-        subparsers.add_parser(name, help=f"{text}; with --num_gpus, --hostfile and the like on several ranks")
+        subparsers.add_parser(name, help=text)
     for name, (module, text) in SUBCOMMANDS.items():
         subparser = subparsers.add_parser(name, help=text, description=text)
         if name == wanted:
