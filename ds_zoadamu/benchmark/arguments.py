@@ -17,6 +17,7 @@ _SHARED = (
 def benchmark_parser() -> argparse.ArgumentParser:
     """All arguments of launch/benchmark.py."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         description="Train one model on one task with several optimizers, each in processes of its own, and compare them.",
         epilog="The same command again goes on where an interrupted benchmark stopped; docs/benchmark.md explains the report.",
     )

@@ -173,5 +173,5 @@ def check_precision(config: Config) -> None:
         if mine != "fp32" and not getattr(accelerator, f"is_{mine}_supported")():
             raise ConfigError(
                 f"{mine}.enabled is true, and DeepSpeed has no {mine} on this machine ({accelerator.device_name()}, "
-                f'{platform.machine()}): set it to false and use "{other}" (--{other}), or neither for fp32'
+                f'{platform.machine()}): set it to false and use "{other}" (or --{other}), or neither for fp32'
             )

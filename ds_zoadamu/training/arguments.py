@@ -98,6 +98,7 @@ def add_set_arguments(group: argparse._ArgumentGroup) -> None:
 def finetune_parser() -> argparse.ArgumentParser:
     """All arguments of launch/finetune.py."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         description="Fine-tune a causal language model on a prompt task with the optimizer of a DeepSpeed JSON.",
         epilog='Values that the JSON gives as "auto" are filled from these arguments, as Hugging Face\'s Trainer does.',
     )
@@ -156,7 +157,9 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def evaluate_parser() -> argparse.ArgumentParser:
     """All arguments of launch/evaluate.py."""
-    parser = argparse.ArgumentParser(description="Measure a causal language model on a prompt task, without training.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description="Measure a causal language model on a prompt task, without training."
+    )
     add_task_arguments(parser)
     parser.add_argument(
         "--split", choices=("validation", "train"), default="validation", help="which split (default: %(default)s)"

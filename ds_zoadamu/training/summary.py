@@ -32,12 +32,13 @@ def summary(results: dict, metric: Metric, output_dir: str) -> str:
         row = [values[f"{split}_{'best' if (split, name) == ('dev', 'after') else name}"] for name, *_ in names]
         cells = "".join(f"{value:>{width}.4f}" for value, (*_, width) in zip(row, names, strict=True))
         lines.append(f"{f'{title} {metric.name}':<22}{cells}")
+    journal = "journal.jsonl, " if results["weights_sha256"] else ""
     figures = [
-        ("steps", f"{results['max_steps']}, the best was {results['best_step']}"),
+        ("steps", f"{results['max_steps']}; model/ is that of step {results['best_step']}, the best"),
         ("examples", ", ".join(f"{count} {_SETS[name]}" for name, count in results["num_examples"].items())),
         ("seconds a step", f"{results['seconds_a_step']['median']:.3f} (median)"),
         ("memory a rank", _memory(results["ranks"])),
-        ("outputs", f"{output_dir}: model/, metrics.jsonl, results.json, curves.png"),
+        ("outputs", f"{output_dir}: model/, {journal}metrics.jsonl, results.json, curves.png"),
     ]
     if nonfinite := {name: count for name, count in results["num_nonfinite"].items() if count}:
         counts = ", ".join(f"{name} {count}" for name, count in nonfinite.items())

@@ -132,7 +132,7 @@ def test_a_run_that_ends_well_with_a_loss_that_is_not_finite_has_diverged(tmp_pa
 
 
 def test_runs_that_ended_are_kept_and_others_are_not(tmp_path):
-    runner = Runner(parsed(tmp_path), BATCH, tmp_path, "abc")
+    runner = Runner(parsed(tmp_path), BATCH, "abc")
     plans = [runner.plan("run", ADAM, Point(lr, None), 8, 0) for lr in (1, 2, 3, 4, 5)]
     for plan, status in zip(plans, (FINISHED, OUT_OF_MEMORY, DIVERGED, FAILED), strict=False):
         write_run(plan.folder, status)
@@ -141,17 +141,17 @@ def test_runs_that_ended_are_kept_and_others_are_not(tmp_path):
 
 
 def test_the_plain_loop_takes_all_micro_batches_and_threads(tmp_path):
-    runner = Runner(parsed(tmp_path, "--ranks 2 --threads 3 --bf16"), BATCH, tmp_path, "abc")
+    runner = Runner(parsed(tmp_path, "--ranks 2 --threads 3 --bf16"), BATCH, "abc")
     plain, adam = (runner.plan("run", c, Point(1e-3, None), 8, 0) for c in (PLAIN, ADAM))
     words = " ".join(plain.arguments)
     assert (plain.ranks, plain.threads, adam.ranks, adam.threads) == (1, 6, 2, 3)
     assert "--per_device_train_batch_size 4 --gradient_accumulation_steps 4 --bf16" in words and words.count("--bf16") == 1
-    assert plain.script == "plain_mezo.py" and "--deepspeed_config" not in plain.arguments
+    assert plain.module == "ds_zoadamu.training.plain_command" and "--deepspeed_config" not in plain.arguments
 
 
 def test_the_lowest_development_loss_of_the_trials_is_chosen(tmp_path):
     args = parsed(tmp_path, "--trial_steps 8")
-    runner = Runner(args, BATCH, tmp_path, "abc")
+    runner = Runner(args, BATCH, "abc")
     points = [Point(lr, None) for lr in (1.0, 2.0, 3.0)]
     ends = {1.0: (FINISHED, 0.6), 2.0: (FINISHED, 0.5), 3.0: (DIVERGED, 0.1)}
     for point in points:
