@@ -13,6 +13,7 @@ from ds_zoadamu.tasks import InputError
 
 
 def main() -> int:
+    """What the command line says; returns the exit status, see docs/commands.md."""
     args = benchmark_parser().parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run's processes end with this one
     try:

@@ -5,7 +5,7 @@ DeepSpeed itself ignores keys that it does not know, so a misspelt option would 
 
 import platform
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 from ..distributed import collective
 from ..errors import ConfigError
 from ..files.json_files import read_json
-from ..rules import RULES, Rule, RuleConfig
+from ..rules import RULES, Rule, RuleConfig, make_rule
 from ..rules.options import reject_unknown
 from .auto import fill, hidden_size_of
 from .known import check_known
@@ -50,6 +50,10 @@ class Config:
     def optimizer(self) -> str | None:
         """The name of the JSON's optimizer."""
         return value_at(self.deepspeed, "optimizer.type")
+
+    def make_rule(self) -> Rule:
+        """A zeroth-order rule with the options; only where there is one."""
+        return make_rule(self.rule, asdict(self.options))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -4,6 +4,8 @@ pass."""
 import json
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -128,8 +130,7 @@ def resume(
         raise JournalError(f"this engine has taken {engine.optimizer.step_count} steps; resume with a new one")
     _check_task(task)
     frozen_digests(engine)
-    journal, contents = _open(path, fsync_every)
-    try:
+    with _opened(path, fsync_every) as (journal, contents):
         _check_header(engine, contents.header, path, base, task)
         found = _load_newest(engine, checkpoint_dir, contents, path)
         if found is None:
@@ -141,13 +142,6 @@ def resume(
         with collective.on_all_ranks(JournalError):
             _advance(engine, first, contents)
         _restore_data(engine, contents, records, found, data)
-        with collective.on_all_ranks(JournalError):
-            if journal is not None and contents.torn:
-                journal.cut_torn_line()
-    except BaseException:
-        if journal is not None:
-            journal.close()
-        raise
     step = len(contents.records)
     where = "the base weights" if found is None else f"checkpoint {str(found.path)!r}"
     if collective.rank() == 0:  # printed, since DeepSpeed's logger leaves out what is no warning
@@ -167,20 +161,12 @@ def attach_journal(
         )
     _check_task(task)
     frozen_digests(engine)
-    journal, contents = _open(path, fsync_every)
-    try:
+    with _opened(path, fsync_every) as (journal, contents):
         _check_header(engine, contents.header, path, base, task)
         if loaded is None:
             _check_weights(engine, contents.header, path)
         else:
             _check_of_run(loaded, contents, path)
-        with collective.on_all_ranks(JournalError):
-            if journal is not None and contents.torn:
-                journal.cut_torn_line()
-    except BaseException:
-        if journal is not None:
-            journal.close()
-        raise
     return contents.records[step:], journal
 
 
@@ -197,6 +183,21 @@ def _check_of_run(found: store.Found, contents: Contents, path: str | Path) -> N
             f"checkpoint {str(found.path)!r} was not saved by the run of journal {str(path)!r} (their checksums at step "
             f"{found.step} differ); give each run a folder of its own"
         )
+
+
+@contextmanager
+def _opened(path: str | Path, fsync_every: int) -> Iterator[tuple[Journal | None, Contents]]:
+    """On rank 0 the journal, on all its contents; behind the body its torn line is cut off. Closed where anything fails."""
+    journal, contents = _open(path, fsync_every)
+    try:
+        yield journal, contents
+        with collective.on_all_ranks(JournalError):
+            if journal is not None and contents.torn:
+                journal.cut_torn_line()
+    except BaseException:
+        if journal is not None:
+            journal.close()
+        raise
 
 
 def _open(path: str | Path, fsync_every: int) -> tuple[Journal | None, Contents]:

@@ -19,7 +19,7 @@ from ..distributed import collective
 from ..errors import ConfigError
 from ..zero3.optimizer import ZerothOrderOptimizer
 from .accelerate import zeroth_order
-from .arguments import finished, prepare_arguments
+from .arguments import finished, prepare_arguments, say
 from .journaling import NAME, RunJournal, newest_checkpoint
 from .saving import save_for_trainer
 
@@ -76,18 +76,9 @@ class ZOTrainerMixin:
         """The Trainer's. With ``resume_from_checkpoint=True`` the run goes on where it was killed, on any number of ranks:
         from the newest whole checkpoint, if there is one, and the journal's later steps."""
         self._forget_engine()
-        journal, resume = self._run_journal, resume_from_checkpoint
-        journal.resuming = bool(resume)
-        if not resume:
-            journal.require_new()
-        elif resume is True:
-            resume = newest_checkpoint(self.args.output_dir)
-            if resume is None and not journal.exists():
-                raise ValueError(
-                    f"there is neither a whole checkpoint nor a journal in {self.args.output_dir!r} to resume from"
-                )
+        resumed_from = self._resumed_from(resume_from_checkpoint)
         try:
-            return super().train(None if not resume else str(resume), *args, **kwargs)
+            return super().train(resumed_from, *args, **kwargs)
         finally:
             if self._engine is not None:  # a notebook may go on with the run in another trainer
                 self._engine.close_journal()
@@ -112,6 +103,9 @@ class ZOTrainerMixin:
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         micro_batches, self._micro_batches = self._micro_batches, []
+        if self._engine.optimizer.step_count >= self.state.max_steps:  # the Trainer resumes a finished run with one more step
+            say(f"the run has its {self.state.max_steps} steps: no further one is taken")
+            return torch.zeros((), device=self.args.device)
         return torch.tensor(self._engine.train_batch(micro_batches=micro_batches), device=self.args.device)
 
     def _loss(self, module: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, Any]:

@@ -7,7 +7,6 @@ from ..config.sections import value_at
 from ..config.settings import read_config
 from ..distributed.start import launched_rank
 from ..errors import ConfigError
-from ..rules import make_rule
 from .adapters import read_adapter
 from .choose import Choice, Request, choose
 from .configs import load_for_plan, matching_config, write_config
@@ -128,7 +127,7 @@ def make_plan(args: argparse.Namespace, given: dict | None) -> tuple[Model, Requ
     given_batch = value_at(given, "train_micro_batch_size_per_gpu")
     if batch is None and isinstance(given_batch, int):
         batch = given_batch
-    rule = make_rule(config.rule, value_at(config.deepspeed, "optimizer.params") or {})
+    rule = config.make_rule()
     storages = rule.storages()
     if any(value_at(given, f"optimizer.params.{path}") is not None for s in storages.values() for path in s.options):
         storages = {}  # the JSON says which

@@ -161,6 +161,15 @@ class Rule(ABC):
         pairs = zip(losses[0::2], losses[1::2], strict=True)
         return tuple(round_grad((plus - minus) / (2.0 * self.config.zo_eps)) for plus, minus in pairs)
 
+    def loss_pair(self, step: int, losses: Sequence[float]) -> tuple[float, float]:
+        """(loss_plus, loss_minus) as they are recorded and logged: the means of the losses of ``evaluations`` with a positive
+        coefficient, and of the others; where there are none of a kind, the other's."""
+        pairs = list(zip(self.evaluations(step), losses, strict=True))
+        plus = [loss for evaluation, loss in pairs if evaluation.coefficient > 0.0]
+        minus = [loss for evaluation, loss in pairs if evaluation.coefficient <= 0.0]
+        plus, minus = plus or minus, minus or plus
+        return sum(plus) / len(plus), sum(minus) / len(minus)
+
     def figures(self, step: int) -> dict[str, float]:
         """What of the rule is worth logging at ``step``, by name; ``effective_zo_eps`` is zo_eps times the standard deviation
         of m_t."""

@@ -10,6 +10,7 @@ from ds_zoadamu.training.measure import measure
 
 
 def main() -> int:
+    """What the command line says; returns the exit status, see docs/commands.md."""
     args = parse_arguments(evaluate_parser())
     return run_script(lambda: measure(args))
 

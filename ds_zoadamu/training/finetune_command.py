@@ -12,6 +12,7 @@ from ds_zoadamu.training.search import find_lr
 
 
 def main() -> int:
+    """What the command line says; returns the exit status, see docs/commands.md."""
     args = parse_arguments(finetune_parser())
     task = find_lr if args.find_lr else profile if args.profile_steps else finetune
     return run_script(lambda: task(args), args.output_dir)

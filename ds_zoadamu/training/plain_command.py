@@ -12,6 +12,7 @@ from ds_zoadamu.training.run import finetune
 
 
 def main() -> int:
+    """What the command line says; returns the exit status, see docs/commands.md."""
     args = finetune_parser().parse_args()
     task = profile if args.profile_steps else finetune
     return run_script(lambda: task(args, make_plain_plan, PlainMeZO))

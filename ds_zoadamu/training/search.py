@@ -21,7 +21,8 @@ def find_lr(args: Namespace) -> list[dict]:
     """Tries all pairs of --find_lr_values and --find_eps_values; returns the trials, lowest development loss first.
 
     A trial's loss is infinite where training diverged, and the metric at its worst. Loss decides rather than the metric, which
-    a short run moves by few examples. Costs 2 x max_steps x accumulation forwards a pair and one evaluation. Each trial loads
+    a short run moves by few examples. Costs evaluations of a step x max_steps x accumulation
+    forwards a pair and one on the development set. Each trial loads
     the model afresh, so all start from the same weights.
 
     Raises:
@@ -32,7 +33,7 @@ def find_lr(args: Namespace) -> list[dict]:
     if plan.config.rule is None:
         raise InputError(f"--find_lr searches lr and zo_eps; the JSON's optimizer is {plan.config.optimizer}")
     configs = [_with(plan.config, lr, zo_eps) for zo_eps in args.find_eps_values for lr in args.find_lr_values]
-    forwards = 2 * plan.config.options.num_perturbations * args.max_steps * plan.config.batch.accumulation
+    forwards = len(plan.config.make_rule().evaluations(1)) * args.max_steps * plan.config.batch.accumulation
     _print(
         f"{len(configs)} trials of {args.max_steps} steps, {forwards} forwards a rank each, "
         f"judged by the loss on {plan.num_examples['dev']} development examples"

@@ -140,7 +140,7 @@ class _ForwardOnly(_Partitioned):
     def __init__(self, plan: Plan, engine, dataloader):
         super().__init__(plan, engine, dataloader)
         self.durable = engine
-        self.passes_a_step = {"forward": 2 * engine.optimizer.rule.config.num_perturbations, "backward": 0}
+        self.passes_a_step = {"forward": len(engine.optimizer.rule.evaluations(1)), "backward": 0}
 
     def step(self) -> dict:
         self.engine.train_batch(self._batches)

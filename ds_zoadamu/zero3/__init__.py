@@ -33,7 +33,6 @@ engine
     basic_optimizer     takes ours beside engine.optimizer
     tput_timer          takes our timer
     micro_steps         counted up to the last micro-batch of a step
-    optimizer_params    of the JSON
     _config             timers_config
     _do_sanity_check    the first that sees the configuration: before it, ours
     _is_supported_optimizer  knows our rules too

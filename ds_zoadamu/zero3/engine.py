@@ -1,4 +1,4 @@
-"""The DeepSpeed engine whose step is two forward passes."""
+"""The DeepSpeed engine whose step is forward passes alone."""
 
 import logging
 import math
@@ -20,7 +20,7 @@ from ..config import Config
 from ..config.learning_rate import begins_at_zero, beyond_plan, check_lrs, check_scheduler
 from ..distributed import collective
 from ..errors import ConfigError, NonFiniteLossError
-from ..rules import RULES, Evaluation, make_rule
+from ..rules import RULES, Evaluation
 from . import divergence, forward_hooks, nvme
 from .batches import drawn_of, fresh, mapped
 from .data import MicroBatchLoader, MicroBatchSampler, MicroBatchStream, TrainingData, check_training_data, is_stream
@@ -103,15 +103,14 @@ class ForwardOnlyEngine(DeepSpeedEngine):
         return None
 
     def _evaluated_step(self, drawn: Sequence[Any]) -> StepRecord:
-        """The next step's losses, by two forwards for each perturbation."""
+        """The next step's losses: a pass over its micro-batches for each evaluation that the rule wants."""
         micro_batches = [self._to_device(micro_batch) for micro_batch in drawn]
-        evaluations = self.optimizer.rule.evaluations(self.optimizer.next_step)
         passes, draws = [], CommonDraws()
         with evaluating(self.module):
-            for evaluation in evaluations:
+            for evaluation in self.optimizer.rule.evaluations(self.optimizer.next_step):
                 with self.gathers.perturbed(self._fill(evaluation)):
                     passes.append([self._loss(fresh(batch)) for batch in draws.before_each(micro_batches)])
-        record = self._record(evaluations, global_means(passes, self.device))
+        record = self._record(global_means(passes, self.device))
         if record.skipped and record.step == 1:
             divergence.refuse_nonfinite_weights(self, record)
         return record
@@ -250,13 +249,11 @@ class ForwardOnlyEngine(DeepSpeedEngine):
             return None
         return partial(self.optimizer.perturb_into, evaluation=evaluation)
 
-    def _record(self, evaluations: Sequence[Evaluation], losses: list[float]) -> StepRecord:
+    def _record(self, losses: list[float]) -> StepRecord:
         """The step's record, from the losses of its evaluations."""
         optimizer, step = self.optimizer, self.optimizer.next_step
         grads = tuple(map(kernels.round_grad, optimizer.rule.projected_grads(losses)))  # also those of a rule of one's own
-        plus = [loss for evaluation, loss in zip(evaluations, losses, strict=True) if evaluation.coefficient > 0.0]
-        minus = [loss for evaluation, loss in zip(evaluations, losses, strict=True) if evaluation.coefficient <= 0.0]
-        loss_plus, loss_minus = sum(plus) / len(plus), sum(minus) / len(minus)
+        loss_plus, loss_minus = optimizer.rule.loss_pair(step, losses)
         return StepRecord(
             step=step,
             loss=(loss_plus + loss_minus) / 2.0,
@@ -344,7 +341,7 @@ class ForwardOnlyEngine(DeepSpeedEngine):
 
     def _configure_optimizer(self, client_optimizer, model_parameters) -> None:
         if client_optimizer is None and self.settings.rule is not None:
-            client_optimizer = ZerothOrderOptimizer(model_parameters, make_rule(self.settings.rule, self.optimizer_params()))
+            client_optimizer = ZerothOrderOptimizer(model_parameters, self.settings.make_rule())
         if not isinstance(client_optimizer, ZerothOrderOptimizer):
             super()._configure_optimizer(client_optimizer, model_parameters)
             return
@@ -402,9 +399,8 @@ class ForwardOnlyEngine(DeepSpeedEngine):
                 num_workers=kwargs.get("num_local_io_workers") or 0,
                 pin_memory=pin_memory and not get_accelerator().is_synchronized_device(),
             )
-        if (
-            getattr(getattr(self, "training_dataloader", None), "dataset", dataset) is dataset
-        ):  # not where an evaluation's data goes this way
+        own = getattr(self, "training_dataloader", None)
+        if getattr(own, "dataset", dataset) is dataset:  # not where an evaluation's data goes this way
             self.training_dataloader = loader
         return loader
 

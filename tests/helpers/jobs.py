@@ -68,3 +68,12 @@ def stored_names(folder) -> set[str]:
         with safe_open(path, framework="pt") as file:
             names |= set(file.keys())
     return names
+
+
+def raised(function, *args, **kwargs) -> str:
+    """What a call raises, as "Type: message"."""
+    try:
+        function(*args, **kwargs)
+    except Exception as e:
+        return f"{type(e).__name__}: {e}"
+    return "nothing was raised"

@@ -7,6 +7,8 @@ import numpy
 import pytest
 import torch
 
+from ds_zoadamu.durability.journal import read_journal
+
 from ..helpers.harness import run_ranks
 from ..helpers.tiny_lm import make_model, make_tokenizer, save_model
 from . import trainer_runs as runs
@@ -80,6 +82,9 @@ def test_a_run_that_was_killed_goes_on_on_another_number_of_ranks(tmp_path, kind
     [expected] = run_ranks(1, _whole, tmp_path, kind, changes)
     [(digest, steps)] = run_ranks(1, _resumes, tmp_path, kind, changes)
     assert digest == expected
+    if kind == "plain":  # a run that has ended stays as it is
+        [(again, _)] = run_ranks(1, _resumes, tmp_path, kind, changes)
+        assert again == expected and len(read_journal(tmp_path / kind / "journal.jsonl").records) == 6
     assert steps == [1, 2, 3, 4, 5, 6]  # of the steps before the checkpoint the Trainer remembers its reports
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ..helpers.harness import run_ranks
-from ..helpers.jobs import as_bytes, config, engine_for, my_share, whole_model
+from ..helpers.jobs import as_bytes, config, engine_for, my_share, raised, whole_model
 from ..helpers.models import OddModel, odd_batches, tiny_opt
 
 pytestmark = pytest.mark.ranks
@@ -19,14 +19,6 @@ CONFIGS = Path(__file__).parents[2] / "ds_configs"
 def _warmup(steps: int) -> dict:
     params = {"warmup_min_lr": 0, "warmup_max_lr": 0.01, "warmup_num_steps": steps, "warmup_type": "linear"}
     return {"type": "WarmupLR", "params": params}
-
-
-def _raised(function, *args, **kwargs) -> str:
-    try:
-        function(*args, **kwargs)
-    except Exception as e:
-        return f"{type(e).__name__}: {e}"
-    return "nothing was raised"
 
 
 # --- the step through DeepSpeed's own machinery
@@ -47,7 +39,7 @@ def _counters(rank, world_size, tmp):
     for step in range(5):
         engine.train_batch(my_share(odd_batches(20), step, 2, rank, world_size))
         lrs.append(engine.last_step.lrs[0])
-    errors = [_raised(engine.backward, torch.tensor(1.0)), _raised(engine.step)]
+    errors = [raised(engine.backward, torch.tensor(1.0)), raised(engine.step)]
     return (
         lrs,
         engine.get_lr(),
@@ -274,7 +266,7 @@ def _skips(rank, world_size, bad_steps, limit):
     for step in range(8):
         before = as_bytes({p.name: p.weight for p in engine.optimizer.partitions})
         momenta = as_bytes({p.name: engine.optimizer.stored_state(p)["momentum"] for p in engine.optimizer.partitions})
-        error = _raised(engine.train_batch, my_share(odd_batches(16), step, 1, rank, world_size))
+        error = raised(engine.train_batch, my_share(odd_batches(16), step, 1, rank, world_size))
         weights_kept = as_bytes({p.name: p.weight for p in engine.optimizer.partitions}) == before
         momenta_moved = (
             as_bytes({p.name: engine.optimizer.stored_state(p)["momentum"] for p in engine.optimizer.partitions}) != momenta
@@ -313,10 +305,10 @@ def _bad_batches(rank, world_size):
     good = odd_batches(4)
     ignored = [b | {"labels": torch.full_like(b["labels"], -100)} for b in good]
     errors = [
-        _raised(engine.train_batch, good[0]),
-        _raised(engine.train_batch, iter(good[:1])),
-        _raised(engine.train_batch, iter(ignored[:2])),
-        _raised(engine.train_batch, iter([{"input_ids": b["input_ids"]} for b in good[:2]])),
+        raised(engine.train_batch, good[0]),
+        raised(engine.train_batch, iter(good[:1])),
+        raised(engine.train_batch, iter(ignored[:2])),
+        raised(engine.train_batch, iter([{"input_ids": b["input_ids"]} for b in good[:2]])),
     ]
     assert as_bytes({p.name: p.weight for p in engine.optimizer.partitions}) == before
     engine.train_batch(iter(good[:2]))  # still usable

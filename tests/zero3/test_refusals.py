@@ -7,20 +7,12 @@ import pytest
 import torch
 
 from ..helpers.harness import run_ranks
-from ..helpers.jobs import config, engine_for
+from ..helpers.jobs import config, engine_for, raised
 from ..helpers.models import OddModel, odd_batches, tiny_opt
 
 pytestmark = pytest.mark.ranks
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
-
-
-def _raised(function, *args, **kwargs) -> str:
-    try:
-        function(*args, **kwargs)
-    except Exception as e:
-        return f"{type(e).__name__}: {e}"
-    return "nothing was raised"
 
 
 REFUSED = [
@@ -44,7 +36,7 @@ def _refused(rank, world_size):
             section = section.setdefault(parent, {})
         section[last] = value
         model = OddModel()
-        error = _raised(ds_zoadamu.initialize, model=model, config=settings)
+        error = raised(ds_zoadamu.initialize, model=model, config=settings)
         outcomes.append((error, any(hasattr(p, "ds_id") for p in model.parameters())))
     return outcomes
 
@@ -61,7 +53,7 @@ def _empty_parameter(rank, world_size):
 
     model = OddModel()
     model.nothing = torch.nn.Parameter(torch.empty(0, 3))
-    error = _raised(ds_zoadamu.initialize, model=model, config=config(world_size))
+    error = raised(ds_zoadamu.initialize, model=model, config=config(world_size))
     return error, any(hasattr(p, "ds_id") for p in model.parameters())
 
 
@@ -85,7 +77,7 @@ def _two_parameters_of_one_name(rank, world_size):
 
     model = Wrapper(OddModel())
     model.module.head.weight = torch.nn.Parameter(torch.zeros(11, 7))  # not tied, so a parameter of its own
-    error = _raised(ds_zoadamu.initialize, model=model, config=config(world_size))
+    error = raised(ds_zoadamu.initialize, model=model, config=config(world_size))
     touched = any(hasattr(p, "ds_id") for p in model.parameters())
     del model.head
     engine = engine_for(model, config(world_size))
@@ -106,13 +98,13 @@ def _requires_grad_in_the_middle(rank, world_size):
     for name, value in (("mix.bias", False), ("frozen.weight", True)):
         param = engine.module.get_parameter(name)
         param.requires_grad_(value)
-        errors.append(_raised(engine.train_batch, batch))
+        errors.append(raised(engine.train_batch, batch))
         param.requires_grad_(not value)
     engine.module.extra = torch.nn.Parameter(torch.zeros(3))
-    errors.append(_raised(engine.train_batch, batch))
+    errors.append(raised(engine.train_batch, batch))
     del engine.module.extra
     engine.optimizer.param_groups[0]["weight_decay"] = math.nan
-    errors.append(_raised(engine.train_batch, batch))
+    errors.append(raised(engine.train_batch, batch))
     engine.optimizer.param_groups[0]["weight_decay"] = 0.0
     engine.train_batch(batch)
     return errors, engine.global_steps

@@ -1,6 +1,8 @@
 """MeZO, several perturbations a step, and ZO-AdaMU without momentum, on real ranks against independent fp64 NumPy."""
 
+import contextlib
 import dataclasses
+import io
 
 import numpy as np
 import pytest
@@ -279,3 +281,41 @@ def test_a_rule_of_ones_own_trains_journals_and_replays(tmp_path):
     digest, rebuilt, weights = run_ranks(2, _own_rule, str(tmp_path))[0]
     assert rebuilt == digest
     assert weights == run_ranks(2, _signs)[0]
+
+
+def _one_sided(rank, world_size, evaluations, printed):
+    """(loss_plus, loss_minus, whether weights moved) of a step whose evaluations are not pairs of signs."""
+    from ds_zoadamu.rules import RULES
+
+    from ..helpers import own_rule
+
+    class Sides(own_rule.OneSided):
+        def evaluations(self, step):
+            return evaluations
+
+        def projected_grads(self, losses):
+            return (losses[-1] - losses[0],) * self.config.num_perturbations
+
+    RULES["Sides"] = Sides
+    settings = _settings("Sides", world_size, 2)
+    engine = engine_for(OddModel(), settings | {"steps_per_print": 1})
+    before = as_bytes(whole_model(engine))
+    losses = []
+    engine.loss_fn = lambda module, batch: (losses.append(module(**batch).loss) or losses[-1], 1)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        engine.train_batch(odd_batches(1)[0])
+    assert printed in out.getvalue()
+    step = engine.last_step
+    return [float(loss) for loss in losses], step.loss_plus, step.loss_minus, as_bytes(whole_model(engine)) != before
+
+
+def test_the_engine_runs_evaluations_without_knowing_what_they_mean():
+    from ds_zoadamu.rules import Evaluation
+
+    plain, first, second = Evaluation(None, 0.0), Evaluation(0, 1.0), Evaluation(1, 1.0)
+    losses, plus, minus, moved = run_ranks(1, _one_sided, (plain, first, second), "coinciding=0")[0]
+    assert len(losses) == 3 and moved
+    assert (plus, minus) == ((losses[1] + losses[2]) / 2, losses[0])
+    losses, plus, minus, moved = run_ranks(1, _one_sided, (first, second), "coinciding=0")[0]
+    assert len(losses) == 2 and moved
+    assert plus == minus == (losses[0] + losses[1]) / 2
