@@ -2,7 +2,6 @@
 
 import datetime
 import shlex
-import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
@@ -13,11 +12,13 @@ from ds_zoadamu.benchmark.collect import cost, summary
 from ds_zoadamu.benchmark.contenders import Contender, choose_contenders
 from ds_zoadamu.benchmark.folder import check_folder, claim_folder, locked
 from ds_zoadamu.benchmark.grid import make_grids
-from ds_zoadamu.benchmark.outcomes import FAILED, FINISHED, Outcome
+from ds_zoadamu.benchmark.outcomes import FAILED, FINISHED, REFUSED, Outcome
 from ds_zoadamu.benchmark.phases import Phases
+from ds_zoadamu.benchmark.plans import Plans
 from ds_zoadamu.benchmark.plots import draw_cost, draw_curves
+from ds_zoadamu.benchmark.processes import under_launcher
 from ds_zoadamu.benchmark.report import markdown
-from ds_zoadamu.benchmark.runs import Runner
+from ds_zoadamu.benchmark.runs import Runner, commit
 from ds_zoadamu.benchmark.settings import check_settings
 from ds_zoadamu.config import shipped
 from ds_zoadamu.files.json_files import write_json
@@ -43,16 +44,17 @@ def benchmark(args: Namespace) -> int:
     common, metric = check_settings(args, contenders, grids)
     output, items = Path(args.output_dir), common["batch"]["train_batch_size"]
     check_folder(output)
-    runner = Runner(args, common["batch"], _commit(Path(__file__).parent))
+    plans = Plans(args, common["batch"])
+    runner = Runner(commit(), under_launcher(args.master_port), lambda text: print(text, flush=True))
     settings = {
         "arguments": shared_arguments(args),
         "ranks": args.ranks,
-        "threads": runner.threads,
+        "threads": plans.threads,
         "profile_steps": args.profile_steps,
     }
     with locked(output):
         claim_folder(output, settings, {c.name: c.config for c in contenders if not c.plain})
-        phases = Phases(args, runner, items, metric, lambda text: print(text, flush=True))
+        phases = Phases(args, runner, plans, items, metric)
         results = {
             "date": datetime.date.today().isoformat(),
             "command": shlex.join(sys.argv),
@@ -116,16 +118,4 @@ def _any_failed(contenders: Mapping[str, dict]) -> bool:
     for entry in contenders.values():
         statuses += [trial["status"] for trial in entry.get("trials", ())]
         statuses += [run["status"] for run in entry.get("runs", {}).get("status", {}).values()]
-    return FAILED in statuses
-
-
-def _commit(folder: Path) -> str:
-    """Of the code, with "+" where files differ from it; "unknown" without a repository."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    return bool({FAILED, REFUSED} & set(statuses))

@@ -2,15 +2,15 @@
 
 import math
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from ds_zoadamu.benchmark.contenders import Contender
 from ds_zoadamu.benchmark.grid import Point
 from ds_zoadamu.benchmark.outcomes import FINISHED, Outcome
-from ds_zoadamu.benchmark.runs import Run, Runner
+from ds_zoadamu.benchmark.plans import Plans
+from ds_zoadamu.benchmark.runs import Runner
 from ds_zoadamu.tasks import Metric
 
-Say = Callable[[str], None]
 _PROFILED_RUN = 1000  # steps; its schedule ends at the same values whatever the length
 
 
@@ -20,21 +20,21 @@ class Phases:
     Args:
         args: of `benchmark_parser`.
         runner: starts a run.
+        plans: the commands of the runs.
         items_a_step: training examples of one step.
         metric: the task's main one.
-        say: prints a line.
     """
 
-    def __init__(self, args: Namespace, runner: Runner, items_a_step: int, metric: Metric, say: Say):
-        self._args, self._runner, self._items, self._metric, self._say = args, runner, items_a_step, metric.name, say
+    def __init__(self, args: Namespace, runner: Runner, plans: Plans, items_a_step: int, metric: Metric):
+        self._args, self._runner, self._plans, self._items, self._metric = args, runner, plans, items_a_step, metric.name
 
     def profiles(self, contenders: Sequence[Contender], grids: Mapping[str, Sequence[Point]]) -> dict[str, Outcome]:
         """What a step of each contender costs; the lr does not matter."""
         count, found = self._args.profile_steps, {}
         for c in contenders:
             more = ("--profile_steps", str(count))
-            run = self._runner.plan("profile", c, grids[c.name][0], _PROFILED_RUN, self._args.seeds[0], *more)
-            found[c.name] = self._outcome(run)
+            run = self._plans.plan("profile", c, grids[c.name][0], _PROFILED_RUN, self._args.seeds[0], *more)
+            found[c.name] = self._runner.outcome(run)
         return found
 
     def steps(self, profile: Outcome) -> int:
@@ -54,8 +54,8 @@ class Phases:
             return points[0], []
         steps, trials = self.trial_steps(budget), []
         for point in points:
-            run = self._runner.plan("trial", contender, point, steps, self._args.seeds[0], "--eval_steps", str(steps))
-            outcome = self._outcome(run)
+            run = self._plans.plan("trial", contender, point, steps, self._args.seeds[0], "--eval_steps", str(steps))
+            outcome = self._runner.outcome(run)
             last = [e for e in outcome.metrics if e["kind"] == "eval" and e["split"] == "dev" and e["step"] == steps]
             scores = {f"dev_{key}": last[0][key] for key in ("loss", self._metric)} if last else {}
             trials.append({"lr": point.lr, "zo_eps": point.zo_eps, "steps": steps, "status": outcome.status, **scores})
@@ -77,14 +77,5 @@ class Phases:
         for seed in self._args.seeds:
             for c in contenders:
                 if (point := chosen[c.name]) is not None:
-                    found[c.name][seed] = self._outcome(self._runner.plan("run", c, point, steps[c.name], seed))
+                    found[c.name][seed] = self._runner.outcome(self._plans.plan("run", c, point, steps[c.name], seed))
         return found
-
-    def _outcome(self, run: Run) -> Outcome:
-        what = f"{run.contender.name} {run.folder.name}"
-        known = self._runner.ended(run)
-        self._say(f"{what}: {'has ended before' if known else 'runs'}")
-        outcome = known or self._runner.execute(run)
-        if outcome.status != FINISHED:
-            self._say(f"{what}: {outcome.status}: {outcome.reason}")
-        return outcome

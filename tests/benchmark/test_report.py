@@ -12,6 +12,7 @@ from ds_zoadamu.benchmark.contenders import Contender
 from ds_zoadamu.benchmark.grid import Point
 from ds_zoadamu.benchmark.outcomes import DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY, judge, read_outcome
 from ds_zoadamu.benchmark.phases import Phases
+from ds_zoadamu.benchmark.plans import Plans
 from ds_zoadamu.benchmark.plots import draw_cost, draw_curves
 from ds_zoadamu.benchmark.report import markdown
 from ds_zoadamu.benchmark.runs import Runner
@@ -132,8 +133,8 @@ def test_a_run_that_ends_well_with_a_loss_that_is_not_finite_has_diverged(tmp_pa
 
 
 def test_runs_that_ended_are_kept_and_others_are_not(tmp_path):
-    runner = Runner(parsed(tmp_path), BATCH, "abc")
-    plans = [runner.plan("run", ADAM, Point(lr, None), 8, 0) for lr in (1, 2, 3, 4, 5)]
+    runner, commands = Runner("abc", None, print), Plans(parsed(tmp_path), BATCH)
+    plans = [commands.plan("run", ADAM, Point(lr, None), 8, 0) for lr in (1, 2, 3, 4, 5)]
     for plan, status in zip(plans, (FINISHED, OUT_OF_MEMORY, DIVERGED, FAILED), strict=False):
         write_run(plan.folder, status)
     write_run(plans[4].folder.with_name(plans[4].folder.name + ".running"))  # killed before it got its name
@@ -141,8 +142,8 @@ def test_runs_that_ended_are_kept_and_others_are_not(tmp_path):
 
 
 def test_the_plain_loop_takes_all_micro_batches_and_threads(tmp_path):
-    runner = Runner(parsed(tmp_path, "--ranks 2 --threads 3 --bf16"), BATCH, "abc")
-    plain, adam = (runner.plan("run", c, Point(1e-3, None), 8, 0) for c in (PLAIN, ADAM))
+    plans = Plans(parsed(tmp_path, "--ranks 2 --threads 3 --bf16"), BATCH)
+    plain, adam = (plans.plan("run", c, Point(1e-3, None), 8, 0) for c in (PLAIN, ADAM))
     words = " ".join(plain.arguments)
     assert (plain.ranks, plain.threads, adam.ranks, adam.threads) == (1, 6, 2, 3)
     assert "--per_device_train_batch_size 4 --gradient_accumulation_steps 4 --bf16" in words and words.count("--bf16") == 1
@@ -151,16 +152,17 @@ def test_the_plain_loop_takes_all_micro_batches_and_threads(tmp_path):
 
 def test_the_lowest_development_loss_of_the_trials_is_chosen(tmp_path):
     args = parsed(tmp_path, "--trial_steps 8")
-    runner = Runner(args, BATCH, "abc")
+    runner, plans = Runner("abc", None, print), Plans(args, BATCH)
     points = [Point(lr, None) for lr in (1.0, 2.0, 3.0)]
     ends = {1.0: (FINISHED, 0.6), 2.0: (FINISHED, 0.5), 3.0: (DIVERGED, 0.1)}
     for point in points:
         status, loss = ends[point.lr]
-        write_run(runner.plan("trial", ADAM, point, 8, 0).folder, status, losses=(0.7, 0.1, loss))
-    chosen, trials = Phases(args, runner, 16, METRIC, print).search(ADAM, points, 32)
+        write_run(plans.plan("trial", ADAM, point, 8, 0).folder, status, losses=(0.7, 0.1, loss))
+    phases = Phases(args, runner, plans, 16, METRIC)
+    chosen, trials = phases.search(ADAM, points, 32)
     assert chosen == points[1]
     assert [(t["lr"], t["status"], t["dev_loss"]) for t in trials] == [(lr, *ends[lr]) for lr in (1.0, 2.0, 3.0)]
-    assert Phases(args, runner, 16, METRIC, print).search(ADAM, points[:1], 32) == (points[0], [])
+    assert phases.search(ADAM, points[:1], 32) == (points[0], [])
 
 
 @pytest.mark.parametrize("budget, steps", {"--max_steps 5": 5, "--max_items 100": 6, "--max_seconds 2.2": 4}.items())
@@ -168,7 +170,7 @@ def test_a_budget_becomes_steps(tmp_path, budget, steps):
     write_run(tmp_path / "profile", profile=True)  # 0.5 s a step, 16 items
     args = parsed(tmp_path, budget)
     args.max_steps = args.max_steps if "steps" in budget else None
-    assert Phases(args, None, 16, METRIC, print).steps(read_outcome(tmp_path / "profile")) == steps
+    assert Phases(args, None, None, 16, METRIC).steps(read_outcome(tmp_path / "profile")) == steps
 
 
 @pytest.fixture
