@@ -8,16 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ds_zoadamu.benchmark.arguments import check_numbers, shared_arguments
+from ds_zoadamu.benchmark.blocks import Text, markdown
 from ds_zoadamu.benchmark.collect import cost, summary
 from ds_zoadamu.benchmark.contenders import Contender, choose_contenders
 from ds_zoadamu.benchmark.folder import check_folder, claim_folder, locked
 from ds_zoadamu.benchmark.grid import make_grids
 from ds_zoadamu.benchmark.outcomes import FAILED, FINISHED, REFUSED, Outcome
+from ds_zoadamu.benchmark.page import page
 from ds_zoadamu.benchmark.phases import Phases
 from ds_zoadamu.benchmark.plans import Plans
 from ds_zoadamu.benchmark.plots import draw_cost, draw_curves
 from ds_zoadamu.benchmark.processes import under_launcher
-from ds_zoadamu.benchmark.report import markdown
+from ds_zoadamu.benchmark.report import report
 from ds_zoadamu.benchmark.runs import Runner, commit
 from ds_zoadamu.benchmark.settings import check_settings
 from ds_zoadamu.config import shipped
@@ -25,12 +27,12 @@ from ds_zoadamu.files.json_files import write_json
 from ds_zoadamu.files.safetensors_io import write_durably
 from ds_zoadamu.tasks import Metric
 
-RESULTS, REPORT = "results.json", "report.md"
+RESULTS, REPORT, PAGE = "results.json", "report.md", "report.html"
 _ENVIRONMENT = ("versions", "platform", "processor", "num_cpus", "accelerator")
 
 
 def benchmark(args: Namespace) -> int:
-    """Runs what `benchmark_parser` says, or the rest of it; writes results.json, report.md and the plots.
+    """Runs what `benchmark_parser` says, or the rest of it; writes results.json, report.md, report.html and the plots.
 
     Returns:
         1 where a run failed for another reason than memory or divergence, else 0.
@@ -100,8 +102,10 @@ def _write(output: Path, results: dict, metric: Metric) -> None:
     write_json(output / RESULTS, results)
     plots = ["curves.png"] if draw_curves(results, output / "curves.png", metric) else []
     plots += ["cost.png"] if draw_cost(results, output / "cost.png") else []
-    text = markdown(results, metric, plots)
+    blocks = report(results, metric)
+    text = markdown([*blocks, *(Text(f"![{name.removesuffix('.png')}]({name})") for name in plots)])
     write_durably(output / REPORT, text.encode())
+    write_durably(output / PAGE, page(blocks).encode())
     print(text)
     if not plots:
         print("no plots: Matplotlib is not installed (pip install ds_zoadamu[plots])", file=sys.stderr)

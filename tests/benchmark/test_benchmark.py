@@ -108,6 +108,6 @@ def check_results(output):
     assert 0 <= 2 * ours["cost"]["weights_bytes"] - plain["cost"]["weights_bytes"] < 4 * 2 * 40
     assert (ours["cost"]["ranks"], plain["cost"]["ranks"]) == (2, 1)
     assert (ours["cost"]["threads"], plain["cost"]["threads"]) == ("1", "2")
-    for name in ("report.md", "curves.png", "cost.png"):
+    for name in ("report.md", "report.html", "curves.png", "cost.png"):
         assert (output / name).stat().st_size > 0
     assert not list(output.rglob("model")) and not list(output.rglob("*.safetensors"))

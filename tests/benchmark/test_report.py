@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ds_zoadamu.benchmark.arguments import benchmark_parser
+from ds_zoadamu.benchmark.blocks import markdown
 from ds_zoadamu.benchmark.collect import cost, curve, mean_curve, seconds_to, spread, summary
 from ds_zoadamu.benchmark.contenders import Contender
 from ds_zoadamu.benchmark.grid import Point
@@ -14,7 +15,7 @@ from ds_zoadamu.benchmark.outcomes import DIVERGED, FAILED, FINISHED, OUT_OF_MEM
 from ds_zoadamu.benchmark.phases import Phases
 from ds_zoadamu.benchmark.plans import Plans
 from ds_zoadamu.benchmark.plots import draw_cost, draw_curves
-from ds_zoadamu.benchmark.report import markdown
+from ds_zoadamu.benchmark.report import report
 from ds_zoadamu.benchmark.runs import Runner
 from ds_zoadamu.tasks import ClassificationTask
 
@@ -216,17 +217,17 @@ def results(tmp_path):
     }  # fmt: skip
 
 
-def row(report: str, title: str, name: str) -> dict[str, str]:
+def row(text: str, title: str, name: str) -> dict[str, str]:
     """A contender's cells in the table under a title, by column."""
-    lines = report[report.index(f"## {title}") :].split("\n\n## ")[0].splitlines()
+    lines = text[text.index(f"## {title}") :].split("\n\n## ")[0].splitlines()
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     (cells,) = [line for line in table if line[0] == name]
     return dict(zip(table[0], cells, strict=True))
 
 
 def test_the_report_tells_means_and_spreads_and_what_went_wrong(results):
-    report = markdown(results, METRIC, ["curves.png"])
-    whole, half = row(report, "What it reached", "whole"), row(report, "What it reached", "half")
+    text = markdown(report(results, METRIC))
+    whole, half = row(text, "What it reached", "whole"), row(text, "What it reached", "half")
     assert whole["test accuracy at the end"] == "0.7500 ± 0.1768" and whole["runs"] == "2 finished"
     assert whole["test accuracy, best on development"] == "0.7500 ± 0.0000" and whole["passes"] == "24"
     assert whole["seconds to development accuracy 0.55"] == "4.0 (1 of 2 runs)"
@@ -234,12 +235,11 @@ def test_the_report_tells_means_and_spreads_and_what_went_wrong(results):
     assert half["seconds to development accuracy 0.55"] == "never (1 runs)"
     for name, words in (("large", "**out of memory**: CUDA out of memory"), ("wild", "**diverged**: in every trial")):
         for title in ("What it reached", "What it cost"):
-            assert words in row(report, title, name).values()
-    assert row(report, "What it cost", "whole")["seconds a step, median (p10, p90)"] == "0.500 (0.250, 1.000)"
-    assert row(report, "A step by its parts", "whole")["backward"] == "200.0"
-    assert "zero-shot): 0.5000. Majority class: 0.5238." in report and "The runs are of different commits." in report
-    assert report.count("| diverged |") == 3 and report.count("| x |") == 2  # the trials
-    assert "![curves](curves.png)" in report
+            assert words in row(text, title, name).values()
+    assert row(text, "What it cost", "whole")["seconds a step, median (p10, p90)"] == "0.500 (0.250, 1.000)"
+    assert row(text, "A step by its parts", "whole")["backward"] == "200.0"
+    assert "zero-shot): 0.5000. Majority class: 0.5238." in text and "The runs are of different commits." in text
+    assert text.count("| diverged |") == 3 and text.count("| x |") == 2  # the trials
 
 
 def test_plots_of_whatever_finished(results, tmp_path):
