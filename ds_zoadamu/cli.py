@@ -32,6 +32,7 @@ COMMANDS = {
     ),
     "evaluate": ("training.evaluate_command", "measure a model on a task; on several ranks likewise"),
     "benchmark": ("benchmark.command", "optimizers side by side"),
+    "reproduce": ("reproduce.command", "a table of the paper on a model of yours, beside the published one"),
 }
 _USER_ERRORS = (CheckpointError, ConfigError, JournalError, ReplayError)
 

@@ -59,8 +59,9 @@ class Chart:
 
 @dataclass(frozen=True)
 class Charts:
-    """Beside each other, with one legend."""
+    """Beside each other under a heading, with one legend."""
 
+    title: str
     charts: Sequence[Chart]
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from ds_zoadamu.benchmark.arguments import check_numbers, shared_arguments
 from ds_zoadamu.benchmark.blocks import Text, markdown
-from ds_zoadamu.benchmark.collect import cost, summary
+from ds_zoadamu.benchmark.collect import cost, environment, summary
 from ds_zoadamu.benchmark.contenders import Contender, choose_contenders
-from ds_zoadamu.benchmark.folder import check_folder, claim_folder, locked
+from ds_zoadamu.benchmark.folder import PAGE, REPORT, RESULTS, check_folder, claim_folder, locked
 from ds_zoadamu.benchmark.grid import make_grids
-from ds_zoadamu.benchmark.outcomes import FAILED, FINISHED, REFUSED, Outcome
+from ds_zoadamu.benchmark.outcomes import FAILED, FINISHED, REFUSED
 from ds_zoadamu.benchmark.page import page
 from ds_zoadamu.benchmark.phases import Phases
 from ds_zoadamu.benchmark.plans import Plans
@@ -26,9 +26,6 @@ from ds_zoadamu.config import shipped
 from ds_zoadamu.files.json_files import write_json
 from ds_zoadamu.files.safetensors_io import write_durably
 from ds_zoadamu.tasks import Metric
-
-RESULTS, REPORT, PAGE = "results.json", "report.md", "report.html"
-_ENVIRONMENT = ("versions", "platform", "processor", "num_cpus", "accelerator")
 
 
 def benchmark(args: Namespace) -> int:
@@ -86,7 +83,7 @@ def _run_all(args: Namespace, phases: Phases, contenders: list[Contender], grids
             entry |= _status_of_search(point, trials) | {"runs": summary(finals[c.name], items, args.target, metric)}
         entries[c.name] = entry
     outcomes = [*profiles.values(), *(outcome for by_seed in finals.values() for outcome in by_seed.values())]
-    return {"environment": _environment(outcomes), "contenders": entries}
+    return {"environment": environment(outcomes), "contenders": entries}
 
 
 def _status_of_search(point: object, trials: list[dict]) -> dict:
@@ -109,12 +106,6 @@ def _write(output: Path, results: dict, metric: Metric) -> None:
     print(text)
     if not plots:
         print("no plots: Matplotlib is not installed (pip install ds_zoadamu[plots])", file=sys.stderr)
-
-
-def _environment(outcomes: list[Outcome]) -> dict:
-    """Of the first run that tells; the commits of all."""
-    first: Mapping = next((o.results for o in outcomes if o.results), {})
-    return {**{key: first.get(key) for key in _ENVIRONMENT}, "commits": sorted({o.commit for o in outcomes})}
 
 
 def _any_failed(contenders: Mapping[str, dict]) -> bool:

@@ -78,9 +78,10 @@ def _html(block: Block) -> str:
             return f"<pre>{escape(text)}</pre>"
         case Table(header, rows):
             return _table(header, rows)
-        case Charts(charts):
+        case Charts(title, charts):
             drawn = [chart for chart in charts if chart.series]
-            return f'<div class="charts">{"".join(map(_figure, drawn))}</div>{_legend(drawn)}' if drawn else ""
+            figures = f'<div class="charts">{"".join(map(_figure, drawn))}</div>'
+            return f"<h2>{_inline(title)}</h2>{_legend(drawn)}{figures}" if drawn else ""
 
 
 def _inline(text: str) -> str:

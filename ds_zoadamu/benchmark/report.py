@@ -53,7 +53,7 @@ def _curves(results: dict, metric: Metric) -> list[Block]:
                 for style, (name, entry) in enumerate(results["contenders"].items())
             )
             charts.append(Chart(f"development {key}", label, [line for line in lines if line.points], level))
-    return [Charts(charts)]
+    return [Charts("Curves", charts)]
 
 
 def series(name: str, style: int, points: Sequence[dict], x: str = "step") -> Series:

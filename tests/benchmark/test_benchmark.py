@@ -86,7 +86,7 @@ def test_interrupted_it_goes_on_with_what_is_left(tmp_path, monkeypatch):
     before = json.loads((tmp_path / "out" / "results.json").read_text())
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     args = benchmark_parser().parse_args(arguments(tmp_path))
-    with locked(tmp_path / "out"), pytest.raises(InputError, match="another benchmark works there now"):
+    with locked(tmp_path / "out"), pytest.raises(InputError, match="another command works there now"):
         benchmark(args)
     assert benchmark(args) == 0
     assert {path: path.stat().st_mtime_ns for path in runs.glob("*/*/outcome.json")} == ends
