@@ -27,8 +27,8 @@ h3{font-size:1rem;margin:1.6rem 0 .4rem}
 p,ul{max-width:46rem;margin:.6rem 0}
 ul{padding-left:1.2rem}
 li,td,p{overflow-wrap:anywhere}
-.wide{overflow-x:auto;border:1px solid var(--line);border-radius:.4rem;margin:.8rem 0}
-table{border-collapse:separate;border-spacing:0;font-size:.875rem;font-variant-numeric:tabular-nums;min-width:100%%}
+.wide{overflow-x:auto;width:fit-content;max-width:100%%;border:1px solid var(--line);border-radius:.4rem;margin:.8rem 0}
+table{border-collapse:separate;border-spacing:0;font-size:.875rem;font-variant-numeric:tabular-nums}
 th,td{padding:.4rem .7rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 thead th{background:var(--band);font-weight:600;color:var(--soft);vertical-align:bottom}
 tbody tr:last-child>*{border-bottom:0}

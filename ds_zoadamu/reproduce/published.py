@@ -123,11 +123,12 @@ def settings_of(kind: str, method: Method, task: str) -> Settings:
     given, notes = dict(known[method.settings]), []
     if (other := given.get("as")) is not None:
         given = dict(known[other])
-        notes.append(f"those of {method_of(other).title}")
+    if other is not None and given.get("published", True):
+        notes.append(f"published for {method_of(other).title}")
     if not given.pop("published", True):
-        notes.append("ours")
+        notes.append("our choice")
     if kind == "sequence-to-sequence":
-        notes.append("of decoder-only models")
+        notes.append("for decoder-only models")
     of_answers = given.pop("lr_of_answers", None)
     given["lr"] = tuple(of_answers if of_answers and task in _ANSWERS else given["lr"])
     given["zo_eps"] = tuple(given.get("zo_eps", (None,)))

@@ -85,23 +85,24 @@ def _settings(results: dict) -> list[Block]:
             method.title,
             _beside(cell["max_steps"], source.steps(1000), "{:,}".format),
             _beside(here.batch_size, source.batch_size),
-            *(
-                _beside(_tried(cell, name), sorted(getattr(source, name), key=lambda v: v or 0.0), _numbers)
-                for name in ("lr", "zo_eps")
-            ),
+            *(_beside(_tried(cell, name), _ordered(getattr(source, name)), _numbers) for name in ("lr", "zo_eps")),
             source.note,
         )
         rows.setdefault(row, []).append(TASK_TITLES[cell["task"]])
     if not rows:
         return []
-    header = ("method", "tasks", "steps", "batch", "lr", "zo_eps", "published settings")
-    lines = [(row[0], ", ".join(tasks), *row[1:-1], row[-1] or "its own") for row, tasks in rows.items()]
+    header = ("method", "tasks", "steps", "batch", "lr", "zo_eps", "settings")
+    lines = [(row[0], ", ".join(tasks), *row[1:-1], row[-1] or "published") for row, tasks in rows.items()]
     note = "Steps, examples of a step, and searched lr and zo_eps: here, and in brackets the published ones where they differ."
     return [Text(note), Table(header, lines)]
 
 
 def _tried(cell: dict, name: str) -> list[float | None]:
-    return sorted({trial[name] for trial in cell.get("trials", ())}, key=lambda value: value or 0.0)
+    return _ordered({trial[name] for trial in cell.get("trials", ())})
+
+
+def _ordered(values: Iterable[float | None]) -> list[float | None]:
+    return sorted(values, key=lambda value: value or 0.0)
 
 
 def _tuples(settings: dict) -> dict:
