@@ -12,10 +12,15 @@ from ds_zoadamu.tasks.templates import filled, tail_of
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One prompt (the filled template) and its class index."""
+    """One prompt (the filled template) and its class index.
+
+    Attributes:
+        texts: for masked models, the text of each of the template's columns.
+    """
 
     prompt: str
     label: int
+    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class PromptEncoder:
     Args:
         tokenizer, max_length, vocab_size: as for `OptionEncoder`.
         task: a `PromptTask`; gives the label words, the template and the score.
+        encoder: how the model is given options.
 
     Attributes:
         warnings: one line for each label word that will hardly do what it is meant for.
@@ -48,10 +54,9 @@ class PromptEncoder:
             tokens are the same or none; a token that the embedding does not hold.
     """
 
-    def __init__(self, tokenizer, task, max_length: int | None, vocab_size: int | None = None):
-        self._options, self._words = OptionEncoder(tokenizer, "label word", max_length, vocab_size), task.words
-        ids, prefix = self._options.ids, self._options.prefix
-        needed = len(prefix) + len(ids(tail_of(task.template))) + max(len(ids(word)) for word in task.words) + 1
+    def __init__(self, tokenizer, task, max_length: int | None, vocab_size: int | None = None, encoder: type = OptionEncoder):
+        self._options, self._words = encoder(tokenizer, "label word", max_length, vocab_size), task.words
+        needed = self._options.least(tail_of(task.template), task.words)
         if max_length is not None and max_length < needed:
             raise InputError(
                 f"max_length {max_length} is too short for task {task.name!r}: its template's end and label words "
@@ -61,7 +66,7 @@ class PromptEncoder:
         prompt = filled(task.template, dict.fromkeys(task.columns, "a"))
         body, candidates = self._options.split(prompt, self._words)
         self._check_different(candidates)
-        self._options.check_held((*prefix, *body), candidates, prompt, self._words)
+        self._options.check_held((*self._options.prefix, *body), candidates, prompt, self._words)
         shadowed = self._options.shadowed(self._words, candidates) if task.score == "sum" else ()
         self.warnings = (*shadowed, *self._options.without_space(prompt, self._words))
 
@@ -88,7 +93,7 @@ class PromptCollator:
     """
 
     def __init__(self, pad_token_id: int):
-        self._pad = pad_token_id
+        self.pad = pad_token_id
 
     def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, torch.Tensor]:
         """Tensors of a micro-batch of B examples with at most C options of at most L tokens, and R rows of at most T tokens.
@@ -121,11 +126,7 @@ class PromptCollator:
                 positions[item, label, : len(word)] = torch.arange(start, start + len(word))
                 tokens[item, label, : len(word)] = torch.tensor(word)
                 token_mask[item, label, : len(word)] = True
-        input_ids = torch.full((len(inputs), max(map(len, inputs))), self._pad, dtype=torch.int64)
-        attention_mask = torch.zeros_like(input_ids)
-        for index, row in enumerate(inputs):
-            input_ids[index, : len(row)] = torch.tensor(row)
-            attention_mask[index, : len(row)] = 1
+        input_ids, attention_mask = padded(inputs, self.pad)
         labels = torch.tensor([example.label for example in examples])
         # Here and not in the forward: on a GPU the number of different positions would stop the host.
         kept, positions = positions.unique(return_inverse=True)
@@ -139,3 +140,13 @@ class PromptCollator:
             "token_mask": token_mask,
             "labels": labels,
         }
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and attention_mask, int64 [R, T], of rows of at most T tokens; padding to the right."""
+    input_ids = torch.full((len(rows), max(map(len, rows))), pad, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for index, row in enumerate(rows):
+        input_ids[index, : len(row)] = torch.tensor(row)
+        attention_mask[index, : len(row)] = 1
+    return input_ids, attention_mask
