@@ -18,6 +18,7 @@ from ds_zoadamu.benchmark.processes import under_launcher
 from ds_zoadamu.benchmark.runs import Runner, commit
 from ds_zoadamu.files.json_files import write_json
 from ds_zoadamu.files.safetensors_io import write_durably
+from ds_zoadamu.hf.kinds import model_kind
 from ds_zoadamu.plan.models import load_config
 from ds_zoadamu.reproduce.arguments import with_budget
 from ds_zoadamu.reproduce.cells import make_cells
@@ -48,7 +49,7 @@ def reproduce(args: Namespace) -> int:
     args = with_budget(args)
     import_modules(args.modules)
     config = _model_config(args)
-    table, kind = published_table(args.table), _kind(config)
+    table, kind = published_table(args.table), model_kind(config).name
     cells, commands = make_cells(args, table, kind), Commands(args)
     output = commands.output
     check_folder(output)
@@ -86,9 +87,3 @@ def _write(output: Path, results: dict, num_cells: int) -> None:
 def _model_config(args: Namespace) -> PretrainedConfig:
     """Of --model. Raises ConfigError where there is none."""
     return AutoConfig.from_pretrained(args.model, trust_remote_code=True) if args.trust_remote_code else load_config(args.model)
-
-
-def _kind(config: PretrainedConfig) -> str:
-    if config.is_encoder_decoder:
-        return "sequence-to-sequence"
-    return "masked" if any("MaskedLM" in name for name in config.architectures or ()) else "causal"

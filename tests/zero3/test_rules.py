@@ -11,7 +11,13 @@ import torch
 import ds_zoadamu
 from ds_zoadamu.rules import Elements, Update, ZOAdaMU
 from tests.helpers.reference_numpy import (
-    Adaptive64, Hyper64, direction64, noise64, zo_adamu_gradient_step64, zo_adamu_step64, zo_adaptive_step64,
+    Adaptive64,
+    Hyper64,
+    direction64,
+    noise64,
+    zo_adamu_gradient_step64,
+    zo_adamu_step64,
+    zo_adaptive_step64,
 )  # fmt: skip
 
 from ..helpers import runs
