@@ -10,13 +10,13 @@ from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.arguments import add_options, add_switches, check_arguments
 
 BUDGETS: dict[str, Mapping[str, Any]] = {
-    "paper": {},
+    "paper": {"num_test": 1000},
     "tiny": {
         "max_steps": 8, "num_train": 32, "num_dev": 16, "num_test": 16, "examples_per_class": 8, "batch_size": 8,
         "demonstrations": 2, "num_seeds": 1, "grid_points": 1,
     },
 }  # fmt: skip
-"""What each budget gives where the command line gives nothing else; the paper's own leaves everything as it was."""
+"""What each budget gives where the command line gives nothing else; the rest is the paper's."""
 _POSITIVE = ("examples_per_class", "batch_size", "num_seeds", "grid_points", "demonstrations", "seq")
 
 
@@ -45,7 +45,7 @@ def reproduce_parser() -> argparse.ArgumentParser:
     add_options(
         group,
         int,
-        per_device_train_batch_size=(None, "examples in a micro-batch (default: the whole step's share of a rank)"),
+        per_device_train_batch_size=(None, "examples in a micro-batch, at most (default: a rank's whole share of a step)"),
         per_device_eval_batch_size=(16, "examples in an evaluation's forward"),
         max_length=(None, "tokens a prompt may have (default: the task's or the model's)"),
     )

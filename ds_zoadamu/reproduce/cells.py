@@ -98,7 +98,7 @@ def _trained(args: Namespace, cell: Cell, kind: str, lrs: list[float] | None, ep
         lr=tuple(lrs or settings.lr),
         zo_eps=tuple(epses or settings.zo_eps),
     )
-    check_batch(args, settings.batch_size)
+    micro_batches(args, settings.batch_size)
     points = [Point(lr, eps) for eps in settings.zo_eps for lr in settings.lr]
     steps = settings.steps(args.num_train or DEFAULT_NUM_TRAIN)
     return replace(
@@ -106,19 +106,21 @@ def _trained(args: Namespace, cell: Cell, kind: str, lrs: list[float] | None, ep
     )
 
 
-def check_batch(args: Namespace, batch_size: int) -> tuple[int, int]:
+def micro_batches(args: Namespace, batch_size: int) -> tuple[int, int]:
     """(examples in a micro-batch, micro-batches of a rank in a step).
 
     Raises:
-        InputError: they cannot make a step of that size.
+        InputError: the ranks cannot share a step of that size.
     """
-    micro = args.per_device_train_batch_size or max(1, batch_size // args.ranks)
-    if batch_size % (micro * args.ranks):
+    if batch_size % args.ranks:
         raise InputError(
-            f"a step has {batch_size} examples, which {args.ranks} ranks with micro-batches of {micro} cannot share evenly; "
-            "give another --ranks, --per_device_train_batch_size or --batch_size"
+            f"a step has {batch_size} examples, which {args.ranks} ranks cannot share evenly; give another --ranks or "
+            "--batch_size"
         )
-    return micro, batch_size // (micro * args.ranks)
+    share = batch_size // args.ranks
+    most = min(share, args.per_device_train_batch_size or share)
+    micro = next(size for size in range(most, 0, -1) if share % size == 0)
+    return micro, share // micro
 
 
 def _chosen(option: str, names: Sequence[str] | None, known: dict) -> list:

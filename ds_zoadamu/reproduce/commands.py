@@ -10,7 +10,7 @@ from ds_zoadamu.benchmark.plans import threads_of
 from ds_zoadamu.benchmark.runs import Run
 from ds_zoadamu.config import shipped
 from ds_zoadamu.config.settings import read_config
-from ds_zoadamu.reproduce.cells import Cell, check_batch
+from ds_zoadamu.reproduce.cells import Cell, micro_batches
 from ds_zoadamu.reproduce.published import Method
 from ds_zoadamu.rules import RULES
 
@@ -58,7 +58,7 @@ class Commands:
 
     def _training(self, cell: Cell, seed: int, point: Point) -> list[str]:
         args, settings = self._args, cell.settings
-        micro, accumulation = check_batch(args, settings.batch_size)
+        micro, accumulation = micro_batches(args, settings.batch_size)
         words = ["--deepspeed", "--deepspeed_config", str(self.config_path(cell.method)), *self._examples(cell)]
         words += ["--per_device_train_batch_size", str(micro), "--gradient_accumulation_steps", str(accumulation)]
         words += [*point.arguments, "--max_steps", str(cell.max_steps), "--seed", str(seed)]

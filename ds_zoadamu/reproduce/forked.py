@@ -19,6 +19,7 @@ from ds_zoadamu.distributed.start import free_port
 
 _PRELOADED = (
     __name__, "ds_zoadamu.training.finetune_command", "ds_zoadamu.training.evaluate_command", "torch._dynamo", "peft",
+    "matplotlib.figure", "matplotlib.backends.backend_agg",
 )  # fmt: skip
 
 

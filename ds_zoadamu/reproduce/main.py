@@ -60,7 +60,7 @@ def reproduce(args: Namespace) -> int:
     runner = Runner(commit(), start, lambda text: print(text, flush=True))
     with locked(output):
         jsons = {cell.method.name: config_of(cell.method) for cell in cells if cell.points}
-        claim_folder(output, {name: getattr(args, name) for name in _FIXED} | {"threads": commands.threads}, jsons)
+        claim_folder(output, {name: getattr(args, name) for name in _FIXED}, jsons)
         figures = Figures(commands, runner)
         results = {
             "date": datetime.date.today().isoformat(),

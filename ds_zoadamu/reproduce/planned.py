@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ds_zoadamu.benchmark.blocks import Block, Heading, Table, Text
 from ds_zoadamu.errors import ConfigError
 from ds_zoadamu.plan.command import add_arguments, make_plan, step_time
-from ds_zoadamu.reproduce.cells import Cell, check_batch
+from ds_zoadamu.reproduce.cells import Cell, micro_batches
 from ds_zoadamu.reproduce.commands import config_of
 
 _HOUR = 3600.0
@@ -31,13 +31,13 @@ def planned(args: Namespace, cells: Sequence[Cell], model_config) -> list[Block]
             gigabytes, seconds = known[key]
             if seconds is not None:
                 hours += (cell_hours := count * cell.max_steps * seconds / _HOUR)
-                cost = (gigabytes, f"{cell_hours:,.1f}")
+                cost = (gigabytes, _hours(cell_hours))
             else:
                 cost = (gigabytes, "")
         rows.append((cell.title, count, f"{cell.max_steps:,}" if cell.points else "", *cost))
     gpus = f"{args.ranks} x {args.gpu}"
     note = (
-        f"{runs} runs, {hours:,.1f} hours of training on {gpus} by the plan's own count, good to a factor: sequences of "
+        f"{runs} runs, {_hours(hours)} hours of training on {gpus} by the plan's own count, good to a factor: sequences of "
         f"{length} tokens, gathers hidden as well as can be; without loading, evaluations, and cells that have no hours here."
     )
     header = ("cell", "runs", "steps of each", "GB a GPU", "hours of all")
@@ -48,7 +48,7 @@ def _cost(args: Namespace, cell: Cell, length: int) -> tuple[str, float | None]:
     """(GB a GPU or why not, seconds a step)."""
     if not cell.method.zeroth_order:
         return "backward passes are not planned", None
-    micro, accumulation = check_batch(args, cell.settings.batch_size)
+    micro, accumulation = micro_batches(args, cell.settings.batch_size)
     config = config_of(cell.method) | {"gradient_accumulation_steps": accumulation}
     dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     words = ["--model", args.model, "--gpus", args.ranks, "--gpu", args.gpu, "--batch", micro, "--seq", length]
@@ -65,6 +65,10 @@ def _cost(args: Namespace, cell: Cell, length: int) -> tuple[str, float | None]:
             return f"not planned: {error}", None
     total = f"{choice.plan.total / 1e9:.1f}" + ("" if choice.fits else ", does not fit")
     return total, step_time(model, request, choice, hardware).overlapped
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f}" if hours >= 1 else f"{hours:.2g}"
 
 
 def _write_adapter(tuning: str, folder: str) -> None:

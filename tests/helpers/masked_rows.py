@@ -54,7 +54,11 @@ def save_masked_model(folder: Path, seed: int = 0) -> Path:
     texts = [" ".join(map(str, row.values())) for task in WORDS for row in rows_of(task, 2, 1)]
     tokenizer = roberta_like([*texts, _LABEL_WORDS, _LABEL_WORDS.lower()])
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     config = RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=300, **sizes, **ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
