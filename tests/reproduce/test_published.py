@@ -56,11 +56,6 @@ def test_every_method_that_trains_has_settings_and_a_json_that_loads(number, kin
         words = ["--model_name_or_path", "m", "--max_steps", "10", "--output_dir", "o", "--learning_rate", "1e-5"]
         args = finetune_parser().parse_args(words)
         config = load(config_of(method), world_size=1, model_info=SimpleNamespace(hidden_size=32), overrides=args)
-            config_of(method),
-            world_size=1,
-            model_info=SimpleNamespace(hidden_size=32),
-            overrides=finetune_parser().parse_args(words),
-        )
         assert (config.rule is not None) == method.zeroth_order
     assert settings_of("masked", method_of("zoadamu"), "sst2").zo_eps == (1e-3, 1e-2, 1e-1)
     assert settings_of("causal", method_of("mezo"), "squad").lr == (1e-6, 5e-7, 1e-7)
