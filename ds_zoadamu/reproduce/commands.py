@@ -59,7 +59,12 @@ class Commands:
     def _training(self, cell: Cell, seed: int, point: Point) -> list[str]:
         args, settings = self._args, cell.settings
         micro, accumulation = micro_batches(args, settings.batch_size)
-        words = ["--deepspeed", "--deepspeed_config", str(self.config_path(cell.method)), *self._examples(cell)]
+        words = [
+            "--deepspeed",
+            "--deepspeed_config",
+            str(self.config_path(cell.method)),
+            *self._examples(cell, "num_train", "num_dev"),
+        ]
         words += ["--per_device_train_batch_size", str(micro), "--gradient_accumulation_steps", str(accumulation)]
         words += [*point.arguments, "--max_steps", str(cell.max_steps), "--seed", str(seed)]
         words += [] if cell.method.tuning == "full" else [f"--{cell.method.tuning}"]
@@ -70,15 +75,16 @@ class Commands:
     def _measuring(self, cell: Cell, seed: int) -> list[str]:
         method = cell.method
         words = ["--overwrite_output_file"]  # of a run that was stopped before its folder got its name
-        if method.demonstrations or method.linear_probing:
-            words += ["--seed", str(seed), *self._examples(cell)]
-        words += ["--demonstrations", str(method.demonstrations)] if method.demonstrations else []
-        return words + (["--linear_probing"] if method.linear_probing else [])
+        if method.demonstrations:
+            words += ["--demonstrations", str(method.demonstrations), "--seed", str(seed)]
+        if method.linear_probing:
+            words += ["--linear_probing", *self._examples(cell, "num_train"), "--seed", str(seed)]
+        return words
 
-    def _examples(self, cell: Cell) -> list[str]:
+    def _examples(self, cell: Cell, *names: str) -> list[str]:
         if cell.examples_per_class is not None:
             return ["--examples_per_class", str(cell.examples_per_class)]
-        return [word for name in ("num_train", "num_dev") for word in _option(name, getattr(self._args, name))]
+        return [word for name in names for word in _option(name, getattr(self._args, name))]
 
 
 def config_of(method: Method) -> dict:
