@@ -95,6 +95,9 @@ def config_of(method: Method) -> dict:
         return {**adam, "scheduler": decay}
     config = copy.deepcopy(read_config(shipped.path_of("cpu-small_zoadamu")))
     del config["scheduler"]
+    # Without a backward pass nothing is used again soon, and looking for it takes DeepSpeed a time that grows with the square
+    # of the number of modules, in every forward: generating with LoRA is many times slower.
+    config["zero_optimization"]["stage3_max_reuse_distance"] = 0
     options = dict(method.optimizer)
     kind, params = options.pop("type"), config["optimizer"]["params"]
     known = RULES[kind].config_class.names()
