@@ -32,7 +32,8 @@ table{border-collapse:separate;border-spacing:0;font-size:.875rem;font-variant-n
 th,td{padding:.4rem .7rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 thead th{background:var(--band);font-weight:600;color:var(--soft);vertical-align:bottom}
 tbody tr:last-child>*{border-bottom:0}
-th:first-child{position:sticky;left:0;background:var(--page);border-right:1px solid var(--line);font-weight:600}
+th:first-child{position:sticky;left:0;background:var(--page);border-right:1px solid var(--line);font-weight:600;
+min-width:min(7.5rem,36vw)}
 thead th:first-child{background:var(--band)}
 .n{text-align:right;white-space:nowrap}
 td:not(.n){min-width:7rem}
@@ -90,14 +91,13 @@ def _inline(text: str) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    columns = list(zip(*([str(cell) for cell in row] for row in rows), strict=True)) or [()] * len(header)
-    numeric = [any(column) and all(map(_NUMBER.fullmatch, column)) for column in columns]
+    columns = [[str(row[index]) for row in rows] for index in range(len(header))]
+    numeric = [sum(bool(cell and _NUMBER.fullmatch(cell)) for cell in column) > len(column) / 2 for column in columns]
 
     def cells(row: Sequence[object], tag: str) -> str:
         words = []
         for index, cell in enumerate(row):
-            kind = "th" if index == 0 else tag
-            right = index > 0 and (numeric[index] or (tag == "td" and str(cell) and _NUMBER.fullmatch(str(cell))))
+            kind, right = "th" if index == 0 else tag, index > 0 and numeric[index]
             words.append(f"<{kind}{' class=n' if right else ''}>{_inline(str(cell))}</{kind}>")
         return f"<tr>{''.join(words)}</tr>"
 
