@@ -13,9 +13,9 @@ from ds_zoadamu.config import load
 from ds_zoadamu.config.settings import check_precision
 from ds_zoadamu.distributed.start import launched_world_size
 from ds_zoadamu.hf.models import load_causal_lm
-from ds_zoadamu.tasks import InputError
+from ds_zoadamu.tasks import InputError, Task
 from ds_zoadamu.training.arguments import check_arguments
-from ds_zoadamu.training.plan import Plan, check_gradient, encode_splits, read_model_input
+from ds_zoadamu.training.plan import Plan, encode_splits, read_model_input
 from ds_zoadamu.training.steps import Partitioned, Section, make_dataloader
 from ds_zoadamu.zero3.hf import zero3_known
 from ds_zoadamu.zero3.losses import as_pair, global_means
@@ -33,7 +33,7 @@ _SETTINGS = {
 }
 
 
-def check_lomo(accumulation: int, precision: str) -> None:
+def check_lomo(accumulation: int, precision: str, task: Task) -> None:
     """Raises InputError where LOMO cannot do what is asked."""
     if importlib.util.find_spec(PACKAGE) is None:
         raise InputError("LOMO is the package lomo-optim, which is not installed: pip install --no-deps lomo-optim")
@@ -44,6 +44,8 @@ def check_lomo(accumulation: int, precision: str) -> None:
         )
     if precision == "fp16":
         raise InputError("fp16: LOMO scales losses of 16 bits only, and tasks give theirs in 32; take bf16 or fp32")
+    if not task.differentiable:
+        raise InputError(f"--objective {task.details['objective']} has no gradient, and LOMO needs one: take another objective")
 
 
 def make_lomo_plan(args: Namespace) -> Plan:
@@ -57,8 +59,7 @@ def make_lomo_plan(args: Namespace) -> Plan:
     sizes = {"world_size": launched_world_size(), "model_info": model_input}
     config = load(_SETTINGS, **sizes, overrides=_without_optimizer(args))
     check_precision(config)
-    check_lomo(config.batch.accumulation, config.precision)
-    check_gradient(config, model_input.task)
+    check_lomo(config.batch.accumulation, config.precision, model_input.task)
     return encode_splits(args, config, model_input)
 
 

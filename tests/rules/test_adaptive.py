@@ -110,8 +110,12 @@ def test_the_standard_deviation_of_the_perturbation_is_known():
 
 @pytest.mark.parametrize(
     ("schedule", "on", "momentum", "dtype"),
-    [*((*case, "bf16", torch.bfloat16) for case in CASES), *(("adam", "perturbation", "int8", d) for d in (torch.float16, torch.float32))],
-)  # fmt: skip
+    [
+        *((*case, "bf16", torch.bfloat16) for case in CASES),
+        ("adam", "perturbation", "int8", torch.float16),
+        ("adam", "perturbation", "fp32", torch.float32),
+    ],
+)
 def test_bits_depend_neither_on_the_kernels_nor_on_chunks(monkeypatch, schedule, on, momentum, dtype):
     rule = make(schedule, on, momentum={"dtype": momentum}, num_perturbations=2)
     expected = run(rule, dtype, 0.1)
