@@ -66,7 +66,7 @@ def _steps(rank, world_size, folder):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_it_is_gradient_descent_on_partitions(tmp_path, world_size):
-    save_model(tmp_path / "model")
+    save_model(tmp_path / "model", dropout=0.0)
     write_data(tmp_path / "data")
     wrong, moved, lrs, losses, expected, stored, results = run_ranks(world_size, _steps, str(tmp_path))[0]
     assert lrs == [LR, LR * (1 - 1 / STEPS), LR * (1 - 2 / STEPS)]
