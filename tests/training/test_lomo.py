@@ -55,7 +55,7 @@ def _steps(rank, world_size, folder):
         with torch.no_grad():
             for p in plain.parameters():
                 p -= lr * (p.grad + DECAY * p)
-    found = whole_model(stepper)
+    found = whole_model(stepper.engine)
     wrong = {n: float((found[n] - p).detach().abs().max()) for n, p in plain.named_parameters()}
     moved = max(float((a - b).detach().abs().max()) for a, b in zip(plain.parameters(), before.parameters(), strict=True))
     stored = stepper.stored_bytes()
