@@ -24,10 +24,11 @@ def _arguments(folder, name, *more):
 
 
 def _steps(rank, world_size, folder):
-    """(name and largest difference from gradient descent, largest change) by parameter, lrs, stored bytes; of a whole run
-    results."""
+    """Of single steps: {parameter: largest difference from gradient descent}, the largest change, lrs, losses, those expected,
+    stored bytes; of a profile the parts; of a whole run its results."""
     from ds_zoadamu.training.arguments import finetune_parser
     from ds_zoadamu.training.lomo import Lomo, make_lomo_plan
+    from ds_zoadamu.training.profile import profile
     from ds_zoadamu.training.run import finetune
     from ds_zoadamu.zero3.data import repeat
 
@@ -61,17 +62,20 @@ def _steps(rank, world_size, folder):
     stored = stepper.stored_bytes()
     stepper.close()
     run = finetune_parser().parse_args(_arguments(folder, f"run-{world_size}", "--eval_steps", "2"))
-    return wrong, moved, lrs, losses, expected, stored, finetune(run, make_lomo_plan, Lomo)
+    measured = finetune_parser().parse_args(_arguments(folder, f"profile-{world_size}", "--profile_steps", "1"))
+    parts = profile(measured, make_lomo_plan, Lomo)["split_seconds"]
+    return wrong, moved, lrs, losses, expected, stored, parts, finetune(run, make_lomo_plan, Lomo)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_it_is_gradient_descent_on_partitions(tmp_path, world_size):
     save_model(tmp_path / "model", dropout=0.0)
     write_data(tmp_path / "data")
-    wrong, moved, lrs, losses, expected, stored, results = run_ranks(world_size, _steps, str(tmp_path))[0]
+    wrong, moved, lrs, losses, expected, stored, parts, results = run_ranks(world_size, _steps, str(tmp_path))[0]
     assert lrs == [LR, LR * (1 - 1 / STEPS), LR * (1 - 2 / STEPS)]
     assert losses == pytest.approx(expected, rel=1e-5)  # fp32 sums in another order
     assert max(wrong.values()) < 1e-4 * moved, wrong  # as above, over the gradient
     assert stored["optimizer_state_bytes"] == stored["gradients_bytes"] == 0 < stored["weights_bytes"]
+    assert {"gather", "forward", "backward", "other"} <= parts.keys()
     assert results["optimizer"] == "LOMO" and results["passes_a_step"] == {"forward": 1, "backward": 1}
     assert (tmp_path / f"run-{world_size}" / "model" / "config.json").exists()
