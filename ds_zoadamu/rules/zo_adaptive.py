@@ -172,9 +172,7 @@ class ZOAdaptive(Rule):
         store(state["momentum"], m, elements, update.step)
         return m * fp32(update.direction.first) / self._denominator(state, 0, gradient, update.direction)
 
-    def _change_by_perturbations(
-        self, theta: torch.Tensor, state: State, elements: Elements, update: Update
-    ) -> torch.Tensor | None:
+    def _change_by_perturbations(self, theta: torch.Tensor, state: State, elements: Elements, update: Update) -> torch.Tensor:
         """The mean of (g m^ + weight_decay theta) / d over the directions, and the moments of this step into ``state``."""
         grads, change = update.projected_grads, torch.zeros_like(theta)
         decay = fp32(0.0 if self.decoupled else update.weight_decay / len(elements.keys))

@@ -18,7 +18,7 @@ from tests.helpers.reference_numpy import (
     zo_adamu_gradient_step64,
     zo_adamu_step64,
     zo_adaptive_step64,
-)  # fmt: skip
+)
 
 from ..helpers import runs
 from ..helpers.harness import run_ranks
@@ -314,7 +314,7 @@ def _own_rule(rank, world_size, folder):
     del RULES["SignSPSA"]
     with pytest.raises(
         ds_zoadamu.ReplayError,
-        match=rf"rule 'SignSPSA'; known here: ZOAdaMU, MeZO, ZOAdaptive, ZOAdaMUGradient; import '{__name__}' first",
+        match=rf"rule 'SignSPSA'; known here: ZOAdaMU, MeZO, .*; import '{__name__}' first",
     ):
         replay(folder, f"{folder}/journal.jsonl", f"{folder}/again", show_progress=False)
     return ds_zoadamu.weights_digest(engine), rebuilt, as_bytes(whole_model(engine))
