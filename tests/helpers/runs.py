@@ -35,7 +35,7 @@ def config(
     if momentum == "replay":
         storage |= {"window_tolerance": 0.05, "max_window": 200}
     params = options(momentum=storage, **changes)
-    if rule == "MeZO":
+    if rule in ("MeZO", "FZOO"):
         params = {key: value for key, value in params.items() if key not in ("momentum", "total_steps", "t1", "t2", "t3")}
     result = {
         "train_micro_batch_size_per_gpu": 2,
