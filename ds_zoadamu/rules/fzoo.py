@@ -49,6 +49,7 @@ class FZOO(MeZO):
     """
 
     config_class = FZOOConfig
+    usual_lrs = (1e-3, 3e-3, 1e-2, 2e-2, 4e-2)
 
     def evaluations(self, step: int) -> tuple[Evaluation, ...]:
         if self.config.sides == 2:

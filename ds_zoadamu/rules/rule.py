@@ -87,6 +87,17 @@ class Rule(ABC):
     sigma = 0.0
     signs = False
     """Whether a step's noise is signs: the directions share one key, and the update is one pass for all of them."""
+    usual_lrs: tuple[float, ...] = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4)
+    """What a search tries where nothing is said; the first one takes the place of "auto"."""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        needed = next(base for base in cls.__mro__[1:] if issubclass(base, Rule)).config_class
+        if not issubclass(cls.config_class, needed):
+            raise TypeError(
+                f"{cls.__name__}.config_class is {cls.config_class.__name__}, which must inherit from {needed.__name__}: the "
+                "rule that it subclasses asks for those options"
+            )
 
     def __init__(self, **options: Any):
         self.config = self.config_class.parse(options, where=self.name)

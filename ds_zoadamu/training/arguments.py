@@ -112,7 +112,7 @@ def finetune_parser() -> argparse.ArgumentParser:
         seed=(0, "of data order and perturbations"),
     )
     group.add_argument("--max_steps", type=int, required=True, help="optimizer steps")
-    usual = "default: 5e-5 for AdamW, 1e-6 for a zeroth-order optimizer; small models take more, see --find_lr"
+    usual = "default: 5e-5 for AdamW, 1e-6 for ZO-AdaMU and MeZO, 1e-3 for FZOO; small models take more, see --find_lr"
     add_options(
         group,
         float,
@@ -149,7 +149,7 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
         find_lr="instead of a full run, try each pair of --find_lr_values and --find_eps_values for --max_steps steps from the "
         "same weights, with the schedule of a run of that length, and write find_lr.json, best development loss first",
     )
-    group.add_argument("--find_lr_values", type=float, nargs="+", metavar="LR", default=[1e-6, 3e-6, 1e-5, 3e-5, 1e-4])
+    group.add_argument("--find_lr_values", type=float, nargs="+", metavar="LR", help="(default: the rule's usual ones)")
     group.add_argument("--find_eps_values", type=float, nargs="+", metavar="EPS", default=[1e-3])
     measured = "instead of a full run, measure so many steps (time, its parts, collectives, memory) and write profile.json"
     add_options(parser.add_argument_group("profile"), int, profile_steps=(None, measured))

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import ConfigError, unknown_keys_message
 from ..files.crash_points import reach
+from ..rules import FZOO as FZOORule
 from ..rules import Elements, Evaluation, Rule, Update
 from ..rules import MeZO as MeZORule
 from ..rules import ZOAdaMU as ZOAdaMURule
@@ -208,3 +209,8 @@ def ZOAdaMU(params: Iterable, **options: Any) -> ZerothOrderOptimizer:  # noqa: 
 def MeZO(params: Iterable, **options: Any) -> ZerothOrderOptimizer:  # noqa: N802
     """An optimizer with the rule MeZO, as ``ZOAdaMU``; ``lr`` is required."""
     return ZerothOrderOptimizer(params, MeZORule(**options))
+
+
+def FZOO(params: Iterable, **options: Any) -> ZerothOrderOptimizer:  # noqa: N802
+    """An optimizer with the rule FZOO, as ``ZOAdaMU``; ``lr`` is required."""
+    return ZerothOrderOptimizer(params, FZOORule(**options))

@@ -30,14 +30,14 @@ CASES = {
 
 
 def _all(rank, world_size, folder):
-    """Of each case the state of a whole run, and of one that goes on from a checkpoint and its journal."""
+    """Of each case the state of a whole run; on 2 ranks also of one that goes on from a checkpoint and its journal."""
     found = {}
     for number, settings in enumerate(CASES.values()):
         place = f"{folder}/{world_size}-{number}"
-        whole = _whole(world_size, place, **COMMON | settings)
-        runs.run(rank, world_size, f"{place}-again", 5, save_every=2, **COMMON | settings)
-        resumed = runs.run(rank, world_size, f"{place}-again", STEPS, resume=True, **COMMON | settings)
-        found[number] = whole, resumed
+        found[number] = [_whole(world_size, place, **COMMON | settings)]
+        if world_size == 2:
+            runs.run(rank, world_size, f"{place}-again", 5, save_every=2, **COMMON | settings)
+            found[number].append(runs.run(rank, world_size, f"{place}-again", STEPS, resume=True, **COMMON | settings))
     return found
 
 
@@ -65,19 +65,15 @@ def found(folder):
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=list(CASES))
 def test_equal_bits_on_1_2_and_4_ranks_and_after_a_resume(found, folder, number):
-    (expected, _, _), _ = found[0][number]
+    (expected, _, _), *_ = found[0][number]
     assert expected["counters"][2] == 1  # the skipped step
     for of_rank in found:
-        (state, _, _), resumed = of_rank[number]
-        assert state == expected and resumed == expected
-    journals = {(folder / f"{n}-{number}{again}" / "journal.jsonl").read_bytes() for n in (1, 2, 4) for again in ("", "-again")}
-    assert len(journals) == 1
-    assert read_journal(folder / f"1-{number}" / "journal.jsonl").header["noise_version"] == 2 - (
-        "gaussian" in CASES_BY[number]
-    )
-
-
-CASES_BY = [list(settings.values()) for settings in CASES.values()]
+        (state, _, _), *resumed = of_rank[number]
+        assert [state, *resumed] == [expected] * (1 + len(resumed))
+    files = [folder / f"{name}-{number}{again}" / "journal.jsonl" for name, again in ((1, ""), (2, ""), (2, "-again"), (4, ""))]
+    assert len({file.read_bytes() for file in files}) == 1
+    gaussian = "gaussian" in list(CASES.values())[number].values()
+    assert read_journal(files[0]).header["noise_version"] == (1 if gaussian else 2)
 
 
 def _divisors(settings: dict, records) -> list[float]:
@@ -109,7 +105,7 @@ def test_an_fp64_replay_of_the_journal(found, folder, number):
     taken = [record for record in contents.records if not record.skipped]
     assert len(taken) == STEPS - 1
     divisors = _divisors(settings, taken)
-    (_, weights, figures), _ = found[0][number]
+    (_, weights, figures), *_ = found[0][number]
     start = OddModel(runs.DTYPES[settings.get("dtype", "fp32")])
     square = total = 0.0
     for name, param in start.named_parameters():
@@ -123,9 +119,9 @@ def test_an_fp64_replay_of_the_journal(found, folder, number):
             theta = fzoo_step64(theta, record.projected_grads, record.lrs[0], DECAY, z, divisor)
         square += np.sum((weights[name] - theta) ** 2)
         total += np.sum((theta - theta0) ** 2)
-    # fp32 rounds theta once a step and direction, by at most 2^-24 |theta|. bf16 rounds it to one of two neighbours 2^-7 |theta|
-    # apart, |theta| near 0.3: a step of 0.007 is then known to a third of it, six steps added up to a seventh.
-    assert np.sqrt(square / total) < (0.5 if "dtype" in settings else 1e-5)
+    # fp32 rounds theta once a step and direction, by at most 2^-24 |theta|. bf16 rounds it to one of two neighbours that are
+    # 2^-9 apart at 0.3: 0.002 after six steps in the root of the mean of squares, beside a displacement of 0.017.
+    assert np.sqrt(square / total) < (0.2 if "dtype" in settings else 1e-5)
     if "divisor" in figures:
         last = taken[-1]
         assert figures["divisor"] == pytest.approx(divisors[-1], rel=1e-12)
