@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..kernels.types import Recurrence, StepScalars
+from ..kernels.types import Recurrence
+from .moments import recurrence
 from .options import RuleConfig, choice, number, option
 from .rule import Elements, Rule, Scalars, State, Update
 
@@ -49,17 +50,7 @@ class MeZO(Rule):
         return self.config.distribution == "sign"
 
     def direction(self, step: int, scalars: Scalars = ()) -> Recurrence:
-        # beta1 = 1 leaves m_t = xi1.
-        step_scalars = StepScalars(
-            step=step,
-            sqrt_alpha=1.0,
-            sqrt_one_minus_alpha=0.0,
-            beta1=1.0,
-            one_minus_beta1=0.0,
-            beta2=1.0,
-            one_minus_beta2=0.0,
-        )
-        return Recurrence(steps=(step_scalars,))
+        return recurrence(step)
 
     def first_scalars(self) -> Scalars:
         """(average of g^2, the weight that it has gathered), both 0."""

@@ -120,7 +120,10 @@ def deepspeed_config(**changes):
             {"scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 0, "cycle_max_lr": [1e-3, float("inf")]}}},
             ["scheduler.params: cycle_max_lr is inf", "finite"],
         ),
-        ({"optimizer": {"type": "Mezzo", "params": OK}}, ["'Mezzo'", "not known", "ZOAdaMU, MeZO, FZOO", "adamw"]),
+        (
+            {"optimizer": {"type": "Mezzo", "params": OK}},
+            ["'Mezzo'", "not known", "ZOAdaMU, MeZO, FZOO", "adamw"],
+        ),
     ],
     ids=str,
 )
