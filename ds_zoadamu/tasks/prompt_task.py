@@ -63,10 +63,6 @@ class PromptTask(TemplateTask):
             limit = field.get("max_tokens")
             if limit is not None and (type(limit) is not int or limit < 1):
                 raise InputError(f"{where}: fields.{name}.max_tokens must be a number of at least 1, got {shown(limit)}")
-            if limit is not None and name in self.columns and not self.has_mask:
-                raise InputError(
-                    f"{where}: fields.{name}.max_tokens is for templates with {{mask}}; other prompts are cut whole"
-                )
         if self.masked is not None:
             self._check_masked()
 
@@ -159,9 +155,9 @@ class PromptTask(TemplateTask):
                 f"{where}: column {shown(self.label_column)} has the label {shown(found)}; "
                 f"task {self.name!r} knows {', '.join(map(printed, self.label_words))}"
             )
-        if not self.has_mask:
-            return PromptRow(filled(self.template, values), label)
-        return PromptRow(filled(self.template, {**values, MASK: f"{{{MASK}}}"}), label, tuple(values.values()))
+        prompt = filled(self.template, {**values, MASK: f"{{{MASK}}}"})
+        later = self.has_mask or any("max_tokens" in self.fields.get(name, {}) for name in self.columns)
+        return PromptRow(prompt, label, tuple(values.values()) if later else ())
 
 
 def label_words_from(words: object, where: str) -> dict[str, str]:

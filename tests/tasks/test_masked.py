@@ -209,7 +209,6 @@ def test_a_task_of_ones_own_says_it_all_in_its_file(tmp_path):
         ({"masked": {"template": "{sentence}{mask}", "score": "best"}}, "masked: .*score is 'best'"),
         ({"template": "{sentence}{mask}"}, "of the two templates"),
         ({"fields": {"sentence": {"max_tokens": 0}}}, "fields.sentence.max_tokens must be a number of at least 1, got 0"),
-        ({"fields": {"sentence": {"max_tokens": 5}}}, "fields.sentence.max_tokens is for templates with {mask}"),
         ({"masked": None, "template": "It was{mask}"}, "names no column"),
         ({"ignored_labels": "0"}, "ignored_labels must be a list, got '0'"),
     ],
@@ -227,3 +226,8 @@ def test_a_template_of_the_command_line_is_that_of_the_kind(tmp_path):
     assert isinstance(task, PromptTask) and task.has_mask and task.template == "{mask}: {sentence}" and task.name == "custom"
     plain = task_from(evaluate_parser().parse_args(words[:2]), CAUSAL)
     assert plain.template == "{sentence} It was" and plain.masked is None
+    # A task for masked models, asked of a causal one; the limit of a column stays.
+    words = ["--model_name_or_path", "m", "--task", "sst5", "--template", "{text} It was"]
+    tokenizer, sst5 = opt_like([*texts(), *masked_texts()]), task_from(evaluate_parser().parse_args(words), CAUSAL)
+    example = sst5.bind(tokenizer, None).encode(sst5.row("here", {"text": "dull " * 300, "label": 0}))
+    assert tokenizer.decode(example.context) == "</s>" + " ".join(["dull"] * 110) + " It was"
