@@ -145,7 +145,12 @@ def _vocabulary_at(model, rows: torch.Tensor, positions: torch.Tensor) -> Iterat
     if head is None:
         yield
         return
-    handle = head.register_forward_pre_hook(lambda _, given: (given[0][rows, positions].unsqueeze(1), *given[1:]))
+
+    def only_at(_, given: tuple) -> tuple | None:
+        hidden, *others = given
+        return (hidden[rows, positions].unsqueeze(1), *others) if hidden.dim() == 3 else None
+
+    handle = head.register_forward_pre_hook(only_at)
     try:
         yield
     finally:
