@@ -79,7 +79,7 @@ def test_lengths_and_limits_are_the_papers():
 def test_a_long_text_loses_its_end(family):
     """By the task's limits, of a column and of the whole; the mask, and what stands around a text, are kept."""
     model, tokenizer = MODELS[family]
-    row = {"premise": "Dogs " + "bark " * 300 + "!", "hypothesis": "Dogs are quiet " * 20, "label": 0}
+    row = {"premise": "Dogs " + "bark " * 300 + "!", "hypothesis": "dogs are quiet " * 20, "label": 0}
     example = bound("rte", family).encode(of_masked("rte").row("here", row))
     assert len(example.ids) == 256 and example.position == 1 + 240 + 1
     pieces = [piece.strip("\u0120").lower() for piece in tokenizer.convert_ids_to_tokens(example.ids)]
@@ -98,7 +98,7 @@ def test_a_long_text_loses_its_end(family):
     [
         ({}, {"sentence": "dull " * 200, "label": 0}, r'has its mask behind the 128 tokens .*"max_tokens".*--max_length'),
         ({}, {"sentence": "a <mask> film", "label": 0}, "has 2 masks: a column's text holds the .* mask token '<mask>'"),
-        ({"label_words": [" great", " great fun"]}, None, r"the label word ' great fun' is \['.u0120great', .*for one token"),
+        ({"label_words": [" great", " great fun"]}, None, r"the label word ' great fun' is \['.great', .*for one token"),
         ({"label_words": [" great", "Qreat"]}, None, "the label word 'Qreat' is .* a mask stands for one token"),
         ({"template": "{sentence} It was"}, None, r"a masked model, and the template is .*one with \{mask\}, by --template"),
     ],
@@ -111,7 +111,7 @@ def test_what_cannot_be_asked_is_named(change, row, message):
 def test_words_and_tokenizers_that_cannot_answer_are_named():
     with pytest.raises(InputError, match="' Great' and ' great' are the same tokens"):
         bound("sst2", "bert", label_words=[" Great", " great"])
-    with pytest.raises(InputError, match=r"the label word ' \\u597d' is \['\[UNK\]'\]"):
+    with pytest.raises(InputError, match=r"the label word ' .*' is \['\[UNK\]'\]"):
         bound("sst2", "bert", label_words=[" great", " \u597d"])
     model, _ = MODELS["roberta"]
     with pytest.raises(InputError, match="task 'sst2': this model's tokenizer has no mask token"):
@@ -123,15 +123,20 @@ def test_words_and_tokenizers_that_cannot_answer_are_named():
         TASKS["trec"].for_models(CAUSAL).bind(opt_like(texts()), None)
 
 
+def at_mask(model, example):
+    """The logits at the mask, out of those of all positions."""
+    ids = torch.tensor([example.ids])
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, example.position]
+
+
 @pytest.mark.parametrize("family", ["roberta", "bert", "deberta"])
 def test_the_vocabulary_is_looked_at_where_the_mask_is(family):
-    """The same bits as of all positions, one row at a time."""
     model, _ = MODELS[family]
     task, every = examples("rte", family)
     with torch.no_grad():
         for example in every:
-            logits = model(input_ids=torch.tensor([example.ids])).logits[0, example.position]
-            assert torch.equal(mask_logits(model, task.collate([example]))[0], logits)
+            found = mask_logits(model, task.collate([example]))[0]
+            torch.testing.assert_close(found, at_mask(model, example), rtol=1e-5, atol=1e-6)  # a product of 1 row, not of all
     shapes = []
     model.get_output_embeddings().register_forward_hook(lambda _, given, made: shapes.append(made.shape[:2]))
     mask_logits(model, task.collate(every))
@@ -146,8 +151,7 @@ def test_a_model_whose_vocabulary_is_no_module_gives_the_same():
     task, every = examples("sst2", "bert")
     with torch.no_grad():
         for example in every:
-            logits = model(input_ids=torch.tensor([example.ids])).logits[0, example.position]
-            assert torch.equal(mask_logits(model, task.collate([example]))[0], logits)
+            assert torch.equal(mask_logits(model, task.collate([example]))[0], at_mask(model, example))
 
 
 @pytest.mark.parametrize("objective", ["cross_entropy", "lm", "accuracy"])
@@ -205,7 +209,7 @@ def test_a_task_of_ones_own_says_it_all_in_its_file(tmp_path):
         ({"masked": {"template": "{sentence} It was"}}, "of the two templates, that of masked models is to have {mask}"),
         ({"masked": {}}, "of the two templates"),
         ({"masked": ["{mask}"]}, 'masked must be {"template": '),
-        ({"masked": {"templat": "{mask}"}}, "unknown key"),
+        ({"masked": {"templat": "{mask}"}}, "masked: unknown 'templat'"),
         ({"masked": {"template": "{sentence}{mask}", "score": "best"}}, "masked: .*score is 'best'"),
         ({"template": "{sentence}{mask}"}, "of the two templates"),
         ({"fields": {"sentence": {"max_tokens": 0}}}, "fields.sentence.max_tokens must be a number of at least 1, got 0"),
@@ -229,5 +233,5 @@ def test_a_template_of_the_command_line_is_that_of_the_kind(tmp_path):
     # A task for masked models, asked of a causal one; the limit of a column stays.
     words = ["--model_name_or_path", "m", "--task", "sst5", "--template", "{text} It was"]
     tokenizer, sst5 = opt_like([*texts(), *masked_texts()]), task_from(evaluate_parser().parse_args(words), CAUSAL)
-    example = sst5.bind(tokenizer, None).encode(sst5.row("here", {"text": "dull " * 300, "label": 0}))
-    assert tokenizer.decode(example.context) == "</s>" + " ".join(["dull"] * 110) + " It was"
+    example = sst5.bind(tokenizer, None).encode(sst5.row("here", {"text": "so" + " dull" * 300, "label": 0}))
+    assert tokenizer.decode(example.context) == "</s>so" + " dull" * 109 + " It was"
