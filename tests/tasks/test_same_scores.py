@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,6 +54,8 @@ def _evaluations(rank, world_size, ways):
         model.double()  # so that a rounding decides no comparison
         for name, way in itertools.product(names, ways):
             options, data = WAYS[way], TASKS[name]
+            if (family, name) == ("t5", "squad"):
+                data = replace(data, max_new_tokens=5)
             tokenizer.padding_side = tokenizer.truncation_side = options.get("side", "right")
             if model_kind(model.config) is MASKED:
                 data = data.for_models(MASKED)

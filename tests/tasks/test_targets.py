@@ -48,9 +48,7 @@ def test_prompt_and_options_are_texts_of_their_own(name, family):
         if number == 0 and family == "t5":
             pieces = [" ".join(tokenizer.convert_ids_to_tokens(ids)) for ids in candidates]
             assert [text.replace("\u2581", "_").replace("</s>", "/") for text in pieces] == PIECES[name]
-            assert " ".join(tokenizer.decode(context).split()) == " ".join(f"{asked.prompt}</s>".split()).replace(
-                " </s>", "</s>"
-            )
+            assert "".join(tokenizer.decode(context).split()) == "".join(f"{asked.prompt}</s>".split())
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -64,16 +62,22 @@ def test_a_long_prompt_loses_its_beginning(name, family):
     assert same == candidates and cut == (*context[:first], *context[first + excess :])
 
 
+class Deaf:
+    """A tokenizer to which some characters are nothing."""
+
+    pad_token_id, model_max_length = 0, 99
+
+    def __call__(self, text, **more):
+        return MODELS["t5"][1](text.replace("\u200b", ""), **more)
+
+
 def test_what_cannot_be_asked_is_named():
     model, tokenizer = MODELS["t5"]
     with pytest.raises(InputError, match="the answers of the prompt .* take 51 tokens, and the model sees at most 20 at once"):
         encoded("squad", "t5", max_length=20)
-    with pytest.raises(InputError, match="the option ' \\\\u200b' has no tokens"):
+    with pytest.raises(InputError, match="the option .* has no tokens"):
         task = replace(TASKS["copa"], options=["{choice1}", " \u200b"])
-        bart, of_bart = MODELS["bart"]
-        of_bart = type("Deaf", (), {"__call__": lambda _, text, **more: of_bart(text.replace("\u200b", ""), **more),
-                                    "pad_token_id": 1, "model_max_length": 99})()  # fmt: skip
-        task.bind(of_bart, bart.config).encode(task.row("here", BY_HAND["copa"][0].row))
+        task.bind(Deaf(), model.config).encode(task.row("here", BY_HAND["copa"][0].row))
     for name in ("text", "chat"):
         with pytest.raises(
             InputError, match=f"task '{name}' of kind '{name}' is for causal models; this one is a sequence-to-se"
@@ -99,7 +103,7 @@ def plain_log_probs(family, context, ids):
 def test_options_are_scored_by_the_decoder(name, family):
     model, tokenizer = MODELS[family]
     task = TASKS[name].bind(tokenizer, model.config)
-    examples = [task.encode(TASKS[name].row("here", row)) for row in rows_of(name, 5, seed=4)]
+    examples = [task.encode(TASKS[name].row("here", row)) for row in rows_of(name, 3, seed=4)]
     batch = task._with_answers(examples) if name == "squad" else None
     if name != "squad":
         every = TASKS[name] if isinstance(TASKS[name], PromptTask) else replace(TASKS[name], objective="cross_entropy")

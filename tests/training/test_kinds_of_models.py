@@ -51,14 +51,15 @@ def _runs(rank, world_size, folder):
     found, accumulation = {}, ("--gradient_accumulation_steps", str(2 // world_size))
     for run in RUNS:
         output, stopped = folder / f"{run}-{world_size}", folder / f"{run}-{world_size}-stopped"
-        results = run_of(run, output, *accumulation)
-        if rank == 0:
-            stopped.mkdir()
-            lines = (output / "journal.jsonl").read_bytes().splitlines(keepends=True)
-            (stopped / "journal.jsonl").write_bytes(b"".join(lines[:3]))
-            shutil.copy(output / "metrics.jsonl", stopped)
-        barrier()
-        resumed = run_of(run, stopped, *accumulation, "--resume")
+        results = resumed = run_of(run, output, *accumulation)
+        if world_size == 2:
+            if rank == 0:
+                stopped.mkdir()
+                lines = (output / "journal.jsonl").read_bytes().splitlines(keepends=True)
+                (stopped / "journal.jsonl").write_bytes(b"".join(lines[:3]))
+                shutil.copy(output / "metrics.jsonl", stopped)
+            barrier()
+            resumed = run_of(run, stopped, *accumulation, "--resume")
         asked = [*arguments(folder, run, output)[5:9], "--per_device_eval_batch_size", "4"]
         with contextlib.redirect_stdout(io.StringIO()):
             measured = measure(evaluate_parser().parse_args([*asked, "--model_name_or_path", str(output / "model")]))
