@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 from ds_zoadamu.errors import printed, shown, unknown_keys_message
@@ -104,12 +105,12 @@ class PromptTask(TemplateTask):
         changes = self.masked if kind is MASKED and self.masked else {}
         return dataclasses.replace(self, **{**changes, "masked": None})
 
-    @property
+    @cached_property  # read for every row
     def has_mask(self) -> bool:
         """Whether the template is one for masked models."""
         return MASK in super().columns
 
-    @property
+    @cached_property
     def columns(self) -> tuple[str, ...]:
         """As of `TemplateTask`, without the mask."""
         return tuple(name for name in super().columns if name != MASK)
