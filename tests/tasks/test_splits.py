@@ -97,6 +97,15 @@ def _shuffled(task, data, seed):
     return rows
 
 
+def test_a_hubs_name_of_a_split_is_not_asked_of_files_of_ones_own(tmp_path):
+    write_masked(tmp_path, "mnli", num_test=5)
+    assert len(TASKS["mnli"].rows("validation", str(tmp_path))) == 5
+    (tmp_path / "validation_matched.jsonl").write_text((tmp_path / "validation.jsonl").read_text() * 2)
+    assert len(TASKS["mnli"].rows("validation", str(tmp_path))) == 10
+    with pytest.raises(InputError, match="validation split is missing: looked for .*validation_matched.txt$"):
+        replace(TASKS["mnli"], hub_path=None, hub_name=None).rows("validation", str(write_masked(tmp_path / "x", "mnli")))
+
+
 def test_no_row_of_a_repeated_text_is_in_both_sets(tmp_path):
     rows = [{"sentence": f"film {index // 4}", "label": index % 2} for index in range(40)]
     write_jsonl(tmp_path / "train.jsonl", rows)
