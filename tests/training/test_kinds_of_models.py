@@ -18,7 +18,6 @@ pytestmark = pytest.mark.ranks
 ROOT = Path(__file__).parents[2]
 RUNS = {
     "roberta trec": ("--examples_per_class", "4"),
-    "roberta sst2": ("--objective", "accuracy", "--num_train", "12", "--num_dev", "9"),
     "t5 copa": (),
     "t5 short.json": ("--objective", "f1"),
 }
@@ -81,7 +80,6 @@ def folder(tmp_path_factory):
     for name in ("copa", "squad"):
         write_task(folder / name, name, num_train=30, num_test=9)
     write_masked(folder / "trec", "trec", num_train=60)
-    write_masked(folder / "sst2", "sst2")
     squad = json.loads((ROOT / "ds_zoadamu" / "tasks" / "data" / "squad.json").read_text())
     (folder / "short.json").write_text(json.dumps(squad | {"max_new_tokens": 4}))
     return folder
