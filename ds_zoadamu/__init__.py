@@ -27,7 +27,7 @@ _EXPORTS = {
     "NonFiniteWeightsError": "errors",
     "RankError": "errors",
     "ReplayError": "errors",
-    "load_causal_lm": "hf.models",
+    "load_model": "hf.models",
     "save_pretrained": "hf.models",
     "zero3_known": "zero3.hf",
 }

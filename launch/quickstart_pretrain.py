@@ -39,7 +39,7 @@ def pretrain(args: argparse.Namespace) -> None:
     config = load(args.deepspeed_config, world_size=launched_world_size(), model_info=model_info, overrides=args)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     data = blocks(tokenizer, args.corpus, length=64)
-    model = ds_zoadamu.load_causal_lm(args.model_name_or_path, config=config)
+    model = ds_zoadamu.load_model(args.model_name_or_path, config=config)
     engine, *_ = ds_zoadamu.initialize(model=model, model_parameters=list(model.parameters()), config=config)
     sampler = MicroBatchSampler(
         len(data),

@@ -9,8 +9,8 @@ from ds_zoadamu.training.arguments import add_options, add_set_arguments, add_ta
 # Arguments that launch/finetune.py knows too; they are the same for every run.
 _SHARED = (
     "model_name_or_path", "trust_remote_code", "task", "template", "label_words", "label_column", "data_dir", "max_length",
-    "score", "objective", "per_device_eval_batch_size", "bf16", "fp16", "num_train", "num_dev", "num_test", "data_seed",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps",
+    "score", "objective", "per_device_eval_batch_size", "bf16", "fp16", "num_train", "num_dev", "num_test",
+    "examples_per_class", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps",
 )  # fmt: skip
 
 

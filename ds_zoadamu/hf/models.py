@@ -1,4 +1,4 @@
-"""Hugging Face causal language models: loaded straight into ZeRO-3 partitions, and saved from them parameter by parameter.
+"""Hugging Face language models: loaded straight into ZeRO-3 partitions, and saved from them parameter by parameter.
 
 `deepspeed.zero.GatheredParameters` reads and writes the partitions.
 """
@@ -13,7 +13,7 @@ import torch
 from deepspeed.utils import logger
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ds_zoadamu.config import Config, load
 from ds_zoadamu.config.auto import has_auto
@@ -28,24 +28,25 @@ from ds_zoadamu.errors import ConfigError
 from ds_zoadamu.files import folders
 from ds_zoadamu.files.hf_names import FileNames, Group
 from ds_zoadamu.files.json_files import read_json
+from ds_zoadamu.hf.kinds import model_kind
 from ds_zoadamu.zero3 import agreement, nvme
 from ds_zoadamu.zero3 import hf as hf_zero3
 from ds_zoadamu.zero3.partition import whole_shape
 from ds_zoadamu.zero3.start import init_distributed
 
 _INDEX = "model.safetensors.index.json"
+_WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "gguf_file", "trust_remote_code")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def load_causal_lm(
-    path: str, config: dict | str | Path | Config, dtype: torch.dtype | None = None, **kwargs
-) -> PreTrainedModel:
-    """Loads a causal language model so that each rank keeps only its ZeRO-3 partition of every parameter.
+def load_model(path: str, config: dict | str | Path | Config, dtype: torch.dtype | None = None, **kwargs) -> PreTrainedModel:
+    """Loads a language model so that each rank keeps only its ZeRO-3 partition of every parameter.
 
-    Starts DeepSpeed's process group if there is none. Call it on all ranks.
+    Which class it is loaded with, of causal, masked and sequence-to-sequence ones, follows from its configuration, see
+    `kinds.model_kind`. Starts DeepSpeed's process group if there is none. Call it on all ranks.
 
     Args:
-        path: a folder or a name on the hub, as for `AutoModelForCausalLM.from_pretrained`.
+        path: a folder or a name on the hub, as for Transformers' `from_pretrained`.
         config: the DeepSpeed configuration, ZeRO stage 3, or its path; "auto" values are filled as by `initialize`.
         dtype: of the weights, as the configuration's bf16 or fp16 section says, else fp32; anything else is an error.
         kwargs: passed on to `from_pretrained`; without trust_remote_code a model that brings code of its own is refused.
@@ -55,48 +56,55 @@ def load_causal_lm(
 
     Raises:
         ConfigError: the configuration is not of stage 3, differs between ranks, or has a precision or an offload to NVMe that
-            cannot work here; a weights file that is cut short.
+            cannot work here; a model that is of no kind; a weights file that is cut short.
         OSError: from Transformers, when there is no such model; on other ranks a RankError, where it is there.
     """
     kwargs.setdefault("trust_remote_code", False)  # None: Transformers would ask on the terminal, on every rank
     init_distributed()
-    with collective.together("load_causal_lm"):
+    with collective.together("load_model"):
         with collective.on_all_ranks(ConfigError):
             given = read_config(config)
             check_known(given)
-            check_stage(given, "load_causal_lm: ", "only stage 3 partitions the weights")
+            check_stage(given, "load_model: ", "only stage 3 partitions the weights")
         with collective.on_all_ranks(OSError):
-            config = config if isinstance(config, Config) else _loaded(path, given, kwargs)
+            model_info = _configuration(path, kwargs)
+            config = config if isinstance(config, Config) else _loaded(given, model_info)
             asked, dtype = dtype, config.dtype
             if asked not in (None, dtype):
                 raise ConfigError(
-                    f"load_causal_lm: dtype is {asked}, the configuration's weights are {dtype}: set its bf16 or fp16 section"
+                    f"load_model: dtype is {asked}, the configuration's weights are {dtype}: set its bf16 or fp16 section"
                 )
-        agreement.require_same(agreement.of_config(config) | {"dtype": str(dtype)})
+            kind = model_kind(model_info)
+        agreement.require_same(agreement.of_config(config) | {"dtype": str(dtype), "kind": kind.name})
         check_precision(config)
         with collective.on_all_ranks(ConfigError):
             check_whole(path, kwargs.get("revision"))
         nvme.prepare(config)
         with hf_zero3.zero3_known(config.deepspeed) as known:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+            model = kind.auto.from_pretrained(path, dtype=dtype, **kwargs)
     limit_waits(current_limit())
     hf_zero3.attach(model, known)
     return model
 
 
-def _loaded(path: str, given: dict, kwargs: dict) -> Config:
-    """What of a configuration partitions depend on, without "auto". Raises OSError where there is no such model."""
-    given, model_info = {key: value for key, value in given.items() if key not in ("optimizer", "scheduler")}, None
-    if has_auto(given):
-        where = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in kwargs}
-        model_info = AutoConfig.from_pretrained(path, **where)
-    return load(given, world_size=launched_world_size(), model_info=model_info)
+def _configuration(path: str, kwargs: dict) -> PretrainedConfig:
+    """The model's configuration. Raises OSError where there is no such model."""
+    given = kwargs.get("config")
+    if isinstance(given, PretrainedConfig):
+        return given
+    return AutoConfig.from_pretrained(given or path, **{key: kwargs[key] for key in _WHERE if key in kwargs})
+
+
+def _loaded(given: dict, model_info: PretrainedConfig) -> Config:
+    """What of a DeepSpeed configuration partitions depend on, without "auto"."""
+    given = {key: value for key, value in given.items() if key not in ("optimizer", "scheduler")}
+    return load(given, world_size=launched_world_size(), model_info=model_info if has_auto(given) else None)
 
 
 def save_pretrained(
     engine, directory: str | Path, tokenizer=None, max_shard_size: str = "5GB", *, overwrite: bool = False
 ) -> None:
-    """Writes an engine's model as `AutoModelForCausalLM.from_pretrained(directory)` reads it.
+    """Writes an engine's model as Transformers' `from_pretrained(directory)` reads it.
 
     Parameters are gathered one by one on all ranks; rank 0 collects them in files of at most `max_shard_size` (a single
     larger parameter makes a larger file) and holds no more than one file's bytes at a time, and a parameter and its pieces

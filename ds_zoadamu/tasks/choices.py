@@ -10,10 +10,11 @@ from ds_zoadamu.tasks.classification import warn_of_nonfinite
 from ds_zoadamu.tasks.evaluation import collected
 from ds_zoadamu.tasks.metrics import CHANCE
 from ds_zoadamu.tasks.objectives import WITHOUT_GRADIENT, error_rate, mean_over_tokens
-from ds_zoadamu.tasks.options import OptionEncoder, model_max_length, padding_id
-from ds_zoadamu.tasks.prompts import EncodedExample, PromptCollator
+from ds_zoadamu.tasks.options import model_max_length
+from ds_zoadamu.tasks.prompts import EncodedExample
 from ds_zoadamu.tasks.protocol import Evaluation, Task
 from ds_zoadamu.tasks.scoring import candidate_scores, token_log_probs
+from ds_zoadamu.tasks.targets import form_of
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ class MultipleChoice(Task):
     main_metric = CHANCE
 
     def __init__(self, data, tokenizer, model_config, max_length: int | None, batch_size: int):
-        vocab_size = getattr(model_config, "vocab_size", None)
         self.name, self._batch_size, self._score, self._objective = data.name, batch_size, data.score, data.objective
         self.details = {"score": data.score, "objective": data.objective}
         self.differentiable = data.objective not in WITHOUT_GRADIENT
-        self._options = OptionEncoder(tokenizer, "option", model_max_length(model_config, tokenizer, max_length), vocab_size)
-        self.warnings = tuple(self._options.without_space(*data.sample()))
-        self._collate = PromptCollator(padding_id(tokenizer, vocab_size))
+        form = form_of(data, tokenizer, model_config)
+        limit = model_max_length(model_config, tokenizer, max_length)
+        self._options = form.encoder(tokenizer, "option", limit, form.vocab_size)
+        self.warnings, self._collate = tuple(self._options.without_space(*data.sample())), form.collate
 
     def encode(self, row: ChoiceRow) -> ChoiceExample:
         """Token ids of one row. Options with the same tokens are one, if all of them are right or none.

@@ -10,10 +10,11 @@ from deepspeed.utils import logger
 from ds_zoadamu.tasks.evaluation import summed
 from ds_zoadamu.tasks.metrics import MAJORITY, METRICS, f1_of_classes, macro_f1
 from ds_zoadamu.tasks.objectives import WITHOUT_GRADIENT, error_rate, mean_over_tokens
-from ds_zoadamu.tasks.options import model_max_length, padding_id
-from ds_zoadamu.tasks.prompts import EncodedExample, PromptCollator, PromptEncoder
+from ds_zoadamu.tasks.options import model_max_length
+from ds_zoadamu.tasks.prompts import EncodedExample, PromptEncoder
 from ds_zoadamu.tasks.protocol import Evaluation, Task, is_finite
 from ds_zoadamu.tasks.scoring import candidate_scores, token_log_probs
+from ds_zoadamu.tasks.targets import form_of
 
 
 class ClassificationTask(Task):
@@ -22,28 +23,40 @@ class ClassificationTask(Task):
     main_metric = MAJORITY
 
     def __init__(self, prompt, tokenizer, model_config, max_length: int | None, batch_size: int):
-        vocab_size = getattr(model_config, "vocab_size", None)
         self.name, self._words, self._batch_size = prompt.name, prompt.words, batch_size
         self._score, self._objective, self._metrics = prompt.score, prompt.objective, prompt.metrics
         if (first := prompt.metrics[0]) != "accuracy":
             self.main_metric = METRICS[first]
         self.details = {"score": prompt.score, "objective": prompt.objective}
         self.differentiable = prompt.objective not in WITHOUT_GRADIENT
-        encoder = PromptEncoder(tokenizer, prompt, model_max_length(model_config, tokenizer, max_length), vocab_size)
-        self.encode, self.warnings = encoder.encode, encoder.warnings
-        self.collate = PromptCollator(padding_id(tokenizer, vocab_size))
+        self._read(prompt, tokenizer, model_config, max_length)
+
+    def _read(self, prompt, tokenizer, model_config, max_length: int | None) -> None:
+        """Decides how the model is given rows."""
+        form = form_of(prompt, tokenizer, model_config)
+        limit = model_max_length(model_config, tokenizer, max_length)
+        encoder = PromptEncoder(tokenizer, prompt, limit, form.vocab_size, form.encoder)
+        self.encode, self.warnings, self.collate = encoder.encode, encoder.warnings, form.collate
 
     def loss(self, model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
         """The mean of the objective, and the number of examples, or of tokens for a language model's loss."""
         if self._objective == "lm":
-            each, labels = torch.arange(len(batch["labels"])), batch["labels"].cpu()
-            log_probs = token_log_probs(model, batch)
-            return mean_over_tokens(log_probs[each, labels], batch["token_mask"].cpu()[each, labels])
-        scores = candidate_scores(model, batch, self._score)
+            return self.likelihood(model, batch)
+        scores = self.scores(model, batch)
         labels = batch["labels"].to(scores.device)
         if self._objective == "accuracy":
             return error_rate(scores, torch.nn.functional.one_hot(labels, scores.shape[-1]).bool())
         return torch.nn.functional.cross_entropy(scores, labels), len(labels)
+
+    def scores(self, model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The score of every label word, fp32 [B, C]."""
+        return candidate_scores(model, batch, self._score)
+
+    def likelihood(self, model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The negative log-likelihood a token of the right words, and the number of their tokens."""
+        each, labels = torch.arange(len(batch["labels"])), batch["labels"].cpu()
+        log_probs = token_log_probs(model, batch)
+        return mean_over_tokens(log_probs[each, labels], batch["token_mask"].cpu()[each, labels])
 
     def evaluate(self, model, examples: Sequence[EncodedExample]) -> Evaluation:
         """The metrics, and the cross-entropy as loss whatever is trained on. Rank 0 warns of scores that are not finite."""
@@ -51,7 +64,7 @@ class ClassificationTask(Task):
 
         def figures(part: Sequence[EncodedExample]) -> list[torch.Tensor | int]:
             batch = self.collate(part)
-            scores, labels = candidate_scores(model, batch, self._score).cpu(), batch["labels"]
+            scores, labels = self.scores(model, batch).cpu(), batch["labels"]
             losses = torch.nn.functional.cross_entropy(scores, labels, reduction="none").double()
             finite = scores.isfinite().all(dim=-1) & losses.isfinite()  # among NaN argmax finds the first class
             predicted = scores.argmax(dim=-1)

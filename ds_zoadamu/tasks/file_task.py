@@ -39,6 +39,8 @@ class FileTask:
     all_metrics: ClassVar[tuple[str, ...]]
     longer: ClassVar[tuple[str, ...]] = ()
     """Keys whose text may be long."""
+    field_keys: ClassVar[Mapping[str, str]] = {"column": "name", "transforms": "[...]"}
+    """What may be said of a field, and what it looks like."""
 
     name: str
     fields: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
@@ -76,13 +78,14 @@ class FileTask:
         Raises:
             InputError: a missing file or column, a malformed line, an unknown label, an empty text, no rows at all.
         """
-        rows = [self.row(where, row) for where, row in read_rows(self, split, data_dir)]
+        found = (self.row(where, row) for where, row in read_rows(self, split, data_dir))
+        rows = [row for row in found if row is not None]
         if not rows:
             raise InputError(f"the {split} split of task {self.name!r} is empty" + (f" in {data_dir}" if data_dir else ""))
         return rows
 
     def row(self, where: str, row: dict) -> Any:
-        """What a line of the table says, with a `prompt`. Raises InputError; `where` names the line."""
+        """What a line of the table says, with a `prompt`; None: it is left out. Raises InputError; `where` names the line."""
         raise NotImplementedError
 
     def bind(self, tokenizer, model_config, *, max_length: int | None = None, batch_size: int = 16) -> Task:
@@ -148,8 +151,9 @@ class FileTask:
             where = f"task {self.name!r}: fields.{printed(name)}"
             if not is_text(name) or not name.isidentifier():
                 raise InputError(f"{where}: a template can only read a name of letters, digits and _")
-            if not isinstance(field, Mapping) or not set(field) <= {"column", "transforms"}:
-                raise InputError(f'{where} must be {{"column": name, "transforms": [...]}}, got {shown(field)}')
+            if not isinstance(field, Mapping) or not set(field) <= set(self.field_keys):
+                known = ", ".join(f'"{key}": {value}' for key, value in self.field_keys.items())
+                raise InputError(f"{where} must be {{{known}}}, got {shown(field)}")
             if not is_text(column := field.get("column", name)) or not column:
                 raise InputError(f"{where}.column must be a text, got {shown(column)}")
             if not isinstance(transforms := field.get("transforms", []), (list, tuple)):

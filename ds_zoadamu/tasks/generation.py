@@ -13,10 +13,11 @@ from ds_zoadamu.tasks.evaluation import collected
 from ds_zoadamu.tasks.greedy import generate
 from ds_zoadamu.tasks.metrics import METRICS
 from ds_zoadamu.tasks.objectives import WITHOUT_GRADIENT, mean_over_tokens
-from ds_zoadamu.tasks.options import OptionEncoder, model_max_length, padding_id
-from ds_zoadamu.tasks.prompts import EncodedExample, PromptCollator
+from ds_zoadamu.tasks.options import model_max_length
+from ds_zoadamu.tasks.prompts import EncodedExample
 from ds_zoadamu.tasks.protocol import Evaluation, Task
 from ds_zoadamu.tasks.scoring import token_log_probs
+from ds_zoadamu.tasks.targets import form_of
 
 _JUDGES = {"f1": answers.f1, "exact_match": answers.exact_match}
 
@@ -43,16 +44,15 @@ class Generation(Task):
     """A `GenerationTask` (`data`) for one model; arguments and errors as of `TaskData.bind`."""
 
     def __init__(self, data, tokenizer, model_config, max_length: int | None, batch_size: int):
-        vocab_size = getattr(model_config, "vocab_size", None)
         self.name, self._batch_size, self._metrics = data.name, batch_size, data.metrics
         self._objective, self._longest, self._tokenizer = data.objective, data.max_new_tokens, tokenizer
         self.main_metric = METRICS[data.metrics[0]]
         self.details = {"objective": data.objective, "max_new_tokens": data.max_new_tokens}
         self.differentiable = data.objective not in WITHOUT_GRADIENT
         limit = model_max_length(model_config, tokenizer, max_length)
-        self._options = OptionEncoder(tokenizer, "answer", limit, vocab_size, reserved=data.max_new_tokens + 1)
-        self._pad = padding_id(tokenizer, vocab_size)
-        self._collate = PromptCollator(self._pad)
+        form = form_of(data, tokenizer, model_config)
+        self._options = form.encoder(tokenizer, "answer", limit, form.vocab_size, reserved=data.max_new_tokens + 1)
+        self._collate, self._start = form.collate, form.start
 
     def encode(self, row: AnswerRow) -> AnswerExample:
         """Token ids of one row; the answer is cut to what the model may generate.
@@ -80,7 +80,7 @@ class Generation(Task):
 
     def write(self, model, contexts: Sequence[Sequence[int]]) -> list[str]:
         """What the model writes behind each prompt up to the end of the line. All ranks call it together."""
-        return generate(model, self._tokenizer, contexts, self._longest, self._pad)
+        return generate(model, self._tokenizer, contexts, self._longest, self._collate.pad, self._start)
 
     def evaluate(self, model, examples: Sequence[AnswerExample]) -> Evaluation:
         """The metrics of what the model writes, and a language model's loss on the right answers whatever is trained on."""

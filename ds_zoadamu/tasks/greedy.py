@@ -10,7 +10,9 @@ from deepspeed.accelerator import get_accelerator
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 
-def generate(model, tokenizer, contexts: Sequence[Sequence[int]], longest: int, pad: int) -> list[str]:
+def generate(
+    model, tokenizer, contexts: Sequence[Sequence[int]], longest: int, pad: int, start: Sequence[int] = ()
+) -> list[str]:
     """The likeliest token after token behind each prompt, up to the end of the line, an end token or `longest` tokens.
 
     Under ZeRO-3 every forward gathers parameters from all ranks: those that are done go on until all are. Call it on all
@@ -21,6 +23,7 @@ def generate(model, tokenizer, contexts: Sequence[Sequence[int]], longest: int, 
         contexts: token ids.
         longest: at most so many new tokens.
         pad: any token that the embedding holds.
+        start: what the decoder of a sequence-to-sequence model begins with; empty: a causal model goes on behind the prompt.
 
     The end tokens are those of the tokenizer and of the model's folder, which may have more of them.
 
@@ -34,10 +37,13 @@ def generate(model, tokenizer, contexts: Sequence[Sequence[int]], longest: int, 
     device = get_accelerator().current_device_name()
     ends = {token for config in (model.generation_config, tokenizer) for token in _as_list(config.eos_token_id)}
     line_end = _LineEnd(tokenizer)
-    with torch.no_grad(), _plainly(model, longest, pad, ends):
+    begun = {"decoder_input_ids": torch.tensor([list(start)] * len(contexts), device=device)} if start else {}
+    width = len(start) or width
+    with torch.no_grad(), _plainly(model, longest, pad, ends, start):
         found = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
+            **begun,
             stopping_criteria=StoppingCriteriaList([line_end]),
             synced_gpus=dist.is_initialized() and dist.get_world_size() > 1,
         )
@@ -64,12 +70,13 @@ class _LineEnd(StoppingCriteria):
 
 
 @contextmanager
-def _plainly(model, longest: int, pad: int, ends: Iterable[int]) -> Iterator[None]:
+def _plainly(model, longest: int, pad: int, ends: Iterable[int], start: Sequence[int]) -> Iterator[None]:
     """Inside, the model generates greedily whatever its folder says: penalties and samplers would be another rule."""
     own = model.generation_config
     model.generation_config = GenerationConfig(
-        max_new_tokens=longest, do_sample=False, num_beams=1, eos_token_id=sorted(ends) or None, pad_token_id=pad
-    )
+        max_new_tokens=longest, do_sample=False, num_beams=1, eos_token_id=sorted(ends) or None, pad_token_id=pad,
+        decoder_start_token_id=next(iter(start), None),
+    )  # fmt: skip
     try:
         yield
     finally:

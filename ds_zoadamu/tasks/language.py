@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from ds_zoadamu.errors import shown
+from ds_zoadamu.hf.kinds import CAUSAL, language_part
 from ds_zoadamu.tasks.classification import warn_of_nonfinite
 from ds_zoadamu.tasks.errors import InputError
 from ds_zoadamu.tasks.evaluation import collected
 from ds_zoadamu.tasks.metrics import METRICS, perplexity
 from ds_zoadamu.tasks.objectives import mean_over_tokens
-from ds_zoadamu.tasks.options import leading_special_tokens, model_max_length, padding_id
+from ds_zoadamu.tasks.options import model_max_length, padding_id, special_tokens
 from ds_zoadamu.tasks.protocol import Evaluation, Task
 from ds_zoadamu.tasks.scoring import sequence_log_probs
 
@@ -54,11 +55,14 @@ class LanguageModelling(Task):
     """A `TextTask` (`data`) for one model; arguments and errors as of `TaskData.bind`."""
 
     def __init__(self, data, tokenizer, model_config, max_length: int | None, batch_size: int):
+        kind, model_config = language_part(model_config)
+        if kind is not CAUSAL:
+            raise InputError(f"task {data.name!r} of kind {data.kind!r} is for causal models; this one is a {kind.name} model")
         self._vocab_size = getattr(model_config, "vocab_size", None)
         self.name, self._batch_size, self._metrics, self._tokenizer = data.name, batch_size, data.metrics, tokenizer
         self.main_metric = METRICS[data.metrics[0]]
         self._max_length = model_max_length(model_config, tokenizer, max_length)
-        self._prefix, self._pad = leading_special_tokens(tokenizer), padding_id(tokenizer, self._vocab_size)
+        self._prefix, self._pad = special_tokens(tokenizer)[0], padding_id(tokenizer, self._vocab_size)
         if self._max_length is not None and self._max_length < len(self._prefix) + 2:
             raise InputError(f"max_length {self._max_length} is too short for task {data.name!r}: no token would be predicted")
 

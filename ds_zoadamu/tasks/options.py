@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from ds_zoadamu.errors import shown
+from ds_zoadamu.hf.kinds import MASKED, language_part, max_positions
 from ds_zoadamu.tasks.errors import InputError
 
 Candidates = tuple[tuple[int, ...], ...]
@@ -25,7 +26,11 @@ class OptionEncoder:
     def __init__(self, tokenizer, kind: str, max_length: int | None, vocab_size: int | None = None, reserved: int = 0):
         self._tokenizer, self._kind, self._reserved = tokenizer, kind, reserved
         self._max_length, self._vocab_size = max_length, vocab_size
-        self.prefix = leading_special_tokens(tokenizer)
+        self.prefix, self.suffix = special_tokens(tokenizer)
+
+    def least(self, end: str, options: Sequence[str]) -> int:
+        """The tokens that a prompt of one token, with this end, and the longest of the options take."""
+        return len(self.prefix) + len(self.ids(end)) + max(len(self.ids(option)) for option in options) + 1
 
     def encode(self, prompt: str, options: Sequence[str]) -> tuple[tuple[int, ...], Candidates]:
         """(context, candidates): the tokens that all options share, beginning with what the tokenizer puts before a text, and
@@ -125,7 +130,9 @@ def model_max_length(config, tokenizer, limit: int | None) -> int | None:
     """
     if limit is not None and limit < 1:
         raise InputError(f"--max_length must be positive, got {limit}")
-    lengths = [getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None), limit]
+    kind, config = language_part(config)
+    positions = max_positions(config) if kind is MASKED else getattr(config, "max_position_embeddings", None)
+    lengths = [positions, getattr(tokenizer, "model_max_length", None), limit]
     # Tokenizers without a limit say 1e30.
     known = [length for length in lengths if length is not None and length < 10**9]
     return min(known) if known else None
@@ -142,14 +149,14 @@ def _has_case(character: str) -> bool:
     return character.lower() != character.upper()
 
 
-def leading_special_tokens(tokenizer) -> tuple[int, ...]:
-    """What a tokenizer puts before a text."""
+def special_tokens(tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What a tokenizer puts before a text, and what behind it."""
     plain = tokenizer("a", add_special_tokens=False).input_ids
     full = tokenizer("a").input_ids
     for start in range(len(full) - len(plain) + 1):
         if full[start : start + len(plain)] == plain:
-            return tuple(full[:start])
-    return ()
+            return tuple(full[:start]), tuple(full[start + len(plain) :])
+    return (), ()
 
 
 def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:

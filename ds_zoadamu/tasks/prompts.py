@@ -12,10 +12,16 @@ from ds_zoadamu.tasks.templates import filled, tail_of
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One prompt (the filled template) and its class index."""
+    """One prompt (the filled template) and its class index.
+
+    Attributes:
+        texts: of each of the template's columns, where the prompt is made when it is encoded: one with a mask, or with a limit
+            of a column's tokens.
+    """
 
     prompt: str
     label: int
+    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class PromptEncoder:
     Args:
         tokenizer, max_length, vocab_size: as for `OptionEncoder`.
         task: a `PromptTask`; gives the label words, the template and the score.
+        encoder: how the model is given options.
 
     Attributes:
         warnings: one line for each label word that will hardly do what it is meant for.
@@ -48,10 +55,10 @@ class PromptEncoder:
             tokens are the same or none; a token that the embedding does not hold.
     """
 
-    def __init__(self, tokenizer, task, max_length: int | None, vocab_size: int | None = None):
-        self._options, self._words = OptionEncoder(tokenizer, "label word", max_length, vocab_size), task.words
-        ids, prefix = self._options.ids, self._options.prefix
-        needed = len(prefix) + len(ids(tail_of(task.template))) + max(len(ids(word)) for word in task.words) + 1
+    def __init__(self, tokenizer, task, max_length: int | None, vocab_size: int | None = None, encoder: type = OptionEncoder):
+        self._options, self._words = encoder(tokenizer, "label word", max_length, vocab_size), task.words
+        self._tokenizer, self._task = tokenizer, task
+        needed = self._options.least(tail_of(task.template), task.words)
         if max_length is not None and max_length < needed:
             raise InputError(
                 f"max_length {max_length} is too short for task {task.name!r}: its template's end and label words "
@@ -61,7 +68,7 @@ class PromptEncoder:
         prompt = filled(task.template, dict.fromkeys(task.columns, "a"))
         body, candidates = self._options.split(prompt, self._words)
         self._check_different(candidates)
-        self._options.check_held((*prefix, *body), candidates, prompt, self._words)
+        self._options.check_held((*self._options.prefix, *body), candidates, prompt, self._words)
         shadowed = self._options.shadowed(self._words, candidates) if task.score == "sum" else ()
         self.warnings = (*shadowed, *self._options.without_space(prompt, self._words))
 
@@ -71,7 +78,9 @@ class PromptEncoder:
         Raises:
             InputError: as `OptionEncoder.encode`; label words with the same tokens behind this prompt.
         """
-        context, candidates = self._options.encode(row.prompt, self._words)
+        texts = limited(self._tokenizer, self._task, row.texts)
+        prompt = filled(self._task.template, texts) if texts else row.prompt
+        context, candidates = self._options.encode(prompt, self._words)
         self._check_different(candidates)
         return EncodedExample(context, candidates, row.label)
 
@@ -88,7 +97,7 @@ class PromptCollator:
     """
 
     def __init__(self, pad_token_id: int):
-        self._pad = pad_token_id
+        self.pad = pad_token_id
 
     def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, torch.Tensor]:
         """Tensors of a micro-batch of B examples with at most C options of at most L tokens, and R rows of at most T tokens.
@@ -121,11 +130,7 @@ class PromptCollator:
                 positions[item, label, : len(word)] = torch.arange(start, start + len(word))
                 tokens[item, label, : len(word)] = torch.tensor(word)
                 token_mask[item, label, : len(word)] = True
-        input_ids = torch.full((len(inputs), max(map(len, inputs))), self._pad, dtype=torch.int64)
-        attention_mask = torch.zeros_like(input_ids)
-        for index, row in enumerate(inputs):
-            input_ids[index, : len(row)] = torch.tensor(row)
-            attention_mask[index, : len(row)] = 1
+        input_ids, attention_mask = padded(inputs, self.pad)
         labels = torch.tensor([example.label for example in examples])
         # Here and not in the forward: on a GPU the number of different positions would stop the host.
         kept, positions = positions.unique(return_inverse=True)
@@ -139,3 +144,31 @@ class PromptCollator:
             "token_mask": token_mask,
             "labels": labels,
         }
+
+
+def limited(tokenizer, task, texts: Sequence[str]) -> dict[str, str]:
+    """The texts of a template's columns by name, each up to the number of tokens that `max_tokens` of its field says.
+
+    Raises:
+        InputError: a tokenizer that does not say where in a text its tokens stand.
+    """
+    found = {}
+    for name, text in zip(task.columns if texts else (), texts, strict=True):
+        limit = task.fields.get(name, {}).get("max_tokens")
+        if limit is not None and len(tokenizer(text, add_special_tokens=False).input_ids) > limit:
+            if not tokenizer.is_fast:
+                raise InputError(f"fields.{name}.max_tokens: {type(tokenizer).__name__} does not say where its tokens stand")
+            spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+            text = text[: spans[limit - 1][1]]
+        found[name] = text
+    return found
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and attention_mask, int64 [R, T], of rows of at most T tokens; padding to the right."""
+    input_ids = torch.full((len(rows), max(map(len, rows))), pad, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for index, row in enumerate(rows):
+        input_ids[index, : len(row)] = torch.tensor(row)
+        attention_mask[index, : len(row)] = 1
+    return input_ids, attention_mask

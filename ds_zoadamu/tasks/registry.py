@@ -21,7 +21,8 @@ KINDS: dict[str, type[FileTask]] = {kind.kind: kind for kind in (PromptTask, Cho
 SUFFIXES = (".json", ".yaml", ".yml")
 _DATA = Path(__file__).parent / "data"
 _BUILT_IN = (
-    "sst2", "rte", "cb", "boolq", "wsc", "wic", "multirc", "copa", "record", "squad", "drop", "text", "chat",
+    "sst2", "rte", "cb", "boolq", "wsc", "wic", "multirc", "copa", "record", "squad", "drop", "sst5", "snli", "mnli", "trec",
+    "text", "chat",
 )  # fmt: skip
 
 

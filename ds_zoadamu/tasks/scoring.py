@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens by a causal language model, and the scores of options made of them."""
+"""Log-probabilities of given tokens by a causal or sequence-to-sequence model, and the scores of options made of them."""
 
 import inspect
 
@@ -7,6 +7,7 @@ from deepspeed.accelerator import get_accelerator
 
 SCORES = ("mean", "sum")
 """How the log-probabilities of an option's tokens become its score."""
+_INPUTS = ("input_ids", "attention_mask", "decoder_input_ids")
 _CHUNK = 1 << 26
 """Logits that are widened to fp32 at a time."""
 
@@ -15,14 +16,15 @@ def token_log_probs(module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Log-probability of every token of every option after its prompt, 0 where an option has no more tokens.
 
     Args:
-        module: a causal language model (or an engine around one) whose output has `logits` [R, T, vocabulary].
-        batch: what `PromptCollator` makes; moved to the accelerator if it is not there.
+        module: a causal or sequence-to-sequence language model (or an engine around one) whose output has `logits`
+            [R, T, vocabulary].
+        batch: what `PromptCollator` or `TargetCollator` makes; moved to the accelerator if it is not there.
 
     Returns:
         fp32 [B, C, L].
     """
     batch = on_device(batch)
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    inputs = {name: batch[name] for name in _INPUTS if name in batch} | {"use_cache": False}
     if _keeps_logits(module):
         # The vocabulary is a large part of a small model, and its logits the largest tensor of a forward without gradients.
         logits = module(**inputs, logits_to_keep=batch["kept"]).logits

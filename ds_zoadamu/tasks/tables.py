@@ -42,7 +42,10 @@ def find_file(task, split: str, data_dir: str) -> Path:
     if not folder.is_dir():
         raise InputError(f"--data_dir {data_dir}: no such folder")
     name = task.train_file if split == "train" else task.validation_file
-    candidates = [folder / name] if Path(name).suffix in SUFFIXES else [folder / f"{name}{suffix}" for suffix in SUFFIXES]
+    # What the hub calls a split may have the plain name in a folder of one's own.
+    stems = dict.fromkeys((name, split) if task.hub_path else (name,))
+    names = [name] if Path(name).suffix in SUFFIXES else [stem + suffix for stem in stems for suffix in SUFFIXES]
+    candidates = [folder / each for each in names]
     for path in candidates:
         if os.path.isfile(path):  # False also for a name that no file can have
             return path

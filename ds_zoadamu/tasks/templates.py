@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from ds_zoadamu.errors import printed, shown
 from ds_zoadamu.tasks.errors import InputError
 
+MASK = "mask"
+"""What templates for masked models call the mask."""
+
 
 def names_of(where: str, template: str) -> tuple[str, ...]:
     """The names that a template reads, in order of first use.

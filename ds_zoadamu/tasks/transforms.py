@@ -33,6 +33,7 @@ _PLAIN: dict[str, Callable[[str], str]] = {
     "lower": str.lower,
     "upper_first": lambda text: text[:1].upper() + text[1:],
     "lower_first": lambda text: text[:1].lower() + text[1:],
+    "drop_last": lambda text: text[:-1],
 }
 _WITH_VALUE: dict[str, Callable[[str, Any], str]] = {
     "lower_first_word_unless": _lower_first_word,

@@ -8,13 +8,14 @@ from typing import Any
 
 import deepspeed
 
-from ds_zoadamu.tasks import OBJECTIVES, SCORES, TASKS, InputError, TaskData, label_words_from, load_task
+from ds_zoadamu.hf.kinds import ModelKind
+from ds_zoadamu.tasks import OBJECTIVES, SCORES, TASKS, InputError, PromptTask, TaskData, label_words_from, load_task
 from ds_zoadamu.tasks.objectives import WITHOUT_GRADIENT
 
 _POSITIVE = (
     "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "per_device_eval_batch_size",
-    "save_total_limit", "journal_fsync_every", "profile_steps", "num_train", "num_dev", "num_test", "ranks", "threads",
-    "trial_steps",
+    "save_total_limit", "journal_fsync_every", "profile_steps", "num_train", "num_dev", "num_test", "examples_per_class",
+    "ranks", "threads", "trial_steps",
 )  # fmt: skip
 
 
@@ -34,7 +35,11 @@ def add_switches(group: argparse._ArgumentGroup, **options: str) -> None:
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     """Model, task and data, and the precision where a JSON leaves it open."""
     group = parser.add_argument_group("model and task")
-    group.add_argument("--model_name_or_path", required=True, help="folder or hub name of a causal language model")
+    group.add_argument(
+        "--model_name_or_path",
+        required=True,
+        help="folder or hub name of a language model: causal, masked or sequence-to-sequence",
+    )
     add_switches(
         group,
         trust_remote_code="run the Python files that a model's folder brings along, where Transformers does not know its "
@@ -90,6 +95,11 @@ def add_set_arguments(group: argparse._ArgumentGroup) -> None:
         num_train=(None, "training examples drawn from the training split (default: what is there, up to 1000)"),
         num_dev=(None, "development examples drawn from the rest (default: what is there, up to 500 or the task's number)"),
         num_test=(None, "test examples drawn from the validation split (default: the task's number, else all)"),
+        examples_per_class=(
+            None,
+            "in place of --num_train and --num_dev: so many training examples of each class, and the next so many for "
+            "development (default: the task's number)",
+        ),
         per_device_train_batch_size=(None, "examples in a micro-batch (default: 8)"),
         gradient_accumulation_steps=(None, "micro-batches a rank takes in a step (default: 1)"),
     )
@@ -99,7 +109,7 @@ def finetune_parser() -> argparse.ArgumentParser:
     """All arguments of launch/finetune.py."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
-        description="Fine-tune a causal language model on a prompt task with the optimizer of a DeepSpeed JSON.",
+        description="Fine-tune a language model on a prompt task with the optimizer of a DeepSpeed JSON.",
         epilog='Values that the JSON gives as "auto" are filled from these arguments, as Hugging Face\'s Trainer does.',
     )
     add_task_arguments(parser)
@@ -158,7 +168,7 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
 def evaluate_parser() -> argparse.ArgumentParser:
     """All arguments of launch/evaluate.py."""
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description="Measure a causal language model on a prompt task, without training."
+        allow_abbrev=False, description="Measure a language model on a prompt task, without training."
     )
     add_task_arguments(parser)
     parser.add_argument(
@@ -186,8 +196,9 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} must be a finite number of at least 0, got {value}")
 
 
-def task_from(args: argparse.Namespace) -> TaskData:
-    """The task that --task, --template, --label_words, --label_column, --score and --objective describe.
+def task_from(args: argparse.Namespace, kind: ModelKind) -> TaskData:
+    """The task that --task, --template, --label_words, --label_column, --score and --objective describe, as a kind of model is
+    asked.
 
     One of the package's tasks with another template and other words for data of one's own is called by the data's folder, with
     one of these missing "custom".
@@ -196,6 +207,8 @@ def task_from(args: argparse.Namespace) -> TaskData:
         InputError: as `load_task` and `PromptTask`; one of these options for a task that has nothing of the kind.
     """
     task, changes = load_task(args.task), {}
+    if isinstance(task, PromptTask):
+        task = task.for_models(kind)
     for name in ("template", "label_words", "label_column", "score", "objective"):
         if (value := getattr(args, name)) is None:
             continue

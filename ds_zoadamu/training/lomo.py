@@ -12,7 +12,7 @@ import ds_zoadamu
 from ds_zoadamu.config import load
 from ds_zoadamu.config.settings import check_precision
 from ds_zoadamu.distributed.start import launched_world_size
-from ds_zoadamu.hf.models import load_causal_lm
+from ds_zoadamu.hf.models import load_model
 from ds_zoadamu.tasks import InputError, Task
 from ds_zoadamu.training.arguments import check_arguments
 from ds_zoadamu.training.plan import Plan, encode_splits, read_model_input
@@ -76,7 +76,7 @@ class Lomo(Partitioned):
         from lomo_optim import Lomo as Optimizer
 
         args = plan.args
-        model = load_causal_lm(args.model_name_or_path, plan.config, trust_remote_code=args.trust_remote_code)
+        model = load_model(args.model_name_or_path, plan.config, trust_remote_code=args.trust_remote_code)
         engine = ds_zoadamu.initialize(model=model, config=plan.config)[0]
         super().__init__(plan, engine, make_dataloader(plan, engine.train_micro_batch_size_per_gpu(), 1))
         self.optimizer = "LOMO"

@@ -12,7 +12,7 @@ from ds_zoadamu.config.settings import check_precision, read_config
 from ds_zoadamu.distributed.start import launched_rank, launched_world_size
 from ds_zoadamu.distributed.waiting import current_limit, limit_waits
 from ds_zoadamu.files.json_files import write_json
-from ds_zoadamu.hf.models import load_causal_lm
+from ds_zoadamu.hf.models import load_model
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.tasks.splits import drawn
 from ds_zoadamu.training.arguments import check_arguments
@@ -46,7 +46,7 @@ def measure(args: Namespace) -> dict:
     task = model_input.task
     rows = drawn(model_input.data.rows(args.split, args.data_dir), args.num_test, seed=0)
     examples = list(map(task.encode, rows))
-    model = load_causal_lm(args.model_name_or_path, config, trust_remote_code=args.trust_remote_code)
+    model = load_model(args.model_name_or_path, config, trust_remote_code=args.trust_remote_code)
     engine, *_ = deepspeed.initialize(model=model, config=config.deepspeed)
     limit_waits(current_limit())
     result = task.evaluate(engine.module, examples)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from ds_zoadamu.distributed.start import launched_world_size
 from ds_zoadamu.errors import NonFiniteLossError
+from ds_zoadamu.hf.kinds import model_kind
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.arguments import check_arguments
 from ds_zoadamu.training.plan import Plan, encode_splits, read_model_input
@@ -90,8 +91,8 @@ class PlainMeZO:
 
     def loss(self, micro_batches: list) -> float:
         """The mean loss of a step's micro-batches."""
-        pairs = [self._loss_of(self.model, batch) for batch in micro_batches]
-        return sum(loss.item() * weight for loss, weight in pairs) / sum(weight for _, weight in pairs)
+        pairs = [tuple(map(float, self._loss_of(self.model, batch))) for batch in micro_batches]
+        return sum(loss * weight for loss, weight in pairs) / sum(weight for _, weight in pairs)
 
     def _skip(self) -> None:
         self.skipped_steps, self._skipped_in_a_row = self.skipped_steps + 1, self._skipped_in_a_row + 1
@@ -104,7 +105,8 @@ class PlainMeZO:
         self.model.save_pretrained(folder)
 
     def load(self, folder: str | Path) -> None:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=self._dtype, trust_remote_code=self._trust)
+        auto = model_kind(AutoConfig.from_pretrained(folder, trust_remote_code=self._trust)).auto
+        model = auto.from_pretrained(folder, dtype=self._dtype, trust_remote_code=self._trust)
         self.model = model.to(get_accelerator().current_device_name()).eval()
 
     def nonfinite_parameter(self) -> str | None:

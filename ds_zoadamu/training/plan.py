@@ -15,6 +15,7 @@ from ds_zoadamu.config.known import check_known
 from ds_zoadamu.config.sections import check_stage, value_at
 from ds_zoadamu.config.settings import check_precision, read_config
 from ds_zoadamu.distributed.start import launched_rank, launched_world_size
+from ds_zoadamu.hf.kinds import language_part
 from ds_zoadamu.rules import import_modules
 from ds_zoadamu.tasks import InputError, Task, TaskData, load_splits
 from ds_zoadamu.training.arguments import check_arguments, task_from
@@ -70,17 +71,18 @@ def read_model_input(args: Namespace) -> ModelInput:
     """Reads the task, and the model's configuration and tokenizer without its weights.
 
     Raises:
+        ConfigError: the model is of no kind, see `model_kind`.
         InputError: what is wrong with --task, --template, --label_words, --model_name_or_path or --max_length.
     """
     import_modules(args.modules)
-    data = task_from(args)
-    # Models with several parts keep the language model's sizes in a section of their own.
-    config = _load(AutoConfig, args).get_text_config()
+    config = _load(AutoConfig, args)
+    kind, part = language_part(config)
+    data = task_from(args, kind)
     tokenizer = _load(AutoTokenizer, args)
     task = data.bind(tokenizer, config, max_length=args.max_length, batch_size=args.per_device_eval_batch_size)
     for line in task.warnings if launched_rank() == 0 else ():
         logger.warning(f"task {task.name!r}: {line}")
-    return ModelInput(data=data, task=task, tokenizer=tokenizer, hidden_size=hidden_size_of(config))
+    return ModelInput(data=data, task=task, tokenizer=tokenizer, hidden_size=hidden_size_of(part))
 
 
 def make_plan(args: Namespace, ranks: int | None = None) -> Plan:
@@ -119,7 +121,7 @@ def encode_splits(args: Namespace, config: Config | None, model_input: ModelInpu
         InputError: as `load_splits`.
     """
     task, data_seed = model_input.task, args.seed if args.data_seed is None else args.data_seed
-    sizes = {name: getattr(args, name) for name in ("num_train", "num_dev", "num_test")}
+    sizes = {name: getattr(args, name) for name in ("num_train", "num_dev", "num_test", "examples_per_class")}
     rows = load_splits(model_input.data, args.data_dir, **sizes, seed=data_seed)
     sets = {name: list(map(task.encode, part)) for name, part in rows.items()}
     for name, split in (("training", "train"), ("development", "dev")) if launched_rank() == 0 else ():

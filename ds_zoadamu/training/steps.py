@@ -14,7 +14,7 @@ import ds_zoadamu
 from ds_zoadamu import kernels
 from ds_zoadamu.config import Config
 from ds_zoadamu.durability.engine import ZerothOrderEngine
-from ds_zoadamu.hf.models import load_causal_lm, load_weights, save_pretrained
+from ds_zoadamu.hf.models import load_model, load_weights, save_pretrained
 from ds_zoadamu.training.output import settings, step_scalars
 from ds_zoadamu.training.plan import Plan
 from ds_zoadamu.zero3.data import MicroBatchSampler, repeat
@@ -78,7 +78,7 @@ def make_stepper(plan: Plan, config: Config | None = None) -> Stepper:
         config: in place of the plan's.
     """
     args, config = plan.args, config or plan.config
-    model = load_causal_lm(args.model_name_or_path, config, trust_remote_code=args.trust_remote_code)
+    model = load_model(args.model_name_or_path, config, trust_remote_code=args.trust_remote_code)
     zeroth_order = config.rule is not None
     engine, _, dataloader, _ = ds_zoadamu.initialize(
         model=model,

@@ -34,7 +34,7 @@ def _refused_on_rank_1(rank, world_size, precision):
     settings, model, messages = config(world_size, **{precision: {"enabled": True}}), OddModel(), []
     for refused in (
         lambda: ds_zoadamu.initialize(model=model, config=settings),
-        lambda: ds_zoadamu.load_causal_lm("no/such/model", config=settings),
+        lambda: ds_zoadamu.load_model("no/such/model", config=settings),
     ):
         with pytest.raises(ds_zoadamu.ConfigError) as caught:
             refused()

@@ -159,7 +159,7 @@ def _saving_and_loading(rank, world_size, source, folder):
     from ds_zoadamu.hf.models import load_weights, save_pretrained
 
     config = jobs.config(world_size)
-    model = ds_zoadamu.load_causal_lm(str(source), config=config)
+    model = ds_zoadamu.load_model(str(source), config=config)
     engine, outcomes = jobs.engine_for(model, config), {}
     with file_size_limit(20_000) if rank == 0 else nullcontext():
         for name, size in (("in the middle", "15KB"), ("at the end", "5GB")):

@@ -87,9 +87,9 @@ def make_engine(world_size: int, *, model: str = "odd", dtype: str = "fp32", fro
     elif model == "opt":
         module, vocab = tiny_opt(DTYPES[dtype]), 67
     else:
-        from ds_zoadamu.hf.models import load_causal_lm
+        from ds_zoadamu.hf.models import load_model
 
-        module, vocab = load_causal_lm(model, config(world_size, dtype), dtype=DTYPES[dtype]), 67
+        module, vocab = load_model(model, config(world_size, dtype), dtype=DTYPES[dtype]), 67
     for name, param in module.named_parameters():
         if frozen and name.endswith(frozen):
             param.requires_grad_(False)

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 _SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
+_OF_BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+_OF_T5 = ["<pad>", "</s>", "<unk>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -18,8 +20,42 @@ def opt_like(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def roberta_like(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with <s> before and </s> behind a text."""
-    return _finished(_byte_level(texts), "<s> $A </s>", bos="<s>")
+    """Byte-level BPE with <s> before and </s> behind a text; the mask takes the space before it."""
+    tokenizer = _finished(_byte_level(texts), "<s> $A </s>", bos="<s>")
+    tokenizer.add_special_tokens({"mask_token": AddedToken("<mask>", lstrip=True, special=True)})
+    return tokenizer
+
+
+def bert_like(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Words in lower case, or their letters, without spaces; [CLS] before and [SEP] behind a text."""
+    normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    words = {word for text in texts for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(text))}
+    letters = {letter for word in words for letter in word}
+    pieces = [*_OF_BERT, *sorted(words | letters), *sorted(f"##{letter}" for letter in letters)]
+    tokenizer = Tokenizer(models.WordPiece({piece: index for index, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizer, pre_tokenizer, decoders.WordPiece()
+    ids = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]",
+        mask_token="[MASK]",
+    )  # fmt: skip
+
+
+def t5_like(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Every word with its space as "▁", also the first one; </s> behind a text, nothing before it, padding with the id 0."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(Regex(r"\s+"), " ")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Split(Regex(r"[.,:;!?()\"@-]"), "isolated")]
+    )
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    trainer = trainers.BpeTrainer(vocab_size=4000, special_tokens=_OF_T5, min_frequency=1, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
 
 
 def llama_like(texts: Sequence[str]) -> PreTrainedTokenizerFast:

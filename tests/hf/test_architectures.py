@@ -39,7 +39,7 @@ def _journaled(rank, world_size, folder, frozen):
     from ds_zoadamu.hf.models import load_weights
 
     settings = config(world_size, micro_batch=2, params={"momentum": {"dtype": "int8"}}, bf16={"enabled": True})
-    model = ds_zoadamu.load_causal_lm(str(folder / "base"), config=settings)
+    model = ds_zoadamu.load_model(str(folder / "base"), config=settings)
     for name, param in model.named_parameters():
         param.requires_grad_(not name.endswith(frozen))
     engine = ds_zoadamu.initialize(model=model, config=settings)[0]

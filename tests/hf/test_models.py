@@ -22,7 +22,7 @@ def _engine(model_path, world_size, dtype="fp32"):
     import ds_zoadamu
 
     config = jobs.config(world_size, **({dtype: {"enabled": True}} if dtype != "fp32" else {}))
-    model = ds_zoadamu.load_causal_lm(str(model_path), config=config)
+    model = ds_zoadamu.load_model(str(model_path), config=config)
     sizes = [parameter.numel() for parameter in model.parameters()]
     return jobs.engine_for(model, config), sizes
 
@@ -48,7 +48,7 @@ def _round_trip(rank, world_size, source, target, dtype, shard_size):
 def _loaded_by_a_json_with_auto(rank, world_size, source, json_path):
     import ds_zoadamu
 
-    model = ds_zoadamu.load_causal_lm(str(source), config=str(json_path))
+    model = ds_zoadamu.load_model(str(source), config=str(json_path))
     assert not any(parameter.numel() for parameter in model.parameters()), "a rank holds a whole parameter"
     row = torch.arange(5, 15)
     engine, optimizer, dataloader, _ = ds_zoadamu.initialize(
@@ -137,7 +137,7 @@ def _other_stage(rank, world_size, source):
     import ds_zoadamu
 
     with pytest.raises(ValueError, match="zero_optimization.stage is 2; only stage 3"):
-        ds_zoadamu.load_causal_lm(str(source), config={"zero_optimization": {"stage": 2}})
+        ds_zoadamu.load_model(str(source), config={"zero_optimization": {"stage": 2}})
 
 
 def test_other_stages_are_refused(tmp_path):
@@ -155,7 +155,7 @@ def _generate(rank, world_size, source, loaded):
 
     settings = jobs.config(world_size, micro_batch=1, zero={"stage3_param_persistence_threshold": 0})
     if loaded:
-        model = ds_zoadamu.load_causal_lm(str(source), config=settings)
+        model = ds_zoadamu.load_model(str(source), config=settings)
     else:
         model = AutoModelForCausalLM.from_pretrained(source)
     before = AutoModelForCausalLM.from_pretrained(source)
@@ -201,7 +201,7 @@ def _changed_before_training(rank, world_size, source):
     from ds_zoadamu.zero3.partition import whole_shape
 
     settings = jobs.config(world_size, micro_batch=1)
-    model = ds_zoadamu.load_causal_lm(str(source), config=settings)
+    model = ds_zoadamu.load_model(str(source), config=settings)
     before = whole_shape(model.lm_head.weight)
     model.resize_token_embeddings(before[0] + 5)
     resized = whole_shape(model.lm_head.weight)
@@ -237,7 +237,7 @@ def _train_and_score(rank, world_size, source, target):
 
     config = jobs.config(world_size)
     task, examples = task_and_examples()
-    model = ds_zoadamu.load_causal_lm(str(source), config=config)
+    model = ds_zoadamu.load_model(str(source), config=config)
     engine = jobs.engine_for(model, config, loss_fn=task.loss)
     start = task.evaluate(engine.module, examples)
     loss = engine.train_batch(task.collate(examples[:2]))

@@ -80,7 +80,7 @@ def _evaluated(rank, world_size, folders, data, modules):
     """Accuracy and loss of each model, trusted; what the library says of the first where it is not; the questions asked."""
     import transformers.dynamic_module_utils as dynamic
 
-    from ds_zoadamu.hf.models import load_causal_lm
+    from ds_zoadamu.hf.models import load_model
     from ds_zoadamu.training.arguments import evaluate_parser
     from ds_zoadamu.training.measure import measure
 
@@ -93,7 +93,7 @@ def _evaluated(rank, world_size, folders, data, modules):
         figures.append((measured["accuracy"], measured["loss"]))
     refused = ""
     try:
-        load_causal_lm(folders[0], {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto"})
+        load_model(folders[0], {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto"})
     except ValueError as error:
         refused = str(error)
     return figures, refused, questions

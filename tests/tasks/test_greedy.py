@@ -80,11 +80,11 @@ def _of_ranks(rank, world_size, folder):
     """Texts of a model in partitions whose rank 1 goes on when rank 0 has been done for long; the number of its forwards."""
     import deepspeed
 
-    from ds_zoadamu.hf.models import load_causal_lm
+    from ds_zoadamu.hf.models import load_model
 
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
-    model = load_causal_lm(str(folder), config).eval()
+    model = load_model(str(folder), config).eval()
     engine, *_ = deepspeed.initialize(model=model, config=config)
     model.generation_config.eos_token_id = None
     count = []

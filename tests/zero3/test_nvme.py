@@ -243,7 +243,7 @@ def test_checkpoint_and_journal_go_on_elsewhere(drive, world_size, first, then):
 
 def _saved(rank, world_size, device, drive, base, target):
     settings = config(world_size, zero=zero_section(device, drive), params=TIMES, bf16={"enabled": True})
-    engine = engine_for(ds_zoadamu.load_causal_lm(str(base), config=settings), settings)
+    engine = engine_for(ds_zoadamu.load_model(str(base), config=settings), settings)
     files = swapped_out(engine)
     for batch in batches_for(2):
         engine.train_batch(batch)
