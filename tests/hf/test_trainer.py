@@ -10,7 +10,7 @@ import torch
 from ds_zoadamu.durability.journal import read_journal
 
 from ..helpers.harness import run_ranks
-from ..helpers.tiny_lm import make_model, make_tokenizer, save_model
+from ..helpers.tiny_lm import make_tokenizer, save_model
 from . import trainer_runs as runs
 
 pytestmark = pytest.mark.ranks
@@ -24,12 +24,6 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 def _kinds(rank, world_size, folder):
-    from peft import LoraConfig, get_peft_model
-
-    def lora():
-        torch.manual_seed(1)
-        return get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-
     kinds = {
         "plain": {},
         "json": {"deepspeed": str(JSON)},
@@ -37,7 +31,7 @@ def _kinds(rank, world_size, folder):
         "by length": {"train_sampling_strategy": "group_by_length"},
         "smoothed": {"label_smoothing_factor": 0.1},
         "stream": {"data": Stream()},
-        "lora": {"model": lora()},
+        "lora": {"model": runs.adapted()},
         "short last step": {"data": runs.rows(24)},
     }
     digests = {}

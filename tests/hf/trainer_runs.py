@@ -17,6 +17,14 @@ def rows(count: int = 32, seed: int = 1) -> list[dict]:
     return [{"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)} for ids in encoded]
 
 
+def adapted():
+    """A model with LoRA adapters."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    return get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
 def options(**changes):
     from ds_zoadamu.hf import ZOAdaMUConfig
 
