@@ -77,7 +77,8 @@ def prepare_arguments(args: TrainingArguments, zo: Any, model: Any) -> dict[str,
         args.accelerator_config.dispatch_batches = False  # else batches of a stream must have one length on all ranks
     for name in ("gradient_checkpointing", "activation_checkpointing"):
         if getattr(args, name, False):
-            say(f"{name} is switched off: a zeroth-order step keeps no activations", logging.INFO)
+            asked = logging.WARNING if not _default(args, name) else logging.INFO  # TRL's arguments have it by default
+            say(f"{name} is switched off: a zeroth-order step keeps no activations", asked)
             setattr(args, name, False)
     if hidden_size_of(getattr(model, "config", None)) is None and model is not None:  # the Trainer would insist on one
         zero = config.get("zero_optimization", {})

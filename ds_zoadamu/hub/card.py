@@ -33,6 +33,7 @@ class Run:
         settings: what the journal does not say, by name.
         base_model: name on the hub of the model that was tuned; a folder's name is none.
         adapters: the weights are PEFT adapters of it.
+        evaluated_by: a task of lm-evaluation-harness.
     """
 
     journal: bytes | None = None
@@ -42,6 +43,7 @@ class Run:
     settings: Mapping[str, Any] = field(default_factory=dict)
     base_model: str | None = None
     adapters: bool = False
+    evaluated_by: str = "hellaswag,winogrande"
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,10 @@ class Score:
 
 def new_card(run: Run, name: str, scores: Sequence[Score] = (), datasets: Sequence[str] = (), repo: str | None = None) -> str:
     """The text of a card, for a model that is called ``name`` and is, or will be, in ``repo`` of the hub."""
-    base = f"[{run.base_model}](https://huggingface.co/{run.base_model})" if run.base_model else "a model"
+    base = f"[{run.base_model}](https://huggingface.co/{run.base_model})" if run.base_model else "a language model"
     what = "Adapters of" if run.adapters else "This is"
-    on = f" on {', '.join(dict.fromkeys(score.dataset for score in scores))}" if scores else ""
-    lines = [f"# {name}", "", f"{what} {base}, fine-tuned{on} by forward passes only."]
+    on = ", ".join(dict.fromkeys(score.dataset for score in scores if score.dataset != _DATASET))
+    lines = [f"# {name}", "", f"{what} {base}, fine-tuned{f' on {on}' if on else ''} by forward passes only."]
     if scores:
         lines += ["", "## Results", "", "| metric | split | before | after |", "|---|---|---|---|"]
         lines += [f"| {s.metric} | {s.split or ''} | {_figure(s.before)} | {_figure(s.value)} |" for s in scores]
@@ -180,7 +182,7 @@ def _use(run: Run, repo: str | None, has_weights: bool) -> str:
     weights = f"pretrained={place}"
     if run.adapters:
         weights = f"pretrained={run.base_model or 'BASE'},peft={place}"
-    command = f"lm_eval --model hf --model_args {weights} --tasks hellaswag,winogrande --batch_size 8"
+    command = f"lm_eval --model hf --model_args {weights} --tasks {run.evaluated_by} --batch_size 8"
     note = "With [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness), whose prompts are its own:"
     return "\n".join([*lines, "## Evaluate", "", note, "", "```bash", command, "```"])
 
@@ -189,15 +191,14 @@ def _rebuilding(run: Run, repo: str | None) -> list[str]:
     header = parse_journal(run.journal, "the run's journal", until=0).header
     base, sha256 = header["base"], hashlib.sha256(run.journal).hexdigest()
     lines = ["## Rebuild the weights", "", f"`journal.jsonl`, SHA-256 `{sha256}`, has a line for each step."]
-    if base["name"] is None or base.get("note") and base["name"] != ADAPTERS:
-        return [*lines, "", "The run's base is not in safetensors files, so that nothing is rebuilt from it."]
-    given = ""
-    if base["name"] != ADAPTERS and hub_name(base["name"]) is None or base["revision"] is None and "/" not in base["name"]:
-        given = "" if base["name"] == ADAPTERS else " --base FOLDER"
+    if base["sha256"] is None:
+        return [*lines, "", "The run did not begin with the weights of safetensors files, so that it is not rebuilt from it."]
+    local = base["name"] != ADAPTERS and base["revision"] is None and "/" not in base["name"]
+    given = " --base FOLDER" if local else ""
     where = f"--from {repo} --output rebuilt" if repo else "--from . --output ../rebuilt"
     lines += ["From it and the base the weights are made again, bit for bit:", "", "```bash"]
     lines += [f"ds_zoadamu replay {where}{given}", "```"]
-    if given:
+    if local:
         lines += ["", f"The base is a folder that its author calls `{base['name']}`: name a copy in the place of FOLDER."]
     if run.weights_sha256:
         lines += ["", f"SHA-256 of the trained weights: `{run.weights_sha256}` (step {run.step})."]
@@ -234,7 +235,7 @@ def _memory(ranks: Sequence[Mapping[str, int]]) -> str:
     def most(name: str) -> str:
         return f"{max(rank.get(name, 0) for rank in ranks) / 1e6:,.1f} MB"
 
-    parts = [f"{most('resident_peak')} resident, {most('resident_growth')} of them since the run began"]
+    parts = [f"{most('resident_peak')} resident, {most('resident_growth')} of it since the run began"]
     if "accelerator_peak" in ranks[0]:
         parts.insert(0, f"{most('accelerator_peak')} on the accelerator")
     many = f", the most of {len(ranks)} ranks" if len(ranks) > 1 else ""

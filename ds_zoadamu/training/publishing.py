@@ -17,6 +17,8 @@ from ds_zoadamu.training.output import JOURNAL, MODEL
 from ds_zoadamu.training.plan import Plan
 
 _NOT_METRICS = ("num_nonfinite",)
+_LM_EVAL = ("sst2", "rte", "cb", "boolq", "wsc", "wic", "multirc", "copa", "record", "drop")
+"""Tasks that lm-evaluation-harness calls by the same names."""
 
 
 def prepare_repo(args: Namespace) -> str | None:
@@ -42,6 +44,7 @@ def write_card(plan: Plan, results: dict[str, Any], folder: Path, repo: str | No
         memory=results["ranks"],
         settings=_settings(results, data is not None),
         base_model=card.hub_name(args.model_name_or_path),
+        **({"evaluated_by": results["task"]} if results["task"] in _LM_EVAL else {}),
     )
     hub_path = None if args.data_dir else getattr(load_task(args.task), "hub_path", None)
     text = card.new_card(
@@ -66,12 +69,13 @@ def push(folder: Path, repo: str, results: dict[str, Any]) -> None:
 
 
 def _settings(results: dict[str, Any], has_journal: bool) -> dict[str, Any]:
-    said = {"task": results["task"], "objective": results.get("objective"), "optimizer": results["optimizer"]}
+    said = {"task": results["task"], "objective": results.get("objective")}
     said |= {"ranks": results["world_size"], "seconds a step": f"{results['seconds_a_step']['median']:.3f}"}
     if has_journal:
         return said
     arguments, config = results["arguments"], results["config"]
     return said | {
+        "optimizer": results["optimizer"],
         "learning rate": config.get("optimizer", {}).get("params", {}).get("lr", arguments["learning_rate"]),
         "steps": f"{results['best_step']} of {results['max_steps']}",
         "seed": arguments["seed"],

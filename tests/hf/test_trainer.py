@@ -88,12 +88,12 @@ def _evaluated(rank, world_size, folder):
     def accuracy(prediction):
         return {"accuracy": float(numpy.mean(prediction.predictions[0].argmax(-1) == prediction.label_ids))}
 
-    seen = []
+    reported = []
     changes = {"eval_dataset": runs.rows(8, seed=2), "compute_metrics": accuracy}
     made = runs.trainer(folder / "first", world_size, **changes)
     before = made.evaluate()
     first = runs.trained(made)
-    plain = runs.trained(runs.trainer(folder / "plain", world_size, **changes))
+    plain = runs.trained(runs.trainer(folder / "plain", world_size, callbacks=[runs.recording(reported)], **changes))
     best = runs.trainer(
         folder / "best", world_size, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, **changes
     )
@@ -102,15 +102,14 @@ def _evaluated(rank, world_size, folder):
     best.save_model(str(folder / "best"))
     predicted = best.predict(runs.rows(8, seed=2)).metrics["test_loss"]
     save_pretrained(best.deepspeed, folder / "again")
-    seen = [log for log in best.state.log_history if "loss" in log][0]
     losses = {log["step"]: log["eval_loss"] for log in best.state.log_history if "eval_loss" in log}
-    return before["eval_loss"], first == plain, step, journaling, predicted, losses, sorted(seen)
+    return before["eval_loss"], first == plain, step, journaling, predicted, losses, reported
 
 
 def test_evaluation_metrics_prediction_and_the_best_model(tmp_path):
     (result, same) = run_ranks(2, _evaluated, tmp_path)
-    before, as_without, step, journaling, predicted, losses, keys = result
-    assert result[:-1] == same[:-1]
+    before, as_without, step, journaling, predicted, losses, reported = result
+    assert result[:-1] == same[:-1]  # of the reports those of the first rank count
     assert numpy.isfinite(before) and as_without
     best = min(losses, key=losses.get)
     assert step == best and not journaling  # the journal is closed where the best weights are loaded
@@ -121,8 +120,14 @@ def test_evaluation_metrics_prediction_and_the_best_model(tmp_path):
     )
     for name, tensor in runs.saved(tmp_path / "again").items():
         assert torch.equal(tensor, runs.saved(tmp_path / "best")[name])
-    usual = {"loss", "learning_rate", "epoch", "step"}
-    assert usual | {"projected_grad", "loss_plus", "loss_minus", "effective_zo_eps"} <= set(keys)
+    steps = [report for report in reported if "loss" in report]
+    records = read_journal(tmp_path / "plain" / "journal.jsonl").records
+    assert [report["step"] for report in steps] == [record.step for record in records] == [1, 2, 3, 4, 5, 6]
+    for report, record in zip(steps, records, strict=True):
+        assert {"loss", "learning_rate", "epoch", "effective_zo_eps"} <= report.keys()
+        for name in ("loss_plus", "loss_minus"):
+            assert report[name] == getattr(record, name)
+        assert report["projected_grad"] == record.projected_grads[0] and report["learning_rate"] == record.lrs[0]
 
 
 def _classifies(rank, world_size, folder, model):

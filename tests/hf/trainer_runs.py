@@ -64,6 +64,17 @@ def dying(step: int):
     return Dying()
 
 
+def recording(seen: list):
+    """A callback that keeps what reports are given."""
+    from transformers import TrainerCallback
+
+    class Recording(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs) | {"step": state.global_step})
+
+    return Recording()
+
+
 def trainer(folder, world_size: int, model=None, data=None, cls=None, zo=None, **changes):
     from transformers import DataCollatorForSeq2Seq
 
