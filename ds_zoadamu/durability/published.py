@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from ..errors import JournalError, ReplayError, shown
-from ..files.hub_access import one_line
+from ..files.hub_access import is_hub_name, one_line
 from ..files.untrusted import check_shape, read_file
 from ..files.yaml_files import parse_yaml
 from .journal import Contents, parse_journal, read_bytes
@@ -47,7 +47,7 @@ class Published:
         name = self.contents.header["base"]["name"]
         if name == ADAPTERS and (self.folder / ADAPTERS).is_dir():
             return str(self.folder / ADAPTERS)
-        if name is None or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        if name is None or not is_hub_name(name):
             raise ReplayError(f"the journal of {str(self.folder)!r} names {shown(name)} as its base: name the base with --base")
         return name
 

@@ -1,5 +1,6 @@
 """What the hub's client raises, in one line."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,10 @@ from huggingface_hub.errors import (
 from ..errors import HubError, shown
 
 _HTTPError = HfHubHTTPError.__bases__[0]  # of the client under it: httpx, httpx2 or requests, by the release
+_OF_THE_CLIENT = (
+    HfHubHTTPError, _HTTPError, ConnectionError, LocalTokenNotFoundError, HFValidationError, OfflineModeIsEnabled,
+    LocalEntryNotFoundError,
+)  # fmt: skip
 _NO_TOKEN = "no token that may do this: log in with `hf auth login`, or set HF_TOKEN in the environment"
 _OFFLINE = "HF_HUB_OFFLINE is set: unset it"
 
@@ -29,18 +34,15 @@ def one_line(doing: str, safe: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (LocalTokenNotFoundError, HFValidationError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
-        raise _made(doing, error, safe) from error
-    except (HfHubHTTPError, _HTTPError, ConnectionError) as error:
-        raise _made(doing, error, safe) from error
-    except ValueError as error:  # a card whose metadata the hub does not take
-        if "Invalid metadata" not in str(error):
+    except (*_OF_THE_CLIENT, ValueError) as error:
+        if not isinstance(error, _OF_THE_CLIENT) and "Invalid metadata" not in str(error):  # of a card, says the hub
             raise
-        raise _made(doing, error, safe) from error
+        raise HubError(f"{doing}: {_reason(error)}" + (f"; {safe}" if safe else "")) from error
 
 
-def _made(doing: str, error: Exception, safe: str) -> HubError:
-    return HubError(f"{doing}: {_reason(error)}" + (f"; {safe}" if safe else ""))
+def is_hub_name(name: str) -> bool:
+    """Whether a repository may be called so."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
 
 
 def _reason(error: Exception) -> str:

@@ -17,18 +17,24 @@ class RunCard:
     """What of a run goes into its card; nothing before ``begin``. ``journal``: its path, or None."""
 
     def __init__(self, journal: Path | None):
-        self._journal, self._memory, self._run = journal, None, None
+        self._journal, self._run = journal, None
+        self._memory: PeakMemory | None = None
+        self._peak: dict[str, int] = {}
 
     def begin(self) -> None:
         """Training begins: peak memory counts from here on."""
         self._memory, self._run = PeakMemory(), None
 
+    def end(self) -> None:
+        """Training ends: so much memory it took."""
+        self._peak = self._memory.report()
+
     def note(self, engine: Any, model: Any) -> None:
         """Take down what the weights are that are now to be saved. On all ranks."""
-        if self._memory is None or engine is None:
+        if not self._peak or engine is None:
             return
         digest = weights_digest(engine)
-        ranks = collective.gather_json({**self._memory.report(), **stored_bytes(engine)})
+        ranks = collective.gather_json({**self._peak, **stored_bytes(engine)})
         adapters = getattr(model, "peft_config", None)
         base = getattr(getattr(model, "config", None), "_name_or_path", None)
         self._run = card.Run(

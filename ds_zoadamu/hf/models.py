@@ -100,7 +100,7 @@ def save_pretrained(
 ) -> None:
     """Writes an engine's model as `AutoModelForCausalLM.from_pretrained(directory)` reads it.
 
-    Parameters are gathered one by one on all ranks; rank 0 collects them in the files that Transformers would make, of at most
+    Parameters are gathered one by one on all ranks; rank 0 collects them in files as Transformers makes them, of at most
     `max_shard_size` (a single larger parameter has a larger file of its own), and holds no more than one such file's bytes at a
     time, and a parameter and its pieces where Transformers stores it in pieces: names and pieces are those of the files that
     the model was loaded from, or of its architecture. Tied weights are stored once.
@@ -182,7 +182,7 @@ def _write_tensors(model: PreTrainedModel, folder: Path, limit: int, writes: boo
 
 
 def _split(groups: list[Group], stored: dict[str, torch.Tensor], limit: int) -> StateDictSplit:
-    """Which tensor comes into which file, as Transformers decides it: without a tensor's bytes."""
+    """Which tensor comes into which file, by the rule of Transformers, without a tensor's bytes."""
     shapes = {}
     for group in groups:
         given = {n: torch.empty(whole_shape(stored[n]), dtype=stored[n].dtype, device="meta") for n in group.given}

@@ -50,7 +50,8 @@ class ZOTrainerMixin:
 
     def create_accelerator_and_postprocess(self) -> None:
         """The Trainer's, with arguments that have a DeepSpeed configuration, and an accelerator that makes our engine."""
-        self._config = prepare_arguments(self.args, self._zo, self.model)
+        zo = None if hasattr(self, "_config") else self._zo  # a search calls again, with the rule in the arguments already
+        self._config = prepare_arguments(self.args, zo, self.model)
         super().create_accelerator_and_postprocess()
         self._prepare = self.accelerator.prepare
         self.accelerator.prepare = self._prepared
@@ -86,6 +87,7 @@ class ZOTrainerMixin:
         finally:
             if self._engine is not None:  # a notebook may go on with the run in another trainer
                 self._engine.close_journal()
+            self._run_card.end()
 
     def _resumed_from(self, asked: str | bool | None) -> str | None:
         """The checkpoint that training goes on from; None where it begins, or goes on from the journal alone."""

@@ -7,14 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..durability.journal import Contents, parse_journal
 from ..durability.published import ADAPTERS, KEY
-from ..files.safetensors_io import write_durably
+from ..files.hub_access import is_hub_name
 
 _TAGS = ("ds_zoadamu", "zeroth-order")
 _TRAINING, _USE = "training", "use"
@@ -34,6 +33,7 @@ class Run:
         base_model: name on the hub of the model that was tuned; a folder's name is none.
         adapters: the weights are PEFT adapters of it.
         evaluated_by: a task of lm-evaluation-harness.
+        forward_only: there was no backward pass.
     """
 
     journal: bytes | None = None
@@ -44,6 +44,7 @@ class Run:
     base_model: str | None = None
     adapters: bool = False
     evaluated_by: str = "hellaswag,winogrande"
+    forward_only: bool = True
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,11 @@ def new_card(run: Run, name: str, scores: Sequence[Score] = (), datasets: Sequen
     base = f"[{run.base_model}](https://huggingface.co/{run.base_model})" if run.base_model else "a language model"
     what = "Adapters of" if run.adapters else "This is"
     on = ", ".join(dict.fromkeys(score.dataset for score in scores if score.dataset != _DATASET))
-    lines = [f"# {name}", "", f"{what} {base}, fine-tuned{f' on {on}' if on else ''} by forward passes only."]
+    lines = [
+        f"# {name}",
+        "",
+        f"{what} {base}, fine-tuned{f' on {on}' if on else ''}{' by forward passes only' * run.forward_only}.",
+    ]
     if scores:
         lines += ["", "## Results", "", "| metric | split | before | after |", "|---|---|---|---|"]
         lines += [f"| {s.metric} | {s.split or ''} | {_figure(s.before)} | {_figure(s.value)} |" for s in scores]
@@ -72,7 +77,6 @@ def new_card(run: Run, name: str, scores: Sequence[Score] = (), datasets: Sequen
         library_name="peft" if run.adapters else "transformers",
         base_model=run.base_model,
         pipeline_tag="text-generation",
-        tags=list(_TAGS),
         datasets=list(datasets) or None,
         eval_results=_eval_results(scores) or None,
         metrics=list(dict.fromkeys(score.metric for score in scores)) or None,
@@ -85,7 +89,8 @@ def with_run(text: str, run: Run, repo: str | None = None) -> str:
     take the place of those that are there."""
     card = ModelCard(text, ignore_metadata_errors=True)
     tags = card.data.tags or []
-    card.data.tags = [*([tags] if isinstance(tags, str) else tags), *(tag for tag in _TAGS if tag not in tags)]
+    ours = _TAGS if run.forward_only else _TAGS[:1]
+    card.data.tags = [*([tags] if isinstance(tags, str) else tags), *(tag for tag in ours if tag not in tags)]
     if run.journal is not None:
         stated = {"journal_sha256": hashlib.sha256(run.journal).hexdigest(), "step": run.step}
         card.data[KEY] = stated | ({"weights_sha256": run.weights_sha256} if run.weights_sha256 else {})
@@ -100,15 +105,13 @@ def with_use(text: str, run: Run, repo: str | None, has_weights: bool = True) ->
     return _with_section(text, _USE, _use(run, repo, has_weights))
 
 
-def save(text: str, folder: Path, name: str = "README.md") -> None:
-    """Raises OSError; an older card is as it was then."""
-    write_durably(folder / name, text.encode())
-
-
-def base_of(text: str) -> str | None:
-    """The base model that a card names."""
-    base = ModelCard(text, ignore_metadata_errors=True).data.base_model
-    return base if isinstance(base, str) else None
+def said_by(text: str) -> dict[str, Any]:
+    """What a card says of a run and a journal does not, as arguments of ``Run``."""
+    base, task = (
+        ModelCard(text, ignore_metadata_errors=True).data.base_model,
+        re.search(r"^lm_eval .*--tasks (\S+)", text, re.M),
+    )
+    return {"base_model": base if isinstance(base, str) else None} | ({"evaluated_by": task[1]} if task else {})
 
 
 def is_ours(text: str) -> bool:
@@ -118,9 +121,7 @@ def is_ours(text: str) -> bool:
 
 def hub_name(name: str | None) -> str | None:
     """A model's name where it is one on the hub, or None."""
-    if not name or os.path.isdir(name) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        return None
-    return name
+    return name if name and not os.path.isdir(name) and is_hub_name(name) else None
 
 
 # --- sections -----------------------------------------------------------------------------------------------------------------
@@ -144,7 +145,7 @@ def _training(run: Run) -> str:
     if run.journal is not None:
         rows = _from_journal(parse_journal(run.journal, "the run's journal"), run.step) | rows
     rows["ds_zoadamu"] = _version()
-    lines = ["## Zeroth-order training", "", "| setting | value |", "|---|---|"]
+    lines = ["## Zeroth-order training" if run.forward_only else "## Training", "", "| setting | value |", "|---|---|"]
     lines += [f"| {name} | {_cell(value)} |" for name, value in rows.items() if value is not None]
     if run.memory:
         lines += ["", f"Peak memory, measured: {_memory(run.memory)}."]

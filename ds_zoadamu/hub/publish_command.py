@@ -31,13 +31,12 @@ def run(args: Any) -> int:
     contents = parse_journal(data, f"journal {str(journal)!r}")
     if contents.damage is not None:
         raise contents.damage
+    files: dict[str, bytes] = {JOURNAL: data}
+    if contents.header["base"]["name"] == ADAPTERS:
+        files |= {f"{ADAPTERS}/{name}": read_file(journal.parent / ADAPTERS / name, _MAX_BYTES) for name in ADAPTER_FILES}
     local = args.to.startswith((".", "/", "~"))
     repo = None if local else create_repo(args.to, args.hub_private_repo or None)
-    files: dict[str, Path | bytes] = {CARD: _card(journal, data, contents.header, len(contents.records), repo).encode()}
-    files[JOURNAL] = data
-    adapters = journal.parent / ADAPTERS
-    if contents.header["base"]["name"] == ADAPTERS:
-        files |= {f"{ADAPTERS}/{name}": read_file(adapters / name, _MAX_BYTES) for name in ADAPTER_FILES}
+    files[CARD] = _card(journal, data, contents.header, len(contents.records), repo).encode()
     if local:
         _copy(files, Path(args.to).expanduser())
     else:
@@ -61,8 +60,8 @@ def _card(journal: Path, data: bytes, header: dict, steps: int, repo: str | None
             journal=data,
             step=stated.step,
             weights_sha256=stated.weights_sha256,
-            base_model=card.base_of(text),
             adapters=adapters,
+            **card.said_by(text),
         )
         return card.with_use(text, known, repo, has_weights=False)
     known = card.Run(journal=data, step=steps, base_model=None if adapters else card.hub_name(base), adapters=adapters)
@@ -70,7 +69,7 @@ def _card(journal: Path, data: bytes, header: dict, steps: int, repo: str | None
     return card.with_use(card.new_card(known, name), known, repo, has_weights=False)
 
 
-def _copy(files: dict[str, Path | bytes], folder: Path) -> None:
+def _copy(files: dict[str, bytes], folder: Path) -> None:
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_durably(folder / name, content)

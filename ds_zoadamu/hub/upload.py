@@ -21,8 +21,8 @@ def upload_folder(folder: Path, repo: str, message: str) -> None:
         HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
 
 
-def upload_files(files: Mapping[str, Path | bytes], repo: str, message: str) -> None:
-    """Send files, or their bytes, by their names in the repository, as one commit. Raises HubError."""
+def upload_files(files: Mapping[str, bytes], repo: str, message: str) -> None:
+    """Send the bytes of files by their names in the repository, as one commit. Raises HubError."""
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     with one_line(f"{', '.join(files)} cannot be sent to {repo!r}"):
         HfApi().create_commit(repo, operations, commit_message=message)

@@ -44,6 +44,7 @@ def write_card(plan: Plan, results: dict[str, Any], folder: Path, repo: str | No
         memory=results["ranks"],
         settings=_settings(results, data is not None),
         base_model=card.hub_name(args.model_name_or_path),
+        forward_only=not results["passes_a_step"]["backward"],
         **({"evaluated_by": results["task"]} if results["task"] in _LM_EVAL else {}),
     )
     hub_path = None if args.data_dir else getattr(load_task(args.task), "hub_path", None)

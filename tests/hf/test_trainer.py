@@ -51,25 +51,31 @@ def test_the_same_weights_on_any_number_of_ranks(tmp_path):
         assert "adapter_model.safetensors" in files and "model.safetensors" not in files
 
 
+def _made(folder, world_size, kind, changes, **own):
+    model = runs.adapted() if kind == "before a checkpoint" else None
+    return runs.trainer(folder, world_size, model=model, **changes, **own)
+
+
 def _dies(rank, world_size, folder, kind, changes):
-    made = runs.trainer(folder / kind, world_size, callbacks=[runs.dying(5)], **changes)
+    made = _made(folder / kind, world_size, kind, changes, callbacks=[runs.dying(5)])
     with pytest.raises(runs.Died):
         made.train()
 
 
 def _resumes(rank, world_size, folder, kind, changes):
-    made = runs.trainer(folder / kind, world_size, **changes)
+    made = _made(folder / kind, world_size, kind, changes)
     return runs.trained(made, resume_from_checkpoint=True), [log["step"] for log in made.state.log_history if "loss" in log]
 
 
 def _whole(rank, world_size, folder, kind, changes):
-    return runs.trained(runs.trainer(folder / f"whole {kind}", world_size, **changes))
+    return runs.trained(_made(folder / f"whole {kind}", world_size, kind, changes))
 
 
 @pytest.mark.parametrize("kind", ["plain", "by length", "before a checkpoint", "half a checkpoint"])
 def test_a_run_that_was_killed_goes_on_on_another_number_of_ranks(tmp_path, kind):
     changes = {"train_sampling_strategy": "group_by_length"} if kind == "by length" else {}
     changes |= {"save_strategy": "no"} if kind == "before a checkpoint" else {}
+    changes |= {"data": Stream()} if kind == "half a checkpoint" else {}
     run_ranks(2, _dies, tmp_path, kind, changes)
     if kind == "half a checkpoint":
         (tmp_path / kind / "checkpoint-4" / "trainer_state.json").write_text("{")

@@ -148,7 +148,7 @@ def test_journal_and_card_alone_make_the_model_again(server, finetuned):
     assert (best == 1) == all(torch.equal(first[key], tuned[key]) for key in tuned)
     text = server.files["tester/journal-only"]["README.md"].decode()
     assert text.count("## Rebuild the weights") == 1 and "--from tester/journal-only --output rebuilt" in text
-    assert "pretrained=rebuilt " in text and "| metric |" in text
+    assert "pretrained=rebuilt --tasks sst2 " in text and "| metric |" in text
     for name, start in {
         "base": "--base 'base' is neither a folder nor a model that the hub hands out",
         "changed": f"journal.jsonl of '{folder}/changed' has SHA-256 ",
@@ -156,7 +156,7 @@ def test_journal_and_card_alone_make_the_model_again(server, finetuned):
         "unknown": "'tester/nobody' cannot be fetched from the hub: there is no such repository, or the token may not see it",
         "both": "--from and --journal both name a journal: give one of them",
         "missing": "--journal is missing; it is needed without --from",
-        "closed": f"README.md, journal.jsonl cannot be sent to '{CLOSED}': the hub says 403",
+        "closed": f"journal.jsonl, README.md cannot be sent to '{CLOSED}': the hub says 403",
         "offline": "'tester/elsewhere' cannot be fetched from the hub: the hub at http://127.0.0.1:9 cannot be reached",
         "offline publish": "repository 'journal-only' cannot be made on the hub: the hub at http://127.0.0.1:9 cannot ",
     }.items():
