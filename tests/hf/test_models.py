@@ -1,5 +1,6 @@
 """Models go from disk into partitions and back without loss, tied weights once, in shards, complete or not at all."""
 
+import json
 from pathlib import Path
 
 import pytest
