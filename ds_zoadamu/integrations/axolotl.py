@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from ..config.settings import read_config
 from ..errors import ConfigError, shown
 from ..hf.options import RuleOptions, options_of
+from ..rules import RULES
 
 _NOT_BUILT = ("rl", "reward_model", "process_reward_model", "relora", "fsdp", "fsdp_config")
 
@@ -69,7 +70,9 @@ def rule_options(zo: Any) -> RuleOptions:
     if zo is not None and not isinstance(zo, dict):
         raise ConfigError(f"zo is {shown(zo)}; it must be a section with type and options of a rule")
     given = {key: _number(value) for key, value in dict(zo or {}).items()}
-    return options_of({"type": given.pop("type", "ZOAdaMU"), "params": given})
+    if (rule := given.pop("type", "ZOAdaMU")) not in RULES:
+        raise ConfigError(f"zo.type is {shown(rule)}; known: {', '.join(RULES)}")
+    return options_of({"type": rule, "params": given})
 
 
 def _number(value: Any) -> Any:
