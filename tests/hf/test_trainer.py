@@ -183,7 +183,7 @@ def _searches(rank, world_size, folder):
     transformers_trainer.ALL_HYPERPARAMETER_SEARCH_BACKENDS[HPSearchBackend.WANDB] = _TwoTrials
     transformers.integrations.hp_params = dict  # of a trial, which without W&B nobody there knows
     made = runs.trainer(
-        folder, world_size, model_init=runs.make_model, eval_dataset=runs.rows(8, seed=2), save_strategy="no",
+        folder, world_size, model_init=lambda: runs.make_model(), eval_dataset=runs.rows(8, seed=2), save_strategy="no",
         lr_scheduler_type="constant",
     )  # fmt: skip
     found = made.hyperparameter_search(hp_space=lambda trial: {}, backend="wandb", n_trials=2)
