@@ -159,50 +159,6 @@ def test_a_classifier_with_a_new_head_and_mezo(tmp_path):
     assert results[0][2] > 0
 
 
-class _TwoTrials:
-    """In the place of Optuna: two learning rates, the better one by the loss after training."""
-
-    @staticmethod
-    def ensure_available(): ...
-
-    @staticmethod
-    def run(trainer, n_trials, direction, **kwargs):
-        found = []
-        for lr in (1e-2, 1e-4):
-            trainer.objective = None
-            trainer.train(trial={"learning_rate": lr})
-            found.append((trainer.evaluate()["eval_loss"], lr, trainer.args.learning_rate, trainer.deepspeed.get_lr()[0]))
-        return found
-
-
-def _searches(rank, world_size, folder):
-    import transformers.integrations
-    from transformers import trainer as transformers_trainer
-    from transformers.trainer_utils import HPSearchBackend
-
-    transformers_trainer.ALL_HYPERPARAMETER_SEARCH_BACKENDS[HPSearchBackend.WANDB] = _TwoTrials
-    transformers.integrations.hp_params = dict  # of a trial, which without W&B nobody there knows
-    made = runs.trainer(
-        folder, world_size, model_init=lambda: runs.make_model(), eval_dataset=runs.rows(8, seed=2), save_strategy="no",
-        lr_scheduler_type="constant",
-    )  # fmt: skip
-    found = made.hyperparameter_search(hp_space=lambda trial: {}, backend="wandb", n_trials=2)
-    assert not (folder / "journal.jsonl").exists()
-    single = runs.trainer(
-        folder / "single", world_size, eval_dataset=runs.rows(8, seed=2), save_strategy="no", learning_rate=1e-4,
-        lr_scheduler_type="constant",
-    )  # fmt: skip
-    single.train()
-    return found, single.evaluate()["eval_loss"]
-
-
-def test_a_search_trains_each_trial_anew(tmp_path):
-    (found, single), (same, _) = run_ranks(2, _searches, tmp_path / "run")
-    assert found == same
-    assert [trial[1:] for trial in found] == [(1e-2, 1e-2, 1e-2), (1e-4, 1e-4, 1e-4)]
-    assert found[1][0] == single != found[0][0]
-
-
 def _refused(rank, world_size, folder):
     from ds_zoadamu.hf import ZOAdaMUConfig
 

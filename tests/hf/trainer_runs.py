@@ -80,14 +80,10 @@ def trainer(folder, world_size: int, model=None, data=None, cls=None, zo=None, *
 
     from ds_zoadamu.hf import ZOTrainer
 
-    own = {
-        key: changes.pop(key)
-        for key in ("eval_dataset", "callbacks", "compute_metrics", "journal", "model_init")
-        if key in changes
-    }
+    own = {key: changes.pop(key) for key in ("eval_dataset", "callbacks", "compute_metrics", "journal") if key in changes}
     tokenizer = make_tokenizer()
     given = {
-        "model": make_model() if model is None and "model_init" not in own else model,
+        "model": make_model() if model is None else model,
         "args": arguments(folder, world_size, **changes),
         "train_dataset": rows() if data is None else data,
         "data_collator": DataCollatorForSeq2Seq(tokenizer),
