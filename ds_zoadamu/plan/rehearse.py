@@ -112,9 +112,9 @@ def _measure(
 
     from ..hf.kinds import model_kind
     from ..initialization import initialize
-    from ..training.memory import PeakMemory
     from ..zero3.hf import zero3_known
     from ..zero3.partition import stored_weight_bytes
+    from ..zero3.peak_memory import PeakMemory
     from ..zero3.start import init_distributed
 
     ensure_launched()

@@ -141,7 +141,18 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(group, int, eval_steps=(None, "steps between evaluations on the development set (default: a tenth of all)"))
     group.add_argument("--output_dir", required=True, help="where metrics, results, curves and the model go")
     add_switches(group, overwrite_output_dir="replace the results of an earlier run")
-    add_options(group, str, max_shard_size=("5GB", "largest file of the saved model"))
+    add_options(
+        group,
+        str,
+        max_shard_size=("5GB", "largest file of the saved model"),
+        hub_model_id=(None, "repository of --push_to_hub (default: the name of --output_dir)"),
+    )
+    add_switches(
+        group,
+        push_to_hub="send the model with its card and journal to the hub at the end; the token is that of `hf auth login` or "
+        "HF_TOKEN",
+        hub_private_repo="make the repository a private one, where it is new",
+    )
     group = parser.add_argument_group("durability, with a zeroth-order optimizer")
     add_switches(
         group, resume="go on with the run of --output_dir, also on another number of ranks; starts it if there is none"
@@ -194,6 +205,13 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name, None)
         if value is not None and not 0 <= value < float("inf"):
             raise InputError(f"--{name} must be a finite number of at least 0, got {value}")
+    pushed = getattr(args, "push_to_hub", False)
+    for name in ("hub_model_id", "hub_private_repo"):
+        if getattr(args, name, None) and not pushed:
+            raise InputError(f"--{name} is given without --push_to_hub; add it, or leave this out")
+    for name in ("find_lr", "profile_steps"):
+        if pushed and getattr(args, name):
+            raise InputError(f"--push_to_hub is given with --{name}, which makes no model; leave one of them out")
 
 
 def task_from(args: argparse.Namespace, kind: ModelKind) -> TaskData:
