@@ -12,7 +12,8 @@ preallocated and in place:
     torch.normal out=  the other spelling
 
 Their momentum has the weight's dtype, and is lost: a trainer must keep a copy or draw the numbers three times. "add" is
-torch.add(weight, momentum, out=out): the same bytes without any arithmetic to speak of.
+torch.add(weight, momentum, out=out): the same bytes without any arithmetic to speak of. "add 1" is
+torch.add(weight, number, out=out), and "add_ 1" the same in place: the bytes of what has no momentum.
 """
 
 import argparse
@@ -22,13 +23,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ds_zoadamu import kernels
 from ds_zoadamu.files.json_files import write_json
-from ds_zoadamu.kernels import Recurrence, Rounding, StepScalars, fp32
+from ds_zoadamu.kernels import Recurrence, Rounding, SignTable, StepScalars, fp32
 from ds_zoadamu.training.output import processor_name
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,6 +92,21 @@ def kernel_cases(name: str, storage: str, num_steps: int, numel: int, device: to
     ]  # fmt: skip
 
 
+def sign_cases(name: str, numel: int, device: torch.device) -> list[Case]:
+    """With signs, the update along 8 and along 16 directions, and torch's reading and writing of the same bytes."""
+    weight, out = torch.randn(numel, device=device).to(DTYPES[name]), torch.empty(numel, dtype=DTYPES[name], device=device)
+    at = {"key": KEY, "step": 1, "start": 0, "rounding": Rounding.STOCHASTIC}
+    runs = {
+        "add 1": lambda: torch.add(weight, ZO_EPS, out=out),
+        "perturb_signs": lambda: kernels.perturb_signs_(out, weight, direction=3, scale=ZO_EPS, **at),
+        "add_ 1": lambda: weight.add_(ZO_EPS),
+    }
+    for count in (8, 16):
+        table = SignTable.of([fp32(1e-7) * (k - 3.5) for k in range(count)])
+        runs[f"update_signs, {count}"] = partial(kernels.update_signs_, weight, table, lr_decay=0.0, **at)
+    return [Case(label, name, "none", run, numel, 2 * numel * weight.element_size()) for label, run in runs.items()]
+
+
 def torch_cases(name: str, numel: int, device: torch.device) -> list[Case]:
     """The same perturbation in torch alone; see this file's docstring."""
     dtype = DTYPES[name]
@@ -130,6 +147,7 @@ def all_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
         cases += torch_cases(name, args.numel, device)
         for storage in dict.fromkeys(("none", name, "fp32", "bf16", "int8")):
             cases += kernel_cases(name, storage, 1, args.numel, device)
+        cases += sign_cases(name, args.numel, device)
         if not args.no_replay:
             cases += kernel_cases(name, "none", REPLAYED_STEPS, max(1, args.numel // 8), device)
     return cases

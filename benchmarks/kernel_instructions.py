@@ -17,9 +17,12 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-OPERATIONS = ("noise", "perturb", "update")
+OPERATIONS = ("noise", "perturb", "update", "perturb_signs", "update_signs")
+SIGN_OPERATIONS = OPERATIONS[3:]
 POINTERS = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "int8": "i8", "none": None}
-INTEGERS = {"num_full", "tail", "pair_low", "pair_high", "key0", "key1", "step", "num_older"}
+INTEGERS = {"num_full", "tail", "pair_low", "pair_high", "key0", "key1", "step", "num_older"} | {
+    "skip", "stop", "block_low", "block_high", "direction", "negative"
+}  # fmt: skip
 INTEGER = "integer, logic, compare, select"
 UNITS = {
     "multiply-add": r"FMUL|FADD|FFMA|IMAD|HFMA2",
@@ -42,15 +45,17 @@ def opcodes(operation: str, weights: str, momentum: str, replay: bool, capabilit
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
+    from ds_zoadamu.kernels import signs_jit, triton_common, triton_jit, triton_signs
     from ds_zoadamu.kernels import triton as host
-    from ds_zoadamu.kernels import triton_jit
 
-    kernel = getattr(triton_jit, f"{operation}_kernel")
+    signs = operation in SIGN_OPERATIONS
+    kernel = getattr(signs_jit if signs else triton_jit, f"{operation}_kernel")
     pointers = dict.fromkeys(("xi1", "xi2"), "fp32") | dict.fromkeys(("out", "weight"), POINTERS[weights])
-    pointers |= {"momentum": POINTERS[momentum], "table": "i32" if replay else None}
+    pointers |= {"momentum": POINTERS[momentum], "table": "fp32" if signs else "i32" if replay else None}
     constants = {
-        "STOCHASTIC": True, "FLIP": True, "NORMALIZE": True, "WRITE_WEIGHT": True, "REPLAY": replay,
+        "STOCHASTIC": not signs or weights != "fp32", "FLIP": True, "NORMALIZE": True, "WRITE_WEIGHT": True, "REPLAY": replay,
         "ODD": 0, "WORDS": True, "FAST_ROOT": True, "BLOCK": host._BLOCK, "CHUNKS": host._CHUNKS,
+        "MASKED": False, "LANES": triton_signs._LANES, "ROWS": 1,
     }  # fmt: skip
     signature, values, hints = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -60,7 +65,7 @@ def opcodes(operation: str, weights: str, momentum: str, replay: bool, capabilit
             signature[name], hints[(i,)] = "*" + pointers[name], [["tt.divisibility", 16]]
         else:
             signature[name] = "i32" if name in INTEGERS else "fp32"
-    options = host._compile_options(divides=operation == "update")
+    options = triton_common.compile_options(divides=operation == "update")
     source = ASTSource(kernel, signature, values, hints)
     cubin = compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
@@ -78,7 +83,7 @@ def per_element(operation: str, weights: str, momentum: str, num_steps: int, cap
     """Opcode -> instructions per element; the sum of its values is what an element costs. num_steps: 1, or those replayed."""
     from ds_zoadamu.kernels import triton as host
 
-    a_lane = 2 * host._CHUNKS
+    a_lane = 16 if operation in SIGN_OPERATIONS else 2 * host._CHUNKS
     once = opcodes(operation, weights, momentum, False, capability)
     total = Counter({op: n / a_lane for op, n in once.items()})
     if num_steps > 1:  # the kernel that replays has a loop more
@@ -113,14 +118,15 @@ def main() -> None:
     for operation in ("perturb", "update"):
         cases += [(operation, "bf16", storage, 1) for storage in ("none", "int8", "bf16", "fp32")]
         cases += [(operation, "fp16", "int8", 1), (operation, "fp32", "fp32", 1), (operation, "bf16", "none", 44)]
+    cases += [(operation, weights, "none", 1) for operation in SIGN_OPERATIONS for weights in ("bf16", "fp16", "fp32")]
     cases = [case for case in cases if case[0] in args.operations]
     print(f"Instructions per element, sm_{args.capability}, Triton {triton.__version__}")
-    print(f"{'':10}{'weights':>8}{'momentum':>10}{'steps':>6}{'all':>9}{'cycles':>8}   " + " | ".join([*UNITS, "other"]))
+    print(f"{'':14}{'weights':>8}{'momentum':>10}{'steps':>6}{'all':>9}{'cycles':>8}   " + " | ".join([*UNITS, "other"]))
     for case in cases:
         counts = per_element(*case, args.capability)
         units = " | ".join(f"{n:.1f}" for n in by_unit(counts).values())
         lane_cycles = cycles(counts, args.capability)
-        print(f"{case[0]:10}{case[1]:>8}{case[2]:>10}{case[3]:6}{sum(counts.values()):9.1f}{lane_cycles:8.2f}   {units}")
+        print(f"{case[0]:14}{case[1]:>8}{case[2]:>10}{case[3]:6}{sum(counts.values()):9.1f}{lane_cycles:8.2f}   {units}")
 
 
 if __name__ == "__main__":

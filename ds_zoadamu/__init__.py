@@ -11,6 +11,7 @@ _EXPORTS = {
     "ZerothOrderEngine": "durability.engine",
     "ZOAdaMU": "zero3.optimizer",
     "MeZO": "zero3.optimizer",
+    "FZOO": "zero3.optimizer",
     "Rule": "rules",
     "register": "rules",
     "anneal": "rules.schedules",

@@ -14,13 +14,14 @@ from .distributed.alike import is_rank_0, say
 from .distributed.collective import describe, leave
 from .distributed.ending import run_command
 from .distributed.launcher import run_module
-from .errors import CheckpointError, ConfigError, JournalError, RankError, ReplayError
+from .errors import CheckpointError, ConfigError, HubError, JournalError, RankError, ReplayError
 
 # name -> (module, one line of help); imported when it is called, for some of them import DeepSpeed
 SUBCOMMANDS = {
     "configs": ("config.configs_command", "list, show or write the DeepSpeed configurations that come with the package"),
     "journal": ("durability.journal_report", "print a summary of a journal, and draw it"),
     "replay": ("durability.replay_command", "rebuild a tuned model from its base and its journal"),
+    "publish": ("hub.publish_command", "send a fine-tune as its journal and a card to the hub, or copy them to a folder"),
     "plan": ("plan.command", "what fits, with which settings, and how long a step takes"),
     "digest": ("durability.digest_command", "print the SHA-256 of a model's trained weights"),
 }
@@ -34,7 +35,7 @@ COMMANDS = {
     "benchmark": ("benchmark.command", "optimizers side by side"),
     "reproduce": ("reproduce.command", "a table of the paper on a model of yours, beside the published one"),
 }
-_USER_ERRORS = (CheckpointError, ConfigError, JournalError, ReplayError)
+_USER_ERRORS = (CheckpointError, ConfigError, HubError, JournalError, ReplayError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

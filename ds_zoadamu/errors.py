@@ -53,6 +53,10 @@ class ReplayError(ValueError):
     """A base model and a journal from which no model can be rebuilt."""
 
 
+class HubError(RuntimeError):
+    """What the hub refused, or why it cannot be reached; what was to be sent is on the disk."""
+
+
 class RankError(RuntimeError):
     """Another rank has failed, has ended or does something else; names it and why."""
 

@@ -1,4 +1,4 @@
-"""Fine-tune a causal language model on a prompt task, under the deepspeed launcher.
+"""Fine-tune a language model on a prompt task, under the deepspeed launcher.
 
     deepspeed --num_gpus 2 launch/finetune.py --deepspeed --deepspeed_config ds_configs/cpu-small_zoadamu.json \
         --model_name_or_path facebook/opt-125m --task sst2 --max_steps 1000 --eval_steps 100 --output_dir outputs/sst2

@@ -4,6 +4,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from device import Device, Failed
@@ -28,6 +29,8 @@ def kernel_cases() -> list[tuple[str, str, str, int]]:
     for operation in ("perturb", "update"):
         cases += [(operation, "bf16", storage, 1) for storage in ("int8", "bf16", "fp32", "none")]
         cases += [(operation, "fp16", "int8", 1), (operation, "fp32", "fp32", 1), (operation, "bf16", "none", REPLAYED_STEPS)]
+    for operation in ("perturb_signs", "update_signs"):
+        cases += [(operation, "bf16", "none", 1), (operation, "fp32", "none", 1)]
     return cases
 
 
@@ -56,6 +59,12 @@ def kernel_call(
     if stored is not None:
         width = stored.element_size()
     at = {"key": key, "start": 0, "rounding": kernels.Rounding.STOCHASTIC}
+    if operation == "perturb_signs":
+        signs = partial(kernels.perturb_signs_, out, weight, step=7, direction=3, scale=kernels.fp32(1e-3), **at)
+        return signs, 2 * weight.element_size()
+    if operation == "update_signs":
+        table = kernels.SignTable.of([1e-7 * (k - 3.5) for k in range(8)])
+        return partial(kernels.update_signs_, weight, table, step=7, lr_decay=0.0, **at), 2 * weight.element_size()
     if operation == "perturb":
         scale = kernels.fp32(1e-3)
         run = lambda: kernels.perturb_(out, weight, stored, direction, scale=scale, **at)  # noqa: E731

@@ -23,7 +23,7 @@ def check_folder(path: Path) -> None:
     """
     check_writable(path)
     if path.exists() and {p.name for p in path.iterdir()} - {_LOCK} and not (path / SETTINGS).exists():
-        raise InputError(f"--output_dir {path} holds other files than a benchmark's (no {SETTINGS}); give another folder")
+        raise InputError(f"--output_dir {path} holds files but no benchmark and no table (no {SETTINGS}); give another folder")
 
 
 @contextmanager

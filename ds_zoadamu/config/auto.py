@@ -13,7 +13,6 @@ from .sections import batch_of, value_at
 
 DEFAULT_MICRO_BATCH_SIZE = 8
 DEFAULT_LEARNING_RATE = 5e-5
-DEFAULT_ZEROTH_ORDER_LEARNING_RATE = 1e-6
 STEPS_OF_A_RUN = ("optimizer.params.total_steps", "scheduler.params.total_num_steps")
 # In these DeepSpeed itself knows what "auto" means.
 _OWN_AUTO_SECTIONS = ("data_types", "autotuning")
@@ -40,7 +39,7 @@ def fill(
     _fill_batches(filler, world_size)
     if in_library:
         filler.given = {"seed": 0, "max_steps": _steps_of_library(config, num_examples, world_size)}
-    _fill_optimizer(filler, rule is not None)
+    _fill_optimizer(filler, rule)
     _fill_scheduler(filler)
     for section in ("bf16", "fp16"):
         filler.fill(f"{section}.enabled", False, section)
@@ -91,13 +90,13 @@ def _fill_batches(filler: "_Filler", world_size: int) -> None:
         filler.fill("train_batch_size", train)
 
 
-def _fill_optimizer(filler: "_Filler", zeroth_order: bool) -> None:
-    default_lr = DEFAULT_ZEROTH_ORDER_LEARNING_RATE if zeroth_order else DEFAULT_LEARNING_RATE
+def _fill_optimizer(filler: "_Filler", rule: str | None) -> None:
+    default_lr = DEFAULT_LEARNING_RATE if rule is None else RULES[rule].usual_lrs[0]
     filler.fill("optimizer.params.lr", default_lr, "learning_rate")
     filler.fill("optimizer.params.weight_decay", 0.0, "weight_decay")
     filler.fill("optimizer.params.betas", [0.9, 0.999])
     filler.fill("optimizer.params.eps", 1e-8)
-    if zeroth_order:
+    if rule is not None:
         filler.fill("optimizer.params.zo_eps", 1e-3, "zo_eps")
         filler.fill("optimizer.params.total_steps", filler.given.get("max_steps"))
         filler.fill("optimizer.params.seed", filler.given.get("seed"))

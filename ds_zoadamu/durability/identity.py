@@ -3,13 +3,11 @@
 The header of a journal and the manifest of a checkpoint both carry it; a resume and a load compare it with the engine's own.
 """
 
-import dataclasses
 from typing import Any
 
 from ..distributed import collective
 from ..errors import printed, shown
 from ..files.safetensors_io import dtype_name
-from ..kernels import NOISE_VERSION
 from ..rules import origin
 from ..zero3.partition import canonical_name
 from .digest import frozen_digest, frozen_digests
@@ -31,9 +29,9 @@ def run_identity(engine: Any) -> dict:
     ]
     data = engine.own_data
     return {
-        "noise_version": NOISE_VERSION,
+        "noise_version": optimizer.rule.noise_version,
         "optimizer": optimizer.rule.name,
-        "options": dataclasses.asdict(optimizer.rule.config),
+        "options": optimizer.rule.config.recorded(),
         "groups": [{"weight_decay": float(group["weight_decay"])} for group in optimizer.param_groups],
         "micro_batch_size": engine.train_micro_batch_size_per_gpu(),
         "micro_batches_a_step": engine.gradient_accumulation_steps() * collective.world_size(),

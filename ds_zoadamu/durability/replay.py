@@ -23,7 +23,6 @@ from ..files.companions import read_companions, without_code
 from ..files.folders import remove
 from ..files.locks import LockedFile
 from ..files.safetensors_io import FlatWriter, dtype_name, raw_bytes, sync_directory, write_durably
-from ..kernels import NOISE_VERSION
 from ..rules import RULES, Elements, Rule, Update, make_rule
 from .base_model import combined_sha256, find_folder, hash_files
 from .digest import combine
@@ -130,12 +129,6 @@ def _read(journal: str | Path, until: int | None) -> Contents:
     contents = read_journal(journal, until)
     if until is not None and until > len(contents.records):
         raise ReplayError(f"--until is {until}, but journal {str(journal)!r} ends at step {len(contents.records)}")
-    version = contents.header["noise_version"]
-    if version != NOISE_VERSION:
-        raise ReplayError(
-            f"journal {str(journal)!r} was written with noise version {version}, this release makes version {NOISE_VERSION}; "
-            "use the release of ds_zoadamu that wrote it"
-        )
     if contents.torn and collective.rank() == 0:
         tqdm.write(
             f"journal {str(journal)!r}: the last line is torn ({contents.torn} bytes) and left out; its step was never taken"
@@ -171,6 +164,11 @@ def _rule_and_updates(contents: Contents, journal: str | Path) -> tuple[Rule, li
     try:
         RULES[name].config_class.parse(options, "options of its header")  # also refuses names that are no options
         rule = make_rule(name, options)
+        if header["noise_version"] != rule.noise_version:
+            raise ReplayError(
+                f"{where} was written with noise version {header['noise_version']}, {name} with its options has version "
+                f"{rule.noise_version} in this release; use the release of ds_zoadamu that wrote it"
+            )
         updates, _ = recorded_updates(rule, contents.records, [group["weight_decay"] for group in header["groups"]])
     except (ConfigError, ArithmeticError) as e:
         raise ReplayError(f"{where} is of no run that {name} can make: {e}") from e

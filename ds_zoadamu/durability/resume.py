@@ -332,7 +332,7 @@ def set_lrs(engine: Any, record: Record) -> None:
 
 
 def step_record(engine: Any, record: Record) -> StepRecord:
-    """A journal's record as ``train_batch`` reports it."""
+    """A journal's record of the engine's next step, as ``train_batch`` reports it."""
     return StepRecord(
         step=record.step,
         loss=(record.loss_plus + record.loss_minus) / 2.0,
@@ -341,7 +341,7 @@ def step_record(engine: Any, record: Record) -> StepRecord:
         projected_grads=record.projected_grads,
         lrs=record.lrs,
         skipped=record.skipped,
-        figures=engine.optimizer.rule.figures(record.step),
+        figures=engine.optimizer.figures(None if record.skipped else record.projected_grads, record.lrs[0]),
     )
 
 

@@ -37,7 +37,7 @@ def recorded_updates(
         if record.step > first:
             direction = rule.direction(record.step, scalars)
             for group, lr, weight_decay in zip(updates, record.lrs, weight_decays, strict=True):
-                group.append(Update(record.step, direction, lr, weight_decay, used))
+                group.append(Update(record.step, direction, lr, weight_decay, used, scalars))
         scalars = rule.next_scalars(scalars, used)
     return updates, scalars
 

@@ -10,6 +10,7 @@ _EXPORTS = {
     "ZODPOTrainer": "trl",
     "ZOAdaMUConfig": "options",
     "MeZOConfig": "options",
+    "FZOOConfig": "options",
     "zeroth_order": "accelerate",
 }
 

@@ -77,11 +77,11 @@ def prepare_arguments(args: TrainingArguments, zo: Any, model: Any) -> dict[str,
         args.accelerator_config.dispatch_batches = False  # else batches of a stream must have one length on all ranks
     for name in ("gradient_checkpointing", "activation_checkpointing"):
         if getattr(args, name, False):
-            say(f"{name} is switched off: a zeroth-order step keeps no activations", logging.INFO)
+            asked = logging.WARNING if not _default(args, name) else logging.INFO  # TRL's arguments have it by default
+            say(f"{name} is switched off: a zeroth-order step keeps no activations", asked)
             setattr(args, name, False)
     if hidden_size_of(getattr(model, "config", None)) is None and model is not None:  # the Trainer would insist on one
-        zero = config.get("zero_optimization", {})
-        config["zero_optimization"] = {key: value for key, value in zero.items() if value != "auto"}
+        _leave_out_sizes(config)
     _start(args, config)
     _check_early(config, args, model)
     if value_at(config, "optimizer.params.lr") == "auto" and args.learning_rate == _default(args, "learning_rate"):
@@ -116,7 +116,15 @@ def _check_early(config: dict[str, Any], args: TrainingArguments, model: Any) ->
         max_steps = 10**6
         for key in ("t1", "t2", "t3"):  # their bounds depend on it
             config["optimizer"].get("params", {}).pop(key, None)
+    if model is None:  # model_init makes it later, and its sizes are known then
+        _leave_out_sizes(config)
     check_precision(finished(config, args, max_steps, getattr(model, "config", None)))
+
+
+def _leave_out_sizes(config: dict[str, Any]) -> None:
+    """Take out what of ZeRO-3 is "auto" for want of a model's hidden size, for DeepSpeed's defaults."""
+    zero = config.get("zero_optimization", {})
+    config["zero_optimization"] = {key: value for key, value in zero.items() if value != "auto"}
 
 
 def say(message: str, level: int = logging.WARNING) -> None:

@@ -83,5 +83,5 @@ class RunJournal(TrainerCallback):
             try:
                 engine.open_journal(self.path, base=adapters, task=self.task)
             except ReplayError as error:
-                say(f"the run can be resumed from its journal, and not be rebuilt by ds_zoadamu replay: {error}", logging.INFO)
+                say(f"the run can be resumed from its journal, and not be rebuilt by ds_zoadamu replay: {error}")
                 engine.open_journal(self.path, base=False, task=self.task)

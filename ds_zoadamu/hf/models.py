@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import os
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import deepspeed
 import torch
 from deepspeed.utils import logger
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -106,10 +108,10 @@ def save_pretrained(
 ) -> None:
     """Writes an engine's model as Transformers' `from_pretrained(directory)` reads it.
 
-    Parameters are gathered one by one on all ranks; rank 0 collects them in files of at most `max_shard_size` (a single
-    larger parameter makes a larger file) and holds no more than one file's bytes at a time, and a parameter and its pieces
-    where Transformers stores it in pieces: names and pieces are those of the files that the model was loaded from, or of its
-    architecture. Tied weights are stored once.
+    Parameters are gathered one by one on all ranks; rank 0 collects them in files as Transformers makes them, of at most
+    `max_shard_size` (a single larger parameter has a larger file of its own), and holds no more than one such file's bytes at a
+    time, and a parameter and its pieces where Transformers stores it in pieces: names and pieces are those of the files that
+    the model was loaded from, or of its architecture. Tied weights are stored once.
     The folder appears complete or not at all: it is written beside its place and renamed. Call it on all ranks. After a kill
     in the middle of replacing one, the older is in `.NAME.old`, and the next call puts it back before it does anything else.
 
@@ -142,12 +144,10 @@ def save_pretrained(
             with collective.on_all_ranks(OSError):
                 if writes:
                     _begin(temporary, model, tokenizer)
-            writer = _ShardWriter(temporary, limit)
             _release_gathered(engine)
-            _write_tensors(model, writer, writes)
+            _write_tensors(model, temporary, limit, writes)
             with collective.on_all_ranks(OSError):
                 if writes:
-                    writer.finish()
                     folders.replace(temporary, directory, _aside(directory))
                     folders.remove(_aside(directory))
         except Exception:
@@ -168,14 +168,16 @@ def _begin(folder: Path, model: PreTrainedModel, tokenizer) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _write_tensors(model: PreTrainedModel, writer: "_ShardWriter", writes: bool) -> None:
-    """Gathers each stored tensor on all ranks and hands it to the writer, under its name in files, where `writes`; agrees after
+def _write_tensors(model: PreTrainedModel, folder: Path, limit: int, writes: bool) -> None:
+    """Gathers each stored tensor on all ranks and hands it to a writer, under its name in files, where `writes`; agrees after
     each, so that a full disk ends it everywhere."""
     stored: dict[str, torch.Tensor] = dict(_stored_names(model))
     # Buffers are not partitioned. state_dict() knows which of them are persistent.
     persistent = model.state_dict().keys()
     stored |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    for group in _groups_in_files(model, {name: whole_shape(tensor) for name, tensor in stored.items()}):
+    groups = _groups_in_files(model, {name: whole_shape(tensor) for name, tensor in stored.items()})
+    writer = _ShardWriter(folder, _split(groups, stored, limit))
+    for group in groups:
         partitioned = [stored[name] for name in group.given if isinstance(stored[name], torch.nn.Parameter)]
         with deepspeed.zero.GatheredParameters(partitioned):
             copies = {n: stored[n].detach().to("cpu", copy=True).contiguous() for n in group.given} if writes else {}
@@ -185,6 +187,18 @@ def _write_tensors(model: PreTrainedModel, writer: "_ShardWriter", writes: bool)
             for key in list(made):  # pieces of a fused tensor get memory of their own: the format allows no other
                 tensor = made.pop(key)
                 writer.add(key, tensor if group.keeps else tensor.clone(memory_format=torch.contiguous_format))
+
+
+def _split(groups: list[Group], stored: dict[str, torch.Tensor], limit: int) -> StateDictSplit:
+    """Which tensor comes into which file, by the rule of Transformers, without a tensor's bytes."""
+    shapes = {}
+    for group in groups:
+        given = {n: torch.empty(whole_shape(stored[n]), dtype=stored[n].dtype, device="meta") for n in group.given}
+        shapes |= {key: torch.empty_like(tensor) for key, tensor in group.convert(given).items()}
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=limit)
+    parameters = sum(math.prod(whole_shape(p)) for p in stored.values() if isinstance(p, torch.nn.Parameter))
+    split.metadata = {"total_parameters": parameters, **split.metadata}
+    return split
 
 
 def _groups_in_files(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) -> list[Group]:
@@ -268,53 +282,29 @@ def _groups_of(directory: Path, files: dict, model: PreTrainedModel, stored: dic
 
 
 class _ShardWriter:
-    """Collects tensors and writes them to numbered safetensors files; the names get their final form in `finish`.
+    """Writes each safetensors file of a split once its tensors are there, and the index with the last of several."""
 
-    The number of files is known only at the end, since a partitioned parameter tells its size when it is gathered.
-    """
-
-    def __init__(self, folder: Path, limit: int):
-        self._folder, self._limit = folder, limit
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = self._total_bytes = 0
-        self._shards: list[list[str]] = []
+    def __init__(self, folder: Path, split: StateDictSplit):
+        self._folder, self._split = folder, split
+        self._pending: dict[str, dict[str, torch.Tensor]] = {}
+        self._left = len(split.filename_to_tensors)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Takes a tensor on the CPU that nobody else changes; writes those before it, if they fill a file together. Raises
-        OSError."""
-        num_bytes = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + num_bytes > self._limit:
-            self._flush()
-        self._pending[name] = tensor
-        self._pending_bytes += num_bytes
-        self._total_bytes += num_bytes
-
-    def finish(self) -> None:
-        """Writes what is left, renames the files as Transformers looks for them and adds the index."""
-        self._flush()
-        count = len(self._shards)
-        if count == 1:
-            os.rename(self._part(0), self._folder / "model.safetensors")
+        """Takes a tensor on the CPU that nobody else changes. Raises OSError."""
+        file = self._split.tensor_to_filename[name]
+        pending = self._pending.setdefault(file, {})
+        pending[name] = tensor
+        if len(pending) < len(self._split.filename_to_tensors[file]):
             return
-        weight_map = {}
-        for index, names in enumerate(self._shards):
-            file_name = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-            os.rename(self._part(index), self._folder / file_name)
-            weight_map.update(dict.fromkeys(names, file_name))
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        (self._folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-    def _flush(self) -> None:
-        path = self._part(len(self._shards))
+        path = self._folder / file
         try:
-            save_file(self._pending, path, metadata={"format": "pt"})
+            save_file(self._pending.pop(file), path, metadata={"format": "pt"})
         except SafetensorError as error:  # safetensors' own for a full disk, without the path
             raise OSError(f"{path} cannot be written: {error}") from error
-        self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
-
-    def _part(self, index: int) -> Path:
-        return self._folder / f"part-{index:05d}.safetensors"
+        self._left -= 1
+        if not self._left and self._split.is_sharded:
+            index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
+            (self._folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _release_gathered(engine) -> None:

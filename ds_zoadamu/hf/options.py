@@ -49,6 +49,11 @@ def MeZOConfig(**options: Any) -> RuleOptions:  # noqa: N802
     return _checked("MeZO", options)
 
 
+def FZOOConfig(**options: Any) -> RuleOptions:  # noqa: N802
+    """Options of FZOO, as ``ZOAdaMUConfig``. A learning rate of 1e-3 and more is usual."""
+    return _checked("FZOO", options)
+
+
 def options_of(zo: Any) -> RuleOptions:
     """What a trainer was given as ``zo=``: of the functions above, a rule's own configuration, or an optimizer section. Raises
     ConfigError."""

@@ -16,10 +16,12 @@ from transformers import set_seed
 from transformers.trainer_pt_utils import find_batch_size
 
 from ..distributed import collective
-from ..errors import ConfigError
+from ..errors import ConfigError, HubError
+from ..files.hub_access import one_line
 from ..zero3.optimizer import ZerothOrderOptimizer
 from .accelerate import zeroth_order
 from .arguments import finished, prepare_arguments, say
+from .cards import RunCard
 from .journaling import NAME, RunJournal, newest_checkpoint
 from .saving import save_for_trainer
 
@@ -36,18 +38,20 @@ class ZOTrainerMixin:
     def __init__(self, *args: Any, zo: Any = None, journal: bool | str | Path = True, **kwargs: Any):
         if any(given is not None for given in (*kwargs.get("optimizers", ()), kwargs.get("optimizer_cls_and_kwargs"))):
             raise ConfigError("optimizers= is given; the rule of the DeepSpeed JSON or of zo= makes the steps: leave it out")
-        self._zo, self._micro_batches, self._run_journal = zo, [], RunJournal(None, {})
+        self._zo, self._micro_batches, self._run_journal, self._run_card = zo, [], RunJournal(None, {}), RunCard(None)
         super().__init__(*args, **kwargs)
         if journal is not False:
             path = Path(self.args.output_dir) / NAME if journal is True else Path(journal)
             self._run_journal = RunJournal(path.absolute(), self._task())
+        self._run_card = RunCard(self._run_journal.path)
         self.add_callback(_Beginning(self))
 
     # --- the engine
 
     def create_accelerator_and_postprocess(self) -> None:
         """The Trainer's, with arguments that have a DeepSpeed configuration, and an accelerator that makes our engine."""
-        self._config = prepare_arguments(self.args, self._zo, self.model)
+        zo = None if hasattr(self, "_config") else self._zo  # a search calls again, with the rule in the arguments already
+        self._config = prepare_arguments(self.args, zo, self.model)
         super().create_accelerator_and_postprocess()
         self._prepare = self.accelerator.prepare
         self.accelerator.prepare = self._prepared
@@ -77,11 +81,13 @@ class ZOTrainerMixin:
         from the newest whole checkpoint, if there is one, and the journal's later steps."""
         self._forget_engine()
         resumed_from = self._resumed_from(resume_from_checkpoint)
+        self._run_card.begin()
         try:
             return super().train(resumed_from, *args, **kwargs)
         finally:
             if self._engine is not None:  # a notebook may go on with the run in another trainer
                 self._engine.close_journal()
+            self._run_card.end()
 
     def _resumed_from(self, asked: str | bool | None) -> str | None:
         """The checkpoint that training goes on from; None where it begins, or goes on from the journal alone."""
@@ -162,8 +168,47 @@ class ZOTrainerMixin:
             processor = getattr(self.data_collator, "tokenizer", None)
         engine = getattr(self, "deepspeed", None)
         save_for_trainer(engine, self.model, directory, [processor] if processor is not None else [], self.args)
-        if self.args.push_to_hub and not _internal_call:
+        if _internal_call:
+            return
+        self._run_card.note(self._engine, self.model)
+        with collective.on_all_ranks(OSError):
+            if collective.rank() == 0:
+                self._run_card.write(Path(directory), self.state.log_history)
+        if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    # --- the hub
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, with the rule, the memory, and how the weights are made again, once ``save_model`` or ``push_to_hub``
+        has noted them."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            self._run_card.complete(Path(self.args.output_dir), self.hub_model_id)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's. Raises HubError on all ranks: no token, no network."""
+        with collective.on_all_ranks(HubError) as made, one_line("the repository cannot be made on the hub"):
+            super().init_hf_repo(*args, **kwargs)
+            made.mine = self.hub_model_id
+        self.hub_model_id = made.all[0]
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's: the model is saved, then sent. Raises HubError on all ranks, with everything on the disk."""
+        if self.hub_model_id is None:  # here, on all ranks: the Trainer's own call would be on the first alone
+            self.init_hf_repo(token=kwargs.get("token"), private=kwargs.get("private"))
+        self._run_card.note(self._engine, self.model)
+        sent, failure, folder = None, None, self.args.output_dir
+        try:
+            again = f"everything is in {folder}: `hf upload {self.hub_model_id} {folder}` tries again"
+            with one_line(f"{folder!r} cannot be sent to {self.hub_model_id!r}", again):
+                sent = super().push_to_hub(*args, **kwargs)
+        except HubError as error:  # of the first rank, behind all that ranks do together
+            failure = error
+        with collective.on_all_ranks(HubError):
+            if failure is not None:
+                raise failure
+        return sent
 
 
 class _Beginning(transformers.TrainerCallback):

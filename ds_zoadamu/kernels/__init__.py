@@ -1,4 +1,4 @@
-"""The three operations on a flat range of one parameter, each on the fastest backend that the tensors' device has.
+"""The operations on a flat range of one parameter, each on the fastest backend that the tensors' device has.
 
 ``reference.py`` defines the bits; every backend gives the same ones (a NaN is a NaN: its payload is not defined), so a
 backend is a matter of speed only and may differ between ranks.
@@ -19,21 +19,26 @@ from types import ModuleType
 import torch
 
 from . import reference
-from .reference import NOISE_VERSION
-from .types import GRAD_BITS, Recurrence, Rounding, StepScalars, fp32, round_grad
+from .reference import NOISE_VERSION, SIGN_NOISE_VERSION
+from .types import GRAD_BITS, Recurrence, Rounding, SignTable, StepScalars, fp32, round_grad
 
 __all__ = [
     "GRAD_BITS",
     "NOISE_VERSION",
     "Recurrence",
+    "SIGN_NOISE_VERSION",
     "Rounding",
+    "SignTable",
     "StepScalars",
     "backend_name",
     "fp32",
     "noise_",
     "perturb_",
+    "perturb_signs_",
     "round_grad",
+    "signs_",
     "update_",
+    "update_signs_",
 ]
 
 _CHOICES = ("auto", "reference", "cpu", "triton")
@@ -70,7 +75,7 @@ def _load_triton(forced: bool) -> ModuleType:
     return triton
 
 
-# Device type -> the choice that forces its backend, and a loader of a module with noise_, perturb_, update_ and backend_name().
+# Device type -> the choice that forces its backend, and a loader of a module with the operations below and backend_name().
 # Devices not listed use the reference. A loader falls back to the reference by itself where its backend cannot work, unless it
 # was forced.
 _LOADERS = {"cpu": ("cpu", _load_cpu), "cuda": ("triton", _load_triton)}
@@ -97,7 +102,7 @@ def noise_(xi1: torch.Tensor, xi2: torch.Tensor, *, key: tuple[int, int], step: 
     """Fill two fp32 tensors of n elements with the noise of the flat indices start <= i < start + n.
 
     key: two 32-bit words, see :func:`ds_zoadamu.rules.noise.parameter_key`. step: 0 <= step < 2**32. start: 0 <= start < 2**63.
-    The compiled backends raise TypeError or ValueError for tensors or numbers that do not fit, in all three functions.
+    The compiled backends raise TypeError or ValueError for tensors or numbers that do not fit, in all these functions.
     """
     _backend(xi1.device.type).noise_(xi1, xi2, key=key, step=step, start=start)
 
@@ -157,4 +162,53 @@ def update_(
         normalize=normalize,
         write_weight=write_weight,
         rounding=rounding,
+    )
+
+
+def signs_(out: torch.Tensor, *, key: tuple[int, int], step: int, start: int, direction: int) -> None:
+    """Fill an fp32 tensor of n elements with the signs +1 and -1 of the flat indices start <= i < start + n.
+
+    direction: of a step with several, 0 <= direction < 1024. Key, step and start as for :func:`noise_`.
+    """
+    _backend(out.device.type).signs_(out, key=key, step=step, start=start, direction=direction)
+
+
+def perturb_signs_(
+    out: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    key: tuple[int, int],
+    step: int,
+    start: int,
+    direction: int,
+    scale: float,
+    rounding: Rounding,
+) -> None:
+    """out = weight + scale * z with the signs z of ``direction``, computed in fp32 and rounded once.
+
+    Tensors as for :func:`perturb_`, the rest as for :func:`signs_`. Stochastic rounding is mirrored: an element's two possible
+    values lie at the same distance from the weight, |scale| in the mean, the same in all directions of a step.
+    """
+    _backend(weight.device.type).perturb_signs_(
+        out, weight, key=key, step=step, start=start, direction=direction, scale=scale, rounding=rounding
+    )
+
+
+def update_signs_(
+    weight: torch.Tensor,
+    table: SignTable,
+    *,
+    key: tuple[int, int],
+    step: int,
+    start: int,
+    lr_decay: float,
+    rounding: Rounding,
+) -> None:
+    """weight -= d + lr_decay * weight in place, computed in fp32 and written once; d = sum over the directions of c_k z_k.
+
+    table: ``SignTable.of`` the c_k, lr times projected gradient of each direction over their number. The rest as for
+    :func:`perturb_signs_`. A skipped step leaves it out: there is no state.
+    """
+    _backend(weight.device.type).update_signs_(
+        weight, table, key=key, step=step, start=start, lr_decay=lr_decay, rounding=rounding
     )

@@ -15,10 +15,10 @@ import os
 import torch
 
 from . import build
-from .checks import check_position, check_step
-from .types import Recurrence, Rounding
+from .checks import check_direction, check_position, check_step, check_table
+from .types import Recurrence, Rounding, SignTable
 
-_NOISE, _PERTURB, _UPDATE = range(3)
+_NOISE, _PERTURB, _UPDATE, _SIGNS, _PERTURB_SIGNS, _UPDATE_SIGNS = range(6)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _NO_DTYPE = -1
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,6 +48,7 @@ class _Job(ctypes.Structure):
         ("weight", ctypes.c_void_p),
         ("momentum", ctypes.c_void_p),
         ("steps", ctypes.POINTER(_Step)),
+        ("table", ctypes.POINTER(ctypes.c_float)),
         ("parallel_region", ctypes.c_void_p),
         ("start", ctypes.c_uint64),
         ("numel", ctypes.c_int64),
@@ -63,6 +64,8 @@ class _Job(ctypes.Structure):
         ("flip_bits", ctypes.c_int32),
         ("normalize", ctypes.c_int32),
         ("write_weight", ctypes.c_int32),
+        ("direction", ctypes.c_int32),
+        ("num_rows", ctypes.c_int32),
         ("scale", ctypes.c_float),
         ("decode_scale", ctypes.c_float),
         ("encode_scale", ctypes.c_float),
@@ -216,7 +219,7 @@ def _momentum_fields(momentum: torch.Tensor | None, direction: Recurrence, numel
     }
 
 
-# ---------------------------------------------------------------- the three operations
+# ---------------------------------------------------------------- the operations
 
 
 def noise_(xi1: torch.Tensor, xi2: torch.Tensor, *, key: tuple[int, int], step: int, start: int) -> None:
@@ -225,9 +228,8 @@ def noise_(xi1: torch.Tensor, xi2: torch.Tensor, *, key: tuple[int, int], step: 
     _check_tensor("xi1", xi1, (torch.float32,), numel)
     _check_tensor("xi2", xi2, (torch.float32,), numel)
     check_position(key, start, numel)
-    check_step(step)
     _run(
-        (_Step * 1)(_Step(step)),
+        _one_step(step),
         key,
         start,
         numel,
@@ -311,3 +313,111 @@ def update_(
         sigma=sigma,
         **_momentum_fields(momentum, direction, numel),
     )
+
+
+# ---------------------------------------------------------------- with signs
+
+
+def signs_(out: torch.Tensor, *, key: tuple[int, int], step: int, start: int, direction: int) -> None:
+    """See reference.signs_. Raises TypeError or ValueError for tensors or numbers that do not fit."""
+    _check_tensor("out", out, (torch.float32,), out.numel())
+    check_position(key, start, out.numel())
+    check_direction(direction)
+    _run(
+        _one_step(step),
+        key,
+        start,
+        out.numel(),
+        operation=_SIGNS,
+        out=out.data_ptr(),
+        out_dtype=_DTYPES[torch.float32],
+        weight=None,
+        weight_dtype=_NO_DTYPE,
+        momentum_dtype=_NO_DTYPE,
+        direction=direction,
+    )
+
+
+def perturb_signs_(
+    out: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    key: tuple[int, int],
+    step: int,
+    start: int,
+    direction: int,
+    scale: float,
+    rounding: Rounding,
+) -> None:
+    """See reference.perturb_signs_. Raises TypeError or ValueError for tensors or numbers that do not fit."""
+    numel = weight.numel()
+    _check_tensor("weight", weight, _WEIGHT_DTYPES, numel)
+    _check_tensor("out", out, _WEIGHT_DTYPES, numel)
+    check_position(key, start, numel)
+    check_direction(direction)
+    _run(
+        _one_step(step),
+        key,
+        start,
+        numel,
+        operation=_PERTURB_SIGNS,
+        out=out.data_ptr(),
+        out_dtype=_DTYPES[out.dtype],
+        weight=weight.data_ptr(),
+        weight_dtype=_DTYPES[weight.dtype],
+        momentum_dtype=_NO_DTYPE,
+        rounding=Rounding(rounding),
+        direction=direction,
+        scale=scale,
+    )
+
+
+def update_signs_(
+    weight: torch.Tensor,
+    table: SignTable,
+    *,
+    key: tuple[int, int],
+    step: int,
+    start: int,
+    lr_decay: float,
+    rounding: Rounding,
+) -> None:
+    """See reference.update_signs_. Raises TypeError or ValueError for tensors or numbers that do not fit."""
+    numel = weight.numel()
+    _check_tensor("weight", weight, _WEIGHT_DTYPES, numel)
+    check_position(key, start, numel)
+    check_table(table)
+    _run(
+        _one_step(step),
+        key,
+        start,
+        numel,
+        operation=_UPDATE_SIGNS,
+        out=None,
+        out_dtype=_NO_DTYPE,
+        weight=weight.data_ptr(),
+        weight_dtype=_DTYPES[weight.dtype],
+        momentum_dtype=_NO_DTYPE,
+        rounding=Rounding(rounding),
+        write_weight=True,
+        table=_rows(table),
+        num_rows=len(table.rows),
+        lr_decay=lr_decay,
+    )
+
+
+def _one_step(step: int) -> ctypes.Array:
+    check_step(step)
+    return (_Step * 1)(_Step(step))
+
+
+_last_rows: tuple[SignTable, ctypes.Array] | None = None
+
+
+def _rows(table: SignTable) -> ctypes.Array:
+    """The table for C, made once for all partitions of a step: found by identity, for it is long to hash."""
+    global _last_rows
+    if _last_rows is None or _last_rows[0] is not table:
+        flat = [value for row in table.rows for value in row]
+        _last_rows = table, (ctypes.c_float * len(flat))(*flat)
+    return _last_rows[1]

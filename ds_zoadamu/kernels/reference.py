@@ -1,4 +1,4 @@
-"""The three operations on a flat range of one parameter, in plain PyTorch: the definition of their bits.
+"""The operations on a flat range of one parameter, in plain PyTorch: the definition of their bits.
 
 The C++ and Triton kernels must agree with this file in every bit, so every floating-point operation here is one torch call
 that rounds once: no ``alpha=``, ``addcmul`` or ``lerp`` (they fuse), no scalar that is not exactly an fp32 number.
@@ -11,6 +11,8 @@ key):
     xi2    = sqrt(-2 ln u) sin(phi)      phi = 2 pi (b >> 8) / 2**24
     w      = (a & 0xff) << 8 | (b & 0xff)        16 random bits, for rounding
 
+Sign noise is another map, see ``sign_block``.
+
 Works on any device, also on a GPU.
 """
 
@@ -18,17 +20,22 @@ import math
 
 import torch
 
-from .types import Recurrence, Rounding
+from .types import Recurrence, Rounding, SignTable
 
 NOISE_VERSION = 1
-"""Version of the map from (seed, name, step, flat index) to noise. Journals depend on it: any change of bits is a new
+"""Version of the map from (seed, name, step, flat index) to Gaussian noise. Journals depend on it: any change of bits is a new
 version.
 """
+SIGN_NOISE_VERSION = 2
+"""Version of the map to signs, one of another kind in the same count."""
 
 _MASK32 = 0xFFFFFFFF
 _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 _PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+# The last word of the counter: no two purposes, hence no two uses of a parameter's key, see the same words.
 _PURPOSE_NOISE = 0
+_PURPOSE_SIGNS = 1  # + n for the directions 8 n to 8 n + 7
+_PURPOSE_SIGN_ROUNDING = 0x100
 
 
 def _fp32(*values: float) -> tuple[float, ...]:
@@ -255,3 +262,101 @@ def update_(
             weight[part] = round_to(x - (g * lr_grad + x * lr_decay), weight.dtype, rounding, w)
         if stored is not None:
             _store_momentum(stored, m, direction.encode_scale, w)
+
+
+# --- sign noise
+
+
+def sign_block(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(block, place) of flat indices: the counter of their Philox calls, and 0 <= place < 16 within what one call serves.
+
+    A run of 256 elements has 16 blocks. Byte b of word w of block l belongs to element 64 w + 4 l + b of the run (place 4 w +
+    b), so that the words of neighbouring blocks, one after the other in memory, are the bytes of neighbouring elements.
+    """
+    block = (index >> 8) << 4 | (index >> 2) & 15
+    return block, (index >> 4) & 12 | index & 3
+
+
+def _sign_call(key: tuple[int, int], step: int, purpose: int, index: torch.Tensor) -> torch.Tensor:
+    """The byte of each flat index in the Philox call of its block, as int64."""
+    block, place = sign_block(index)
+    blocks, row = torch.unique(block, return_inverse=True)
+    counter = blocks & _MASK32, blocks >> 32, torch.full_like(blocks, step), torch.full_like(blocks, purpose)
+    words = torch.stack(philox(counter, key), 1)
+    return words[row, place >> 2] >> 8 * (place & 3) & 0xFF
+
+
+def sign_bytes(key: tuple[int, int], step: int, number: int, start: int, stop: int, device: torch.device) -> torch.Tensor:
+    """One byte for each flat index start <= i < stop, as int64: bit k is set where z = +1 in direction 8 ``number`` + k."""
+    index = torch.arange(start, stop, dtype=torch.int64, device=device)
+    return _sign_call(key, step, _PURPOSE_SIGNS + number, index)
+
+
+def sign_rounding_bits(key: tuple[int, int], step: int, start: int, stop: int, device: torch.device) -> torch.Tensor:
+    """16 random bits, for rounding, as int32: of an even index and the next one the same, two bytes of a Philox call.
+
+    Sharing them ties two roundings, but not two directions: the signs of neighbours stay independent.
+    """
+    even = torch.arange(start, stop, dtype=torch.int64, device=device) & -2
+    low, high = (_sign_call(key, step, _PURPOSE_SIGN_ROUNDING, even + i) for i in range(2))
+    return (low | high << 8).to(torch.int32)
+
+
+def _sign_rounding(key, step, start, stop, weight: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+    if weight.dtype == torch.float32 or rounding is Rounding.NEAREST:
+        return torch.zeros((), dtype=torch.int32, device=weight.device)  # nobody looks
+    return sign_rounding_bits(key, step, start, stop, weight.device)
+
+
+def signs_(out: torch.Tensor, *, key: tuple[int, int], step: int, start: int, direction: int) -> None:
+    """Fill an fp32 tensor of n elements with the signs +1 and -1 of the flat indices start <= i < start + n."""
+    for part, lo, hi in _chunks(out.numel(), start):
+        byte = sign_bytes(key, step, direction >> 3, lo, hi, out.device)
+        out[part] = ((byte >> (direction & 7) & 1) * 2 - 1).to(torch.float32)
+
+
+def perturb_signs_(
+    out: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    key: tuple[int, int],
+    step: int,
+    start: int,
+    direction: int,
+    scale: float,
+    rounding: Rounding,
+) -> None:
+    """out = weight + scale * z with z = +1 or -1 in ``direction``, rounded once. Tensors as for ``perturb_``.
+
+    Stochastic rounding is mirrored: where scale * z is negative it takes the complement of the bits, which are the same for all
+    directions of a step. So the two values of an element lie at the same distance from the weight, whose mean is |scale|, and
+    no direction is seen with an offset of its own.
+    """
+    for part, lo, hi in _chunks(weight.numel(), start):
+        byte = sign_bytes(key, step, direction >> 3, lo, hi, weight.device)
+        delta = torch.where((byte >> (direction & 7) & 1) == 1, scale, -scale).to(torch.float32)
+        w = _sign_rounding(key, step, lo, hi, out, rounding) ^ torch.where(delta.signbit(), 0xFFFF, 0).to(torch.int32)
+        out[part] = round_to(weight[part].to(torch.float32) + delta, out.dtype, rounding, w)
+
+
+def update_signs_(
+    weight: torch.Tensor,
+    table: SignTable,
+    *,
+    key: tuple[int, int],
+    step: int,
+    start: int,
+    lr_decay: float,
+    rounding: Rounding,
+) -> None:
+    """weight -= d + lr_decay * weight, written once, in place; d = the sum of what the table's rows say, in their order."""
+    rows = torch.tensor(table.rows, dtype=torch.float32, device=weight.device)
+    for part, lo, hi in _chunks(weight.numel(), start):
+        d = None
+        for number, row in enumerate(rows):
+            byte = sign_bytes(key, step, number, lo, hi, weight.device)
+            found = row[byte & 15] + row[16 + (byte >> 4)]
+            d = found if d is None else d + found
+        x = weight[part].to(torch.float32)
+        w = _sign_rounding(key, step, lo, hi, weight, rounding)
+        weight[part] = round_to(x - (d + x * lr_decay), weight.dtype, rounding, w)

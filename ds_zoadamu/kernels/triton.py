@@ -1,6 +1,6 @@
 """The kernels for NVIDIA GPUs, in Triton: same functions and same bits as reference.py. Device code: triton_jit.py.
 
-``load()`` says whether they can work here, and waits for the device once. The three functions then only queue work on the
+``load()`` says whether they can work here, and waits for the device once. The operations then only queue work on the
 current stream: they never wait and never copy from pageable memory. The steps that a replayed momentum is made of lie in a
 small table on the device, made once for each direction, device and stream.
 
@@ -11,7 +11,6 @@ handled as integers.
 
 import functools
 import importlib.util
-import os
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -19,16 +18,18 @@ from contextlib import nullcontext
 import torch
 
 from .checks import check_position, check_step
+from .triton_common import NUM_WARPS, WEIGHT_DTYPES, check_tensor, compile_options, interpreting, signed
+from .triton_signs import perturb_signs_, signs_, update_signs_
 from .types import Recurrence, Rounding
+
+__all__ = ["backend_name", "is_available", "load", "noise_", "perturb_", "perturb_signs_", "signs_", "update_", "update_signs_"]
 
 MINIMUM_VERSION = (3, 2)
 MINIMUM_CAPABILITY = (7, 0)
 
-_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MOMENTUM_DTYPES = (*_WEIGHT_DTYPES, torch.int8)
-_NUM_WARPS = 4
+_MOMENTUM_DTYPES = (*WEIGHT_DTYPES, torch.int8)
 # Pairs of a chunk: one a lane, so that every tensor has the same layout in registers, whatever its dtype.
-_BLOCK = 32 * _NUM_WARPS
+_BLOCK = 32 * NUM_WARPS
 # Chunks of a program: spreads what a program does once, and gives independent work to overlap.
 _CHUNKS = 4
 
@@ -83,7 +84,7 @@ def load() -> None:
     Raises TritonUnavailable.
     """
     _check_version(_triton_version())
-    if _interpreting():
+    if interpreting():
         return
     if not torch.cuda.is_available():
         raise _unavailable("torch finds no NVIDIA GPU")
@@ -112,37 +113,13 @@ def backend_name() -> str:
     return f"triton-{_triton_version()}"
 
 
-def _interpreting() -> bool:
-    """Whether Triton runs the kernels by numpy on the CPU: for tests, decided before Triton's first import in a process."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 # ---------------------------------------------------------------- arguments
-
-
-def _check_tensor(thing: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], like: torch.Tensor) -> None:
-    if tensor.device != like.device or not (tensor.is_cuda or _interpreting()):
-        raise ValueError(f"{thing} is on {tensor.device}; the Triton kernels need all tensors on one GPU")
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{thing} is {tensor.dtype}; it must be one of {', '.join(map(str, dtypes))}")
-    if tensor.dim() != 1 or not tensor.is_contiguous():
-        raise ValueError(
-            f"{thing} has shape {tuple(tensor.shape)} and stride {tensor.stride()}; it must be flat and contiguous: "
-            "pass x.view(-1)"
-        )
-    if tensor.numel() != like.numel():
-        raise ValueError(f"{thing} has {tensor.numel()} elements where the other tensors have {like.numel()}")
 
 
 def _check_direction(direction: Recurrence) -> None:
     if not direction.steps:
         raise ValueError("direction has no steps; the last one must be the step to take")
     check_step(direction.steps[-1].step)
-
-
-def _signed(word: int) -> int:
-    """A 32-bit word as the int32 with the same bits: a larger int would be passed as int64, to another variant of a kernel."""
-    return word - (1 << 32) if word >= 1 << 31 else word
 
 
 # ---------------------------------------------------------------- the table of older steps
@@ -169,7 +146,7 @@ def _table(direction: Recurrence, device: torch.device) -> torch.Tensor | None:
         check_step(c.step)
     scalars = [(c.sqrt_alpha, c.sqrt_one_minus_alpha, c.beta1, c.one_minus_beta1) for c in older]
     table = torch.zeros(len(older), 8, dtype=torch.int32)
-    table[:, 0] = torch.tensor([_signed(c.step) for c in older], dtype=torch.int32)
+    table[:, 0] = torch.tensor([signed(c.step) for c in older], dtype=torch.int32)
     table[:, 1:5] = torch.tensor(scalars, dtype=torch.float32).view(torch.int32)
     if device.type == "cuda":
         table = table.pin_memory().to(device, non_blocking=True)
@@ -203,7 +180,7 @@ def _place(start: int, num_full: int, tail: int, words: bool) -> dict[str, objec
     return {
         "num_full": num_full,
         "tail": tail,
-        "pair_low": _signed(pair & 0xFFFFFFFF),
+        "pair_low": signed(pair & 0xFFFFFFFF),
         "pair_high": pair >> 32,
         "ODD": start % 2,
         "WORDS": words,
@@ -216,7 +193,7 @@ def _direction_arguments(direction: Recurrence, device: torch.device) -> dict[st
     return {
         "table": _table(direction, device),
         "num_older": len(direction.steps) - 1,
-        "step": _signed(c.step),
+        "step": signed(c.step),
         "sqrt_alpha": c.sqrt_alpha,
         "sqrt_rest": c.sqrt_one_minus_alpha,
         "beta1": c.beta1,
@@ -227,34 +204,17 @@ def _direction_arguments(direction: Recurrence, device: torch.device) -> dict[st
 
 
 @functools.cache
-def _compile_options(divides: bool) -> dict[str, object]:
-    """What keeps the compiler from changing bits.
-
-    No a * b + c in one rounding, and no flushing of subnormal numbers in div_rn and sqrt_rn. Triton < 3.6 cannot be told the
-    latter: there a quotient below 1e-38 is 0. It is left alone where nothing is divided, since rsqrt would get slower.
-    """
-    if _interpreting():
-        return {}
-    from triton.backends.nvidia.compiler import CUDAOptions
-
-    options = {"num_warps": _NUM_WARPS, "enable_fp_fusion": False}
-    if divides and "enable_reflect_ftz" in CUDAOptions.__dataclass_fields__:
-        options["enable_reflect_ftz"] = False
-    return options
-
-
-@functools.cache
 def _fast_root() -> bool:
     """Whether the quick way to the root gives the right bits on the current GPU, tried once on all 2**24 inputs.
 
     Waits for the device. Not in the interpreter, whose fma rounds twice.
     """
-    if _interpreting():
+    if interpreting():
         return False
     from . import triton_jit
 
     num_wrong = torch.empty((1 << 24) // 1024, dtype=torch.int32, device="cuda")
-    triton_jit.root_check_kernel[(num_wrong.numel(),)](num_wrong, BLOCK=1024, **_compile_options(divides=False))
+    triton_jit.root_check_kernel[(num_wrong.numel(),)](num_wrong, BLOCK=1024, **compile_options(divides=False))
     return not num_wrong.any().item()
 
 
@@ -270,28 +230,28 @@ def _launch(name: str, tensors: dict[str, torch.Tensor | None], key: tuple[int, 
         for first, grid, place in _parts(numel, start, aligned):
             getattr(triton_jit, name)[(grid,)](
                 **{name: t if t is None or first == 0 else t[first:] for name, t in tensors.items()},
-                key0=_signed(key[0]),
-                key1=_signed(key[1]),
+                key0=signed(key[0]),
+                key1=signed(key[1]),
                 **arguments,
                 **place,
                 BLOCK=_BLOCK,
                 FAST_ROOT=_fast_root(),
-                **_compile_options(divides=name == "update_kernel"),
+                **compile_options(divides=name == "update_kernel"),
             )
 
 
-# ---------------------------------------------------------------- the three operations
+# ---------------------------------------------------------------- the operations with normal numbers
 
 
 def noise_(xi1: torch.Tensor, xi2: torch.Tensor, *, key: tuple[int, int], step: int, start: int) -> None:
     """See reference.noise_. Raises TypeError or ValueError for tensors or numbers that do not fit."""
-    _check_tensor("xi1", xi1, (torch.float32,), xi1)
-    _check_tensor("xi2", xi2, (torch.float32,), xi1)
+    check_tensor("xi1", xi1, (torch.float32,), xi1)
+    check_tensor("xi2", xi2, (torch.float32,), xi1)
     check_position(key, start, xi1.numel())
     check_step(step)
     if xi1.numel() == 0:
         return
-    _launch("noise_kernel", {"xi1": xi1, "xi2": xi2}, key, start, step=_signed(step))
+    _launch("noise_kernel", {"xi1": xi1, "xi2": xi2}, key, start, step=signed(step))
 
 
 def perturb_(
@@ -306,10 +266,10 @@ def perturb_(
     rounding: Rounding,
 ) -> None:
     """See reference.perturb_. Raises TypeError or ValueError for tensors or numbers that do not fit."""
-    _check_tensor("weight", weight, _WEIGHT_DTYPES, weight)
-    _check_tensor("out", out, _WEIGHT_DTYPES, weight)
+    check_tensor("weight", weight, WEIGHT_DTYPES, weight)
+    check_tensor("out", out, WEIGHT_DTYPES, weight)
     if momentum is not None:
-        _check_tensor("momentum", momentum, _MOMENTUM_DTYPES, weight)
+        check_tensor("momentum", momentum, _MOMENTUM_DTYPES, weight)
     check_position(key, start, weight.numel())
     _check_direction(direction)
     if weight.numel() == 0:
@@ -341,9 +301,9 @@ def update_(
     rounding: Rounding,
 ) -> None:
     """See reference.update_. Raises TypeError or ValueError for tensors or numbers that do not fit."""
-    _check_tensor("weight", weight, _WEIGHT_DTYPES, weight)
+    check_tensor("weight", weight, WEIGHT_DTYPES, weight)
     if momentum is not None:
-        _check_tensor("momentum", momentum, _MOMENTUM_DTYPES, weight)
+        check_tensor("momentum", momentum, _MOMENTUM_DTYPES, weight)
     check_position(key, start, weight.numel())
     _check_direction(direction)
     if weight.numel() == 0 or (momentum is None and not write_weight):

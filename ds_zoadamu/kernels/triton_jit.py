@@ -37,12 +37,13 @@ _COS0, _COS1, _COS2 = (tl.constexpr(2.0 * c) for c in reference.COS)
 
 
 @triton.jit
-def _philox(pair, step, key0, key1):
-    """Philox-4x32-10 of counter (pair, pair >> 32, step, 0): four uint32 blocks. pair: int64 block; step and keys: uint32."""
+def _philox(pair, step, key0, key1, purpose=0):
+    """Philox-4x32-10 of counter (pair, pair >> 32, step, purpose): four uint32 blocks. pair: int64 block; step and keys:
+    uint32."""
     c0 = pair.to(tl.uint32)
     c1 = (pair >> 32).to(tl.uint32)
     c2 = tl.zeros_like(c0) + step
-    c3 = tl.zeros_like(c0)
+    c3 = tl.zeros_like(c0) + purpose
     for _ in tl.static_range(10):
         # One wide product instead of a high and a low one: a single instruction (mul.wide.u32).
         p0 = c0.to(tl.uint64) * _PHILOX_M0

@@ -3,6 +3,7 @@
 import enum
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -58,3 +59,29 @@ class Recurrence:
     steps: tuple[StepScalars, ...]
     decode_scale: float = 1.0
     encode_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class SignTable:
+    """What a step along several directions of signs does to an element, by the element's bytes of sign noise.
+
+    rows: one for each eight directions, of 32 fp32 numbers: at v < 16 the sum over the row's directions k < 4 of c_k where bit
+    k of v is set, and of -c_k where it is not; at 16 + v the same over the other four. A byte's two halves give the two numbers
+    whose sum is the step.
+    """
+
+    rows: tuple[tuple[float, ...], ...]
+
+    @classmethod
+    def of(cls, coefficients: Sequence[float]) -> "SignTable":
+        """For the coefficients c_k of the directions. Each number is a sum in fp64, in the order of the directions, rounded
+        once."""
+        fours = [coefficients[first : first + 4] for first in range(0, len(coefficients), 4)]
+        if len(fours) % 2:
+            fours.append(())
+        halves = [tuple(fp32(_signed_sum(four, half)) for half in range(16)) for four in fours]
+        return cls(tuple(low + high for low, high in zip(halves[0::2], halves[1::2], strict=True)))
+
+
+def _signed_sum(coefficients: Sequence[float], bits: int) -> float:
+    return sum((c if bits >> k & 1 else -c for k, c in enumerate(coefficients)), start=0.0)

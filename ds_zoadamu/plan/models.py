@@ -1,4 +1,4 @@
-"""The configuration of a causal language model: OPT's built in, others from a folder or the hub."""
+"""The configuration of a language model: OPT's built in, others from a folder or the hub."""
 
 from pathlib import Path
 

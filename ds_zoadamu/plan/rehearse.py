@@ -66,7 +66,9 @@ def reduced(config, layers: int):
         raise ConfigError(
             f"--rehearse: {type(text).__name__} has no num_hidden_layers; rehearse another model of the same width"
         )
-    text.num_hidden_layers = min(layers, text.num_hidden_layers)
+    for name in ("num_hidden_layers", "num_decoder_layers", "decoder_layers"):
+        if isinstance(getattr(text, name, None), int):
+            setattr(text, name, min(layers, getattr(text, name)))
     if isinstance(getattr(text, "layer_types", None), list):
         text.layer_types = text.layer_types[: text.num_hidden_layers]
     return config
@@ -107,12 +109,12 @@ def _measure(
 ) -> tuple[dict[str, int], str, tuple[float, ...]]:
     import torch
     from deepspeed.accelerator import get_accelerator
-    from transformers import AutoModelForCausalLM
 
+    from ..hf.kinds import model_kind
     from ..initialization import initialize
-    from ..training.memory import PeakMemory
     from ..zero3.hf import zero3_known
     from ..zero3.partition import stored_weight_bytes
+    from ..zero3.peak_memory import PeakMemory
     from ..zero3.start import init_distributed
 
     ensure_launched()
@@ -124,7 +126,7 @@ def _measure(
     nvme.prepare(config)  # Transformers partitions the model before an engine could check
     before = PeakMemory().report()["resident_baseline"]
     with zero3_known(config.deepspeed):  # Transformers builds into partitions
-        model = AutoModelForCausalLM.from_config(model_config, dtype=config.dtype)
+        model = model_kind(model_config).auto.from_config(model_config, dtype=config.dtype)
         if adapter is not None:
             model = with_adapter(model, adapter, config.dtype)
     engine = initialize(model=model, config=config)[0]

@@ -29,12 +29,13 @@ class ParameterSize:
 
 
 def meta_model(config, dtype: str = "bf16") -> torch.nn.Module:
-    """The causal language model of a Transformers configuration on the meta device, in evaluation mode. Raises ConfigError."""
-    from transformers import AutoModelForCausalLM
+    """The language model of a Transformers configuration on the meta device, in evaluation mode. Raises ConfigError."""
+    from ..hf.kinds import model_kind
 
+    auto = model_kind(config).auto
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], trust_remote_code=False).eval()
+            return auto.from_config(config, dtype=DTYPES[dtype], trust_remote_code=False).eval()
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise ConfigError(
             f"the model cannot be built from its configuration ({type(config).__name__}): {str(error).splitlines()[0]}"

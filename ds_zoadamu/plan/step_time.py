@@ -9,6 +9,8 @@ NOISE_INSTRUCTIONS = 130
 """GPU instructions for one element's two normal numbers, counted from kernels/reference.py: half a Philox-4x32-10 (10 rounds of
 2 wide products, 4 xors, 2 key sums: 40 of 80), and the polynomials of ln, sin and cos, the root and the recurrence (about
 90)."""
+SIGN_INSTRUCTIONS = 5
+"""For one element's byte of signs, a sixteenth of a Philox-4x32-10."""
 OTHER_INSTRUCTIONS = 30
 """For one element beside its noise: loads, rounding, store."""
 
@@ -90,7 +92,8 @@ def estimate_step(
     flop = passes * tokens * (2 * model.numel + 4 * layers * hidden * plan.length)
     received = passes * plan.traffic_numel * model.itemsize * (plan.world_size - 1) / plan.world_size
     trained = sum(size.real_numel(0, plan.world_size) for size in model.sizes if size.trained)
-    elements = accumulation * len(along) * plan.perturbed_numel + len(set(along)) * trained
+    passes_of_update = 1 if plan.rule.signs else len(set(along))
+    elements = accumulation * len(along) * plan.perturbed_numel + passes_of_update * trained
     from_host = 0.0
     if offload:
         moved = _moved_from_host(model, plan, accumulation, trained)
@@ -102,7 +105,7 @@ def estimate_step(
         forward=flop / (hardware.tflops * 1e12 * hardware.efficiency),
         gather=received / (hardware.link_gb * 1e9 * hardware.link_efficiency),
         noise=elements
-        * (NOISE_INSTRUCTIONS * plan.rule.noise_steps() + OTHER_INSTRUCTIONS)
+        * ((SIGN_INSTRUCTIONS if plan.rule.signs else NOISE_INSTRUCTIONS) * plan.rule.noise_steps() + OTHER_INSTRUCTIONS)
         / (hardware.instructions * 1e12 * hardware.efficiency),
         host=from_host,
     )

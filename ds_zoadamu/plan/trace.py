@@ -100,7 +100,8 @@ def trace_forward(module: torch.nn.Module, batch: int, length: int) -> ForwardTr
 
     Raises ConfigError where the length is more than the model has positions for.
     """
-    limit = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+    config = getattr(module, "config", None)
+    limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and length > limit:
         raise ConfigError(f"--seq {length}: the model has {limit} positions; choose --seq <= {limit}")
     index_of = {id(p): i for i, (_, p) in enumerate(module.named_parameters())}
@@ -122,8 +123,9 @@ def trace_forward(module: torch.nn.Module, batch: int, length: int) -> ForwardTr
                 stack.callback(m.register_forward_hook(mark(False, number)).remove)
             with torch.no_grad(), _AsOnAGpu(), counter:
                 ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
-                # use_cache: the engine's forward keeps no keys and values either.
-                module(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.zeros_like(ids), use_cache=False)
+                # A decoder of its own is given as many. use_cache: the engine's forward keeps no keys and values either.
+                decoder = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
+                module(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids.clone(), use_cache=False, **decoder)
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
         return ForwardTrace(_by_definition(module, modules), parameters, batch, length, exact=False)
     last = counter.take_peak()

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from ..errors import ConfigError, shown, unknown_keys_message
@@ -16,9 +16,12 @@ MAX_STEP = 2**32 - 1
 """The step is one 32-bit word of the noise counter."""
 
 
-def option(check: Check, **default: Any) -> Any:
-    """A field of a RuleConfig; required without ``default=`` or ``default_factory=``."""
-    return field(metadata={"check": check}, **default)
+def option(check: Check, *, added: bool = False, **default: Any) -> Any:
+    """A field of a RuleConfig; required without ``default=`` or ``default_factory=``.
+
+    ``added``: to a rule that had journals already, with a default that does what the rule did before.
+    """
+    return field(metadata={"check": check, "added": added}, **default)
 
 
 def number(low: float, high: float = math.inf, *, above: bool = False, why: str = "") -> Check:
@@ -143,6 +146,11 @@ class RuleConfig:
     def names(cls) -> set[str]:
         """Of all options."""
         return {f.name for f in fields(cls)}
+
+    def recorded(self) -> dict[str, Any]:
+        """The options as a journal's header has them: an added one at its default is left out, as in the headers before it."""
+        left_out = {f.name for f in fields(self) if f.metadata["added"] and getattr(self, f.name) == f.default}
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
     @classmethod
     def complete(cls, where: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a rule is. An engine, a replay, a plan and a test use it alike: none of them knows what its numbers mean."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import kernels
-from ..kernels import Recurrence, Rounding, fp32, round_grad
+from ..kernels import NOISE_VERSION, SIGN_NOISE_VERSION, Recurrence, Rounding, SignTable, fp32, round_grad
 from .noise import parameter_keys
 from .options import RuleConfig, set_at
 
@@ -48,7 +49,8 @@ class Evaluation:
 class Update:
     """What a step does, the same for every element of a parameter group.
 
-    ``direction``: what ``Rule.direction`` says of the step; ``projected_grads``: one a direction, None for a skipped step.
+    ``direction``: what ``Rule.direction`` says of the step; ``projected_grads``: one a direction, None for a skipped step;
+    ``scalars``: what the rule carried before the step.
     """
 
     step: int
@@ -56,6 +58,7 @@ class Update:
     lr: float
     weight_decay: float
     projected_grads: tuple[float, ...] | None
+    scalars: Scalars = ()
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,19 @@ class Rule(ABC):
     config_class: type[RuleConfig] = RuleConfig
     normalize = False
     sigma = 0.0
+    signs = False
+    """Whether a step's noise is signs: the directions share one key, and the update is one pass for all of them."""
+    usual_lrs: tuple[float, ...] = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4)
+    """What a search tries where nothing is said; the first one takes the place of "auto"."""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        needed = next(base for base in cls.__mro__[1:] if issubclass(base, Rule)).config_class
+        if not issubclass(cls.config_class, needed):
+            raise TypeError(
+                f"{cls.__name__}.config_class is {cls.config_class.__name__}, which must inherit from {needed.__name__}: the "
+                "rule that it subclasses asks for those options"
+            )
 
     def __init__(self, **options: Any):
         self.config = self.config_class.parse(options, where=self.name)
@@ -90,6 +106,11 @@ class Rule(ABC):
     def name(self) -> str:
         """As in a JSON's "type" and a journal's header."""
         return type(self).__name__
+
+    @property
+    def noise_version(self) -> int:
+        """Of the map that the rule's noise comes from, for a journal's header."""
+        return SIGN_NOISE_VERSION if self.signs else NOISE_VERSION
 
     # --- what lasts between steps
 
@@ -170,14 +191,14 @@ class Rule(ABC):
         plus, minus = plus or minus, minus or plus
         return sum(plus) / len(plus), sum(minus) / len(minus)
 
-    def figures(self, step: int) -> dict[str, float]:
-        """What of the rule is worth logging at ``step``, by name; ``effective_zo_eps`` is zo_eps times the standard deviation
+    def figures(self, update: Update) -> dict[str, float]:
+        """What of the rule is worth logging at a step, by name; ``effective_zo_eps`` is zo_eps times the standard deviation
         of m_t."""
         return {"effective_zo_eps": self.config.zo_eps}
 
     def keys(self, names: Iterable[str]) -> dict[str, Keys]:
         """The noise keys of parameters by name. Raises ValueError where two streams of noise would share one."""
-        return parameter_keys(self.config.seed, names, self.config.num_perturbations)
+        return parameter_keys(self.config.seed, names, 1 if self.signs else self.config.num_perturbations)
 
     def perturb_(
         self,
@@ -189,6 +210,21 @@ class Rule(ABC):
         evaluation: Evaluation,
     ) -> None:
         """Write the weight at which ``evaluation`` takes the loss into ``out``. Tensors as for ``kernels.perturb_``."""
+        scale = fp32(evaluation.coefficient * self.config.zo_eps)
+        rounding = Rounding[self.config.perturbation_rounding.upper()]
+        if self.signs:
+            step, key = direction.steps[-1].step, elements.keys[0]
+            kernels.perturb_signs_(
+                out,
+                weight,
+                key=key,
+                step=step,
+                start=elements.start,
+                direction=evaluation.direction,
+                scale=scale,
+                rounding=rounding,
+            )
+            return
         kernels.perturb_(
             out,
             weight,
@@ -196,8 +232,8 @@ class Rule(ABC):
             direction,
             key=elements.keys[evaluation.direction],
             start=elements.start,
-            scale=fp32(evaluation.coefficient * self.config.zo_eps),
-            rounding=Rounding[self.config.perturbation_rounding.upper()],
+            scale=scale,
+            rounding=rounding,
         )
 
     def update_(self, weight: torch.Tensor, state: State, elements: Elements, update: Update) -> None:
@@ -206,6 +242,8 @@ class Rule(ABC):
         The directions are applied one after the other, each with lr / q, and the decay comes with the first. A skipped step
         leaves every bit of the weight and advances the state.
         """
+        if self.signs:
+            return self._update_signs(weight, elements, update)
         grads, count = update.projected_grads, len(elements.keys)
         for index, key in enumerate(elements.keys):
             kernels.update_(
@@ -221,6 +259,24 @@ class Rule(ABC):
                 write_weight=grads is not None,
                 rounding=Rounding[self.config.update_rounding.upper()],
             )
+
+    def _update_signs(self, weight: torch.Tensor, elements: Elements, update: Update) -> None:
+        """Along all directions at once: there is no state, so nothing else is left to do for a skipped step."""
+        if update.projected_grads is None:
+            return
+        count = len(update.projected_grads)
+        kernels.update_signs_(
+            weight,
+            _table(tuple(update.lr * grad / count for grad in update.projected_grads)),
+            key=elements.keys[0],
+            step=update.step,
+            start=elements.start,
+            lr_decay=fp32(update.lr * update.weight_decay),
+            rounding=Rounding[self.config.update_rounding.upper()],
+        )
+
+
+_table = functools.lru_cache(maxsize=16)(SignTable.of)  # the same for all partitions of a group
 
 
 def _momentum(direction: int) -> str:

@@ -10,7 +10,7 @@ from ..errors import ConfigError, shown
 from ..kernels.types import Recurrence, fp32
 from .moments import INT8_RANGE, TORCH_DTYPES
 from .options import MAX_STEP, RuleConfig, choice, integer, number, option, optional, parse_fields
-from .rule import Rule, Scalars, Storage
+from .rule import Rule, Scalars, Storage, Update
 from .schedules import Schedule
 
 MOMENTUM_DTYPES = (*TORCH_DTYPES, "replay")
@@ -165,8 +165,8 @@ class ZOAdaMU(Rule):
     def remark(self) -> str:
         return f"replay's K would be {self.window} (max_window {self.config.momentum.max_window})"
 
-    def figures(self, step: int) -> dict[str, float]:
-        schedule = self.schedule
+    def figures(self, update: Update) -> dict[str, float]:
+        schedule, step = self.schedule, update.step
         return {
             "alpha": schedule.alpha(step),
             "beta1": schedule.beta1(step),

@@ -64,9 +64,9 @@ class ZOAdaMUGradient(Rule):
     def direction(self, step: int, scalars: Scalars = ()) -> Recurrence:
         return recurrence(step)
 
-    def figures(self, step: int) -> dict[str, float]:
-        schedule = self.schedule
-        return super().figures(step) | {"beta1": schedule.beta1(step), "beta2": schedule.beta2(step)}
+    def figures(self, update: Update) -> dict[str, float]:
+        schedule, step = self.schedule, update.step
+        return super().figures(update) | {"beta1": schedule.beta1(step), "beta2": schedule.beta2(step)}
 
     def update_(self, weight: torch.Tensor, state: State, elements: Elements, update: Update) -> None:
         if update.projected_grads is None:

@@ -139,10 +139,10 @@ class ZOAdaptive(Rule):
         beta1 = self._beta1
         return (1.0 - beta1) * math.sqrt((1.0 - beta1 ** (2 * step)) / (1.0 - beta1 * beta1))
 
-    def figures(self, step: int) -> dict[str, float]:
+    def figures(self, update: Update) -> dict[str, float]:
         if self.on_gradient:
-            return super().figures(step)
-        return {"effective_zo_eps": self.config.zo_eps * self._momentum_std(step) / (1.0 - self._beta1**step)}
+            return super().figures(update)
+        return {"effective_zo_eps": self.config.zo_eps * self._momentum_std(update.step) / (1.0 - self._beta1**update.step)}
 
     def perturb_(self, out, weight, state: State, elements: Elements, direction: _Step, evaluation: Evaluation) -> None:
         coefficient = evaluation.coefficient * direction.scale

@@ -11,7 +11,7 @@ from ds_zoadamu.tasks.classification import ClassificationTask
 from ds_zoadamu.tasks.errors import InputError
 from ds_zoadamu.tasks.objectives import mean_over_tokens
 from ds_zoadamu.tasks.options import OptionEncoder, model_max_length, padding_id
-from ds_zoadamu.tasks.prompts import PromptRow, padded
+from ds_zoadamu.tasks.prompts import PromptRow, limited, padded
 from ds_zoadamu.tasks.scoring import on_device
 from ds_zoadamu.tasks.templates import MASK, filled
 
@@ -66,8 +66,7 @@ class MaskedEncoder:
             InputError: the mask is behind the model's limit; a text that holds a mask itself; a token that the embedding does
                 not hold.
         """
-        names, mask = self._task.columns, self._tokenizer.mask_token_id
-        texts = {name: self._cut(name, text) for name, text in zip(names, row.texts, strict=True)}
+        mask, texts = self._tokenizer.mask_token_id, limited(self._tokenizer, self._task, row.texts)
         body = self._options.ids(filled(self._task.template, {**texts, MASK: self._tokenizer.mask_token}))
         if body.count(mask) != 1:
             raise InputError(
@@ -94,16 +93,6 @@ class MaskedEncoder:
                 "tokenizer; a mask stands for one token: give a word that is one, with its leading space"
             )
         return ids[0]
-
-    def _cut(self, name: str, text: str) -> str:
-        """A column's text up to the tokens that the task lets it have."""
-        limit = self._task.fields.get(name, {}).get("max_tokens")
-        if limit is None or len(self._options.ids(text)) <= limit:
-            return text
-        if not self._tokenizer.is_fast:
-            raise InputError(f"fields.{name}.max_tokens: {type(self._tokenizer).__name__} does not say where its tokens stand")
-        spans = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-        return text[: spans[limit - 1][1]]
 
 
 class MaskedCollator:
@@ -156,7 +145,12 @@ def _vocabulary_at(model, rows: torch.Tensor, positions: torch.Tensor) -> Iterat
     if head is None:
         yield
         return
-    handle = head.register_forward_pre_hook(lambda _, given: (given[0][rows, positions].unsqueeze(1), *given[1:]))
+
+    def only_at(_, given: tuple) -> tuple | None:
+        hidden, *others = given
+        return (hidden[rows, positions].unsqueeze(1), *others) if hidden.dim() == 3 else None
+
+    handle = head.register_forward_pre_hook(only_at)
     try:
         yield
     finally:

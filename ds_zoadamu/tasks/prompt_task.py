@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 from ds_zoadamu.errors import printed, shown, unknown_keys_message
@@ -63,10 +64,6 @@ class PromptTask(TemplateTask):
             limit = field.get("max_tokens")
             if limit is not None and (type(limit) is not int or limit < 1):
                 raise InputError(f"{where}: fields.{name}.max_tokens must be a number of at least 1, got {shown(limit)}")
-            if limit is not None and name in self.columns and not self.has_mask:
-                raise InputError(
-                    f"{where}: fields.{name}.max_tokens is for templates with {{mask}}; other prompts are cut whole"
-                )
         if self.masked is not None:
             self._check_masked()
 
@@ -108,12 +105,12 @@ class PromptTask(TemplateTask):
         changes = self.masked if kind is MASKED and self.masked else {}
         return dataclasses.replace(self, **{**changes, "masked": None})
 
-    @property
+    @cached_property  # read for every row
     def has_mask(self) -> bool:
         """Whether the template is one for masked models."""
         return MASK in super().columns
 
-    @property
+    @cached_property
     def columns(self) -> tuple[str, ...]:
         """As of `TemplateTask`, without the mask."""
         return tuple(name for name in super().columns if name != MASK)
@@ -159,9 +156,9 @@ class PromptTask(TemplateTask):
                 f"{where}: column {shown(self.label_column)} has the label {shown(found)}; "
                 f"task {self.name!r} knows {', '.join(map(printed, self.label_words))}"
             )
-        if not self.has_mask:
-            return PromptRow(filled(self.template, values), label)
-        return PromptRow(filled(self.template, {**values, MASK: f"{{{MASK}}}"}), label, tuple(values.values()))
+        prompt = filled(self.template, {**values, MASK: f"{{{MASK}}}"})
+        later = self.has_mask or any("max_tokens" in self.fields.get(name, {}) for name in self.columns)
+        return PromptRow(prompt, label, tuple(values.values()) if later else ())
 
 
 def label_words_from(words: object, where: str) -> dict[str, str]:

@@ -15,7 +15,8 @@ class PromptRow:
     """One prompt (the filled template) and its class index.
 
     Attributes:
-        texts: for masked models, the text of each of the template's columns.
+        texts: of each of the template's columns, where the prompt is made when it is encoded: one with a mask, or with a limit
+            of a column's tokens.
     """
 
     prompt: str
@@ -56,6 +57,7 @@ class PromptEncoder:
 
     def __init__(self, tokenizer, task, max_length: int | None, vocab_size: int | None = None, encoder: type = OptionEncoder):
         self._options, self._words = encoder(tokenizer, "label word", max_length, vocab_size), task.words
+        self._tokenizer, self._task = tokenizer, task
         needed = self._options.least(tail_of(task.template), task.words)
         if max_length is not None and max_length < needed:
             raise InputError(
@@ -76,7 +78,9 @@ class PromptEncoder:
         Raises:
             InputError: as `OptionEncoder.encode`; label words with the same tokens behind this prompt.
         """
-        context, candidates = self._options.encode(row.prompt, self._words)
+        texts = limited(self._tokenizer, self._task, row.texts)
+        prompt = filled(self._task.template, texts) if texts else row.prompt
+        context, candidates = self._options.encode(prompt, self._words)
         self._check_different(candidates)
         return EncodedExample(context, candidates, row.label)
 
@@ -140,6 +144,24 @@ class PromptCollator:
             "token_mask": token_mask,
             "labels": labels,
         }
+
+
+def limited(tokenizer, task, texts: Sequence[str]) -> dict[str, str]:
+    """The texts of a template's columns by name, each up to the number of tokens that `max_tokens` of its field says.
+
+    Raises:
+        InputError: a tokenizer that does not say where in a text its tokens stand.
+    """
+    found = {}
+    for name, text in zip(task.columns if texts else (), texts, strict=True):
+        limit = task.fields.get(name, {}).get("max_tokens")
+        if limit is not None and len(tokenizer(text, add_special_tokens=False).input_ids) > limit:
+            if not tokenizer.is_fast:
+                raise InputError(f"fields.{name}.max_tokens: {type(tokenizer).__name__} does not say where its tokens stand")
+            spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+            text = text[: spans[limit - 1][1]]
+        found[name] = text
+    return found
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -123,7 +123,7 @@ class TaskData(Protocol):
 
         Args:
             tokenizer: a Hugging Face tokenizer.
-            model_config: of the language model.
+            model_config: the model's Transformers configuration; `hf.kinds.language_part` knows which kind of model it is of.
             max_length: the user's limit of tokens; None: the model's.
             batch_size: examples in a forward of an evaluation.
 

@@ -43,15 +43,20 @@ def load_splits(
         InputError: as `task.rows`; fewer rows than asked for; examples a class beside other numbers, of a task without classes,
             or of a class that has none.
     """
-    pool, test = task.rows("train", data_dir), task.rows("validation", data_dir)
-    random.Random(seed).shuffle(pool)
     if examples_per_class is not None and (num_train or num_dev):
         raise InputError("--examples_per_class says how many --num_train and --num_dev are: give it or these")
     if examples_per_class is None and num_train is None and num_dev is None:
         examples_per_class = getattr(task, "examples_per_class", None)
+    if examples_per_class is not None and not hasattr(task, "label_words"):
+        raise InputError(
+            f"--examples_per_class {examples_per_class}: task {task.name!r} has no classes; give --num_train and --num_dev"
+        )
+    pool, test = task.rows("train", data_dir), task.rows("validation", data_dir)
+    random.Random(seed).shuffle(pool)
+    num_test = num_test or getattr(task, "num_test", None)
     if examples_per_class is not None:
         train, dev = balanced(task, pool, examples_per_class)
-        return {"train": train, "dev": dev, "test": drawn(test, num_test or getattr(task, "num_test", None) or NUM_TEST, seed)}
+        return {"train": train, "dev": dev, "test": drawn(test, num_test or NUM_TEST, seed)}
     most, least = sizes(len(pool), num_train, num_dev, getattr(task, "num_dev", None)), (num_train or 1, num_dev or 1)
     train = pool[: most[0]]
     seen = {row.prompt for row in train}
@@ -62,7 +67,7 @@ def load_splits(
             f"training and {len(dev)} for development whose texts are others; asked for "
             f"--num_train {least[0]} and --num_dev {least[1]}"
         )
-    return {"train": train, "dev": dev, "test": drawn(test, num_test or getattr(task, "num_test", None), seed)}
+    return {"train": train, "dev": dev, "test": drawn(test, num_test, seed)}
 
 
 def balanced(task: TaskData, pool: list[Any], count: int) -> tuple[list[Any], list[Any]]:
@@ -70,38 +75,39 @@ def balanced(task: TaskData, pool: list[Any], count: int) -> tuple[list[Any], li
     has fewer.
 
     Raises:
-        InputError: see `load_splits`.
+        InputError: a class without rows, or no rows left for development.
     """
-    if not hasattr(task, "label_words"):
-        raise InputError(f"--examples_per_class {count}: task {task.name!r} has no classes; give --num_train and --num_dev")
-    parts: tuple[list[Any], list[Any]] = ([], [])
-    taken: tuple[Counter, Counter] = (Counter(), Counter())
-    seen: set[str] = set()
-    for part, others in ((0, ()), (1, seen)):
-        rest = []
-        for row in pool:
-            fits = taken[part][row.label] < count and row.prompt not in others
-            (parts[part] if fits else rest).append(row)
-            taken[part][row.label] += fits
-        pool = rest
-        seen |= {row.prompt for row in parts[0]}
+    train, rest = _of_each_class(pool, count)
+    seen = {row.prompt for row in train}
+    dev, _ = _of_each_class([row for row in rest if row.prompt not in seen], count)
     for label, (value, word) in enumerate(task.label_words.items()):
         found = f"the class {shown(value)} ({shown(word)}) of task {task.name!r}"
-        if not taken[0][label]:
+        there = [sum(row.label == label for row in part) for part in (train, dev)]
+        if not there[0]:
             raise InputError(
                 f"--examples_per_class {count}: {found} has no training rows; leave its label word out, or add rows"
             )
-        if min(taken[0][label], taken[1][label]) < count and launched_rank() == 0:
+        if min(there) < count and launched_rank() == 0:
             logger.warning(
-                f"{found} has too few rows for {count} examples a class: {taken[0][label]} are for training and "
-                f"{taken[1][label]} for development"
+                f"{found} has too few rows for {count} examples a class: {there[0]} are for training and {there[1]} for "
+                "development"
             )
-    if not parts[1]:
+    if not dev:
         raise InputError(
             f"--examples_per_class {count}: all rows of task {task.name!r} are for training, none are left for development: "
             "give a lower number"
         )
-    return parts
+    return train, dev
+
+
+def _of_each_class(rows: list[Any], count: int) -> tuple[list[Any], list[Any]]:
+    """The first so many rows of each class, in their order, and the others."""
+    taken: Counter[int] = Counter()
+    found: tuple[list[Any], list[Any]] = ([], [])
+    for row in rows:
+        taken[row.label] += 1
+        found[taken[row.label] > count].append(row)
+    return found
 
 
 def sizes(rows: int, num_train: int | None, num_dev: int | None, of_task: int | None) -> tuple[int, int]:

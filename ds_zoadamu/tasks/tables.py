@@ -43,11 +43,8 @@ def find_file(task, split: str, data_dir: str) -> Path:
         raise InputError(f"--data_dir {data_dir}: no such folder")
     name = task.train_file if split == "train" else task.validation_file
     # What the hub calls a split may have the plain name in a folder of one's own.
-    names = (
-        [name]
-        if Path(name).suffix in SUFFIXES
-        else [f"{n}{suffix}" for n in dict.fromkeys((name, split)) for suffix in SUFFIXES]
-    )
+    stems = dict.fromkeys((name, split) if task.hub_path else (name,))
+    names = [name] if Path(name).suffix in SUFFIXES else [stem + suffix for stem in stems for suffix in SUFFIXES]
     candidates = [folder / each for each in names]
     for path in candidates:
         if os.path.isfile(path):  # False also for a name that no file can have

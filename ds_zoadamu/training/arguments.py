@@ -122,7 +122,7 @@ def finetune_parser() -> argparse.ArgumentParser:
         seed=(0, "of data order and perturbations"),
     )
     group.add_argument("--max_steps", type=int, required=True, help="optimizer steps")
-    usual = "default: 5e-5 for AdamW, 1e-6 for a zeroth-order optimizer; small models take more, see --find_lr"
+    usual = "default: 5e-5 for AdamW, 1e-6 for ZO-AdaMU and MeZO, 1e-3 for FZOO; small models take more, see --find_lr"
     add_options(
         group,
         float,
@@ -141,7 +141,18 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(group, int, eval_steps=(None, "steps between evaluations on the development set (default: a tenth of all)"))
     group.add_argument("--output_dir", required=True, help="where metrics, results, curves and the model go")
     add_switches(group, overwrite_output_dir="replace the results of an earlier run")
-    add_options(group, str, max_shard_size=("5GB", "largest file of the saved model"))
+    add_options(
+        group,
+        str,
+        max_shard_size=("5GB", "largest file of the saved model"),
+        hub_model_id=(None, "repository of --push_to_hub (default: the name of --output_dir)"),
+    )
+    add_switches(
+        group,
+        push_to_hub="send the model with its card and journal to the hub at the end; the token is that of `hf auth login` or "
+        "HF_TOKEN",
+        hub_private_repo="make the repository a private one, where it is new",
+    )
     group = parser.add_argument_group("durability, with a zeroth-order optimizer")
     add_switches(
         group, resume="go on with the run of --output_dir, also on another number of ranks; starts it if there is none"
@@ -159,7 +170,7 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
         find_lr="instead of a full run, try each pair of --find_lr_values and --find_eps_values for --max_steps steps from the "
         "same weights, with the schedule of a run of that length, and write find_lr.json, best development loss first",
     )
-    group.add_argument("--find_lr_values", type=float, nargs="+", metavar="LR", default=[1e-6, 3e-6, 1e-5, 3e-5, 1e-4])
+    group.add_argument("--find_lr_values", type=float, nargs="+", metavar="LR", help="(default: the rule's usual ones)")
     group.add_argument("--find_eps_values", type=float, nargs="+", metavar="EPS", default=[1e-3])
     measured = "instead of a full run, measure so many steps (time, its parts, collectives, memory) and write profile.json"
     add_options(parser.add_argument_group("profile"), int, profile_steps=(None, measured))
@@ -194,6 +205,13 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name, None)
         if value is not None and not 0 <= value < float("inf"):
             raise InputError(f"--{name} must be a finite number of at least 0, got {value}")
+    pushed = getattr(args, "push_to_hub", False)
+    for name in ("hub_model_id", "hub_private_repo"):
+        if getattr(args, name, None) and not pushed:
+            raise InputError(f"--{name} is given without --push_to_hub; add it, or leave this out")
+    for name in ("find_lr", "profile_steps"):
+        if pushed and getattr(args, name):
+            raise InputError(f"--push_to_hub is given with --{name}, which makes no model; leave one of them out")
 
 
 def task_from(args: argparse.Namespace, kind: ModelKind) -> TaskData:

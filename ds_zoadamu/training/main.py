@@ -13,7 +13,15 @@ from ds_zoadamu.distributed.collective import describe, leave, together
 from ds_zoadamu.distributed.start import ensure_launched
 from ds_zoadamu.distributed.start import launched_rank as rank
 from ds_zoadamu.distributed.waiting import is_known
-from ds_zoadamu.errors import CheckpointError, ConfigError, JournalError, NonFiniteWeightsError, RankError, ReplayError
+from ds_zoadamu.errors import (
+    CheckpointError,
+    ConfigError,
+    HubError,
+    JournalError,
+    NonFiniteWeightsError,
+    RankError,
+    ReplayError,
+)
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.output import JOURNAL
 
@@ -43,7 +51,7 @@ def run_script(body: Callable[[], object], output_dir: str | None = None) -> int
     try:
         with together(Path(sys.argv[0]).name):  # nodes may have it under different paths
             _whole(body)
-    except (InputError, ConfigError, JournalError, CheckpointError, ReplayError, NonFiniteWeightsError) as error:
+    except (InputError, ConfigError, HubError, JournalError, CheckpointError, ReplayError, NonFiniteWeightsError) as error:
         say(str(error), f"{sys.argv[0]}: error on rank {rank()}: {error}")
         return 2
     except OSError as error:

@@ -91,8 +91,8 @@ class PlainMeZO:
 
     def loss(self, micro_batches: list) -> float:
         """The mean loss of a step's micro-batches."""
-        pairs = [self._loss_of(self.model, batch) for batch in micro_batches]
-        return sum(loss.item() * weight for loss, weight in pairs) / sum(weight for _, weight in pairs)
+        pairs = [tuple(map(float, self._loss_of(self.model, batch))) for batch in micro_batches]
+        return sum(loss * weight for loss, weight in pairs) / sum(weight for _, weight in pairs)
 
     def _skip(self) -> None:
         self.skipped_steps, self._skipped_in_a_row = self.skipped_steps + 1, self._skipped_in_a_row + 1

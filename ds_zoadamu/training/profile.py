@@ -11,11 +11,11 @@ from deepspeed.accelerator import get_accelerator
 
 from ds_zoadamu.distributed.collective import gather_json
 from ds_zoadamu.distributed.start import launched_rank
-from ds_zoadamu.training.memory import PeakMemory
 from ds_zoadamu.training.output import JOURNAL, PROFILE, OutputDirectory, quantiles
 from ds_zoadamu.training.plan import make_plan
 from ds_zoadamu.training.steps import MakePlan, MakeStepper, Section, Stepper, about, make_stepper
 from ds_zoadamu.zero3.instruments import collectives_of
+from ds_zoadamu.zero3.peak_memory import PeakMemory
 
 _WARM_UP = 3  # DeepSpeed records the order of gathers in the first pass and prefetches by it from then on
 

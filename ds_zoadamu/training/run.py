@@ -16,13 +16,14 @@ from ds_zoadamu.durability.digest import weights_digest
 from ds_zoadamu.errors import CheckpointError, NonFiniteLossError
 from ds_zoadamu.tasks import Evaluation, InputError, is_finite
 from ds_zoadamu.training.curves import draw_curves
-from ds_zoadamu.training.memory import PeakMemory
 from ds_zoadamu.training.output import BEST, CHECKPOINTS, CURVES, JOURNAL, METRICS, RESULTS, OutputDirectory, quantiles
 from ds_zoadamu.training.plan import Plan, make_plan
 from ds_zoadamu.training.progress import Progress, resume
+from ds_zoadamu.training.publishing import prepare_repo, push, write_card
 from ds_zoadamu.training.steps import MakePlan, MakeStepper, Stepper, about, make_stepper
 from ds_zoadamu.training.summary import scores, summary
 from ds_zoadamu.zero3.divergence import weights_are_the_reason
+from ds_zoadamu.zero3.peak_memory import PeakMemory
 
 
 def finetune(args: Namespace, make_plan: MakePlan = make_plan, make_stepper: MakeStepper = make_stepper) -> dict:
@@ -33,11 +34,13 @@ def finetune(args: Namespace, make_plan: MakePlan = make_plan, make_stepper: Mak
         make_plan, make_stepper: what is trained, and how it makes a step.
 
     Raises:
-        InputError, ConfigError: before a model is loaded or a file written.
+        InputError, ConfigError, HubError: before a model is loaded or a file written; HubError also at the end, when all of the
+            run is on the disk.
     """
     first, overwrite = launched_rank() == 0, args.overwrite_output_dir
     output = OutputDirectory(args.output_dir, writes=first, overwrite=overwrite, resume=args.resume)
     plan = make_plan(args)
+    repo = prepare_repo(args)
     memory = PeakMemory()
     run = _Run(plan, make_stepper(plan), output)
     before = run.begin()
@@ -58,7 +61,10 @@ def finetune(args: Namespace, make_plan: MakePlan = make_plan, make_stepper: Mak
     }
     output.write_json(RESULTS, results)
     if first:
+        write_card(plan, results, output.path, repo)
         run.show(results)
+    if repo is not None:
+        push(output.path, repo, results)
     return results
 
 

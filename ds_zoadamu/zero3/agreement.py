@@ -12,7 +12,7 @@ from ..config import Config
 from ..distributed import collective
 from ..distributed.waiting import current_limit
 from ..errors import ConfigError
-from ..kernels import NOISE_VERSION
+from ..kernels import NOISE_VERSION, SIGN_NOISE_VERSION
 from .data import length_of
 from .optimizer import ZerothOrderOptimizer
 from .partition import canonical_name, whole_shape
@@ -95,7 +95,7 @@ def of_run(model: torch.nn.Module, config: Config, optimizer: Any, training_data
         names.append(canonical_name(name))
         trained = "trained" if param.requires_grad else "frozen"
         settings[f"parameter {names[-1]!r}"] = f"{list(whole_shape(param))} {param.dtype} {trained}"
-    return settings | {"the order of parameters": names, "noise version": NOISE_VERSION}
+    return settings | {"the order of parameters": names, "noise versions": [NOISE_VERSION, SIGN_NOISE_VERSION]}
 
 
 def of_groups(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:

@@ -254,15 +254,16 @@ class ForwardOnlyEngine(DeepSpeedEngine):
         optimizer, step = self.optimizer, self.optimizer.next_step
         grads = tuple(map(kernels.round_grad, optimizer.rule.projected_grads(losses)))  # also those of a rule of one's own
         loss_plus, loss_minus = optimizer.rule.loss_pair(step, losses)
+        lrs, skipped = tuple(float(group["lr"]) for group in optimizer.param_groups), not all(map(math.isfinite, grads))
         return StepRecord(
             step=step,
             loss=(loss_plus + loss_minus) / 2.0,
             loss_plus=loss_plus,
             loss_minus=loss_minus,
             projected_grads=grads,
-            lrs=tuple(float(group["lr"]) for group in optimizer.param_groups),
-            skipped=not all(map(math.isfinite, grads)),
-            figures=optimizer.rule.figures(step),
+            lrs=lrs,
+            skipped=skipped,
+            figures=optimizer.figures(None if skipped else grads, lrs[0]),
         )
 
     def _step_and_count(self) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import ConfigError, unknown_keys_message
 from ..files.crash_points import reach
+from ..rules import FZOO as FZOORule
 from ..rules import Elements, Evaluation, Rule, Update
 from ..rules import MeZO as MeZORule
 from ..rules import ZOAdaMU as ZOAdaMURule
@@ -108,6 +109,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._observed = () if projected_grads is None else tuple(projected_grads)
         self.overflow = projected_grads is None
 
+    def figures(self, projected_grads: Sequence[float] | None, lr: float) -> dict[str, float]:
+        """What the rule logs of the next step, which takes these projected gradients; None: it is skipped."""
+        grads = None if projected_grads is None else tuple(projected_grads)
+        return self.rule.figures(Update(self.next_step, self._next_direction(), lr, 0.0, grads, self.scalars))
+
     @torch.no_grad()
     def step(self, closure=None) -> None:
         """Update every partition along the m_t that was evaluated. Needs ``observe`` first, as ``engine.train_batch`` does."""
@@ -119,7 +125,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         direction = self._next_direction()
         for partition, group in self._bound():
             lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
-            self._update(partition, Update(self.next_step, direction, lr, weight_decay, projected_grads))
+            self._update(partition, Update(self.next_step, direction, lr, weight_decay, projected_grads, self.scalars))
             reach("mid_update", self.next_step)
         self.scalars = self.rule.next_scalars(self.scalars, projected_grads)
         self.step_count += 1
@@ -203,3 +209,8 @@ def ZOAdaMU(params: Iterable, **options: Any) -> ZerothOrderOptimizer:  # noqa: 
 def MeZO(params: Iterable, **options: Any) -> ZerothOrderOptimizer:  # noqa: N802
     """An optimizer with the rule MeZO, as ``ZOAdaMU``; ``lr`` is required."""
     return ZerothOrderOptimizer(params, MeZORule(**options))
+
+
+def FZOO(params: Iterable, **options: Any) -> ZerothOrderOptimizer:  # noqa: N802
+    """An optimizer with the rule FZOO, as ``ZOAdaMU``; ``lr`` is required."""
+    return ZerothOrderOptimizer(params, FZOORule(**options))

@@ -113,14 +113,17 @@ def deepspeed_config(**changes):
         ({"torch_autocast": {"enabled": True}}, ["torch_autocast", '"bf16"']),
         ({"optimizer": {"type": "ZoAdamu", "params": OK}}, ["'ZoAdamu'", '"ZOAdaMU"']),
         ({"optimizer": {"type": "ZOAdaMU", "params": OK, "parms": 1}}, ["'parms'", "'params'"]),
-        ({"optimizer": {"type": "MeZO", "params": OK}}, ["unknown 'total_steps'", "known: lr"]),
+        ({"optimizer": {"type": "MeZO", "params": OK}}, ["unknown 'total_steps'", "known: distribution"]),
         ({"optimizer": {"type": "MeZO", "params": {}}}, ["lr is missing"]),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 100}}}, ["params: warmup_max_lr is 100", "<= 10"]),
         (
             {"scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 0, "cycle_max_lr": [1e-3, float("inf")]}}},
             ["scheduler.params: cycle_max_lr is inf", "finite"],
         ),
-        ({"optimizer": {"type": "Mezzo", "params": OK}}, ["'Mezzo'", "not known", "ZOAdaMU, MeZO", "adamw"]),
+        (
+            {"optimizer": {"type": "Mezzo", "params": OK}},
+            ["'Mezzo'", "not known", "ZOAdaMU, MeZO, FZOO", "adamw"],
+        ),
     ],
     ids=str,
 )

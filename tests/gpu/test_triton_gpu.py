@@ -41,6 +41,17 @@ def test_noise(numel, start, step):
     checks.check_noise(numel, start, step, device="cuda", key=(2**31, 2**32 - 1))
 
 
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES, ids=str)
+def test_signs(dtype):
+    for numel, start in (*SHAPES, (3 * 2048 + 5, 2**36 - 2 * 2048), (1 << 20, 0)):
+        checks.check_signs(numel, start, 12, device="cuda")
+        checks.check_perturb_signs(numel, start, dtype, Rounding.STOCHASTIC, -1e-3, device="cuda")
+        checks.check_update_signs(numel, start, dtype, Rounding.STOCHASTIC, 11, device="cuda")
+    checks.check_perturb_signs(5000, 256, dtype, Rounding.NEAREST, 1e-2, direction=3, device="cuda")
+    checks.check_perturb_signs(5000, 256, dtype, Rounding.STOCHASTIC, 1e-2, out_dtype=FP32, device="cuda", offset=1)
+    checks.check_update_signs(5000, 256, dtype, Rounding.NEAREST, 8, device="cuda")
+
+
 def test_noise_of_many_elements():
     checks.check_noise(1 << 24, 2**33 + 2, device="cuda")
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 import ds_zoadamu
-from ds_zoadamu.rules import Evaluation, MeZO, RuleConfig, Storage
+from ds_zoadamu.rules import Evaluation, MeZO, MeZOConfig, Storage
 from ds_zoadamu.rules.options import choice, option
 
 
@@ -37,7 +37,7 @@ class OneSided(MeZO):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeptConfig(RuleConfig):
+class KeptConfig(MeZOConfig):
     kept: str = option(choice("mean", "votes"), default="mean")
 
 

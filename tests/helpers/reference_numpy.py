@@ -99,6 +99,25 @@ def zo_adamu_step64(theta, m, g: float, t: int, hyper: Hyper64, key, start: int 
     return theta - hyper.lr * (g * m_t / np.sqrt(v + hyper.sigma) + hyper.weight_decay * theta), m_t
 
 
+def signs64(key, step: int, direction: int, start: int, stop: int) -> np.ndarray:
+    """The signs +1 and -1 of the flat indices start <= i < stop: a bit of a byte of a word, element by element."""
+    found = []
+    for i in range(start, stop):
+        run, rest = divmod(i, 256)
+        word, rest = divmod(rest, 64)
+        lane, byte = divmod(rest, 4)
+        block = 16 * run + lane
+        words = philox4x32((block % 2**32, block >> 32, step, 1 + direction // 8), key)
+        found.append(1.0 if int(words[word]) >> 8 * byte + direction % 8 & 1 else -1.0)
+    return np.array(found)
+
+
+def fzoo_step64(theta, c, lr: float, weight_decay: float, z, divisor: float) -> np.ndarray:
+    """One step along the directions ``z`` (rows) with projected gradients ``c``."""
+    theta = np.asarray(theta, dtype=np.float64)
+    return theta - lr * (np.asarray(c) @ np.asarray(z) / (len(c) * divisor) + weight_decay * theta)
+
+
 @dataclass(frozen=True)
 class Adaptive64:
     """Hyper-parameters of a run with the moments of a first-order optimizer. ``schedule``: adam, adamw, adamax or amsgrad."""

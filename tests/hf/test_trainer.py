@@ -10,7 +10,7 @@ import torch
 from ds_zoadamu.durability.journal import read_journal
 
 from ..helpers.harness import run_ranks
-from ..helpers.tiny_lm import make_model, make_tokenizer, save_model
+from ..helpers.tiny_lm import make_tokenizer, save_model
 from . import trainer_runs as runs
 
 pytestmark = pytest.mark.ranks
@@ -24,12 +24,6 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 def _kinds(rank, world_size, folder):
-    from peft import LoraConfig, get_peft_model
-
-    def lora():
-        torch.manual_seed(1)
-        return get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-
     kinds = {
         "plain": {},
         "json": {"deepspeed": str(JSON)},
@@ -37,7 +31,7 @@ def _kinds(rank, world_size, folder):
         "by length": {"train_sampling_strategy": "group_by_length"},
         "smoothed": {"label_smoothing_factor": 0.1},
         "stream": {"data": Stream()},
-        "lora": {"model": lora()},
+        "lora": {"model": runs.adapted()},
         "short last step": {"data": runs.rows(24)},
     }
     digests = {}
@@ -57,25 +51,31 @@ def test_the_same_weights_on_any_number_of_ranks(tmp_path):
         assert "adapter_model.safetensors" in files and "model.safetensors" not in files
 
 
+def _made(folder, world_size, kind, changes, **own):
+    model = runs.adapted() if kind == "before a checkpoint" else None
+    return runs.trainer(folder, world_size, model=model, **changes, **own)
+
+
 def _dies(rank, world_size, folder, kind, changes):
-    made = runs.trainer(folder / kind, world_size, callbacks=[runs.dying(5)], **changes)
+    made = _made(folder / kind, world_size, kind, changes, callbacks=[runs.dying(5)])
     with pytest.raises(runs.Died):
         made.train()
 
 
 def _resumes(rank, world_size, folder, kind, changes):
-    made = runs.trainer(folder / kind, world_size, **changes)
+    made = _made(folder / kind, world_size, kind, changes)
     return runs.trained(made, resume_from_checkpoint=True), [log["step"] for log in made.state.log_history if "loss" in log]
 
 
 def _whole(rank, world_size, folder, kind, changes):
-    return runs.trained(runs.trainer(folder / f"whole {kind}", world_size, **changes))
+    return runs.trained(_made(folder / f"whole {kind}", world_size, kind, changes))
 
 
 @pytest.mark.parametrize("kind", ["plain", "by length", "before a checkpoint", "half a checkpoint"])
 def test_a_run_that_was_killed_goes_on_on_another_number_of_ranks(tmp_path, kind):
     changes = {"train_sampling_strategy": "group_by_length"} if kind == "by length" else {}
     changes |= {"save_strategy": "no"} if kind == "before a checkpoint" else {}
+    changes |= {"data": Stream()} if kind == "half a checkpoint" else {}
     run_ranks(2, _dies, tmp_path, kind, changes)
     if kind == "half a checkpoint":
         (tmp_path / kind / "checkpoint-4" / "trainer_state.json").write_text("{")
@@ -94,12 +94,12 @@ def _evaluated(rank, world_size, folder):
     def accuracy(prediction):
         return {"accuracy": float(numpy.mean(prediction.predictions[0].argmax(-1) == prediction.label_ids))}
 
-    seen = []
+    reported = []
     changes = {"eval_dataset": runs.rows(8, seed=2), "compute_metrics": accuracy}
     made = runs.trainer(folder / "first", world_size, **changes)
     before = made.evaluate()
     first = runs.trained(made)
-    plain = runs.trained(runs.trainer(folder / "plain", world_size, **changes))
+    plain = runs.trained(runs.trainer(folder / "plain", world_size, callbacks=[runs.recording(reported)], **changes))
     best = runs.trainer(
         folder / "best", world_size, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, **changes
     )
@@ -108,15 +108,14 @@ def _evaluated(rank, world_size, folder):
     best.save_model(str(folder / "best"))
     predicted = best.predict(runs.rows(8, seed=2)).metrics["test_loss"]
     save_pretrained(best.deepspeed, folder / "again")
-    seen = [log for log in best.state.log_history if "loss" in log][0]
     losses = {log["step"]: log["eval_loss"] for log in best.state.log_history if "eval_loss" in log}
-    return before["eval_loss"], first == plain, step, journaling, predicted, losses, sorted(seen)
+    return before["eval_loss"], first == plain, step, journaling, predicted, losses, reported
 
 
 def test_evaluation_metrics_prediction_and_the_best_model(tmp_path):
     (result, same) = run_ranks(2, _evaluated, tmp_path)
-    before, as_without, step, journaling, predicted, losses, keys = result
-    assert result[:-1] == same[:-1]
+    before, as_without, step, journaling, predicted, losses, reported = result
+    assert result[:-1] == same[:-1]  # of the reports those of the first rank count
     assert numpy.isfinite(before) and as_without
     best = min(losses, key=losses.get)
     assert step == best and not journaling  # the journal is closed where the best weights are loaded
@@ -127,8 +126,14 @@ def test_evaluation_metrics_prediction_and_the_best_model(tmp_path):
     )
     for name, tensor in runs.saved(tmp_path / "again").items():
         assert torch.equal(tensor, runs.saved(tmp_path / "best")[name])
-    usual = {"loss", "learning_rate", "epoch", "step"}
-    assert usual | {"projected_grad", "loss_plus", "loss_minus", "effective_zo_eps"} <= set(keys)
+    steps = [report for report in reported if "loss" in report]
+    records = read_journal(tmp_path / "plain" / "journal.jsonl").records
+    assert [report["step"] for report in steps] == [record.step for record in records] == [1, 2, 3, 4, 5, 6]
+    for report, record in zip(steps, records, strict=True):
+        assert {"loss", "learning_rate", "epoch", "effective_zo_eps"} <= report.keys()
+        for name in ("loss_plus", "loss_minus"):
+            assert report[name] == getattr(record, name)
+        assert report["projected_grad"] == record.projected_grads[0] and report["learning_rate"] == record.lrs[0]
 
 
 def _classifies(rank, world_size, folder, model):

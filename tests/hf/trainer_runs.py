@@ -17,6 +17,14 @@ def rows(count: int = 32, seed: int = 1) -> list[dict]:
     return [{"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)} for ids in encoded]
 
 
+def adapted():
+    """A model with LoRA adapters."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    return get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
 def options(**changes):
     from ds_zoadamu.hf import ZOAdaMUConfig
 
@@ -54,6 +62,17 @@ def dying(step: int):
                 raise Died()
 
     return Dying()
+
+
+def recording(seen: list):
+    """A callback that keeps what reports are given."""
+    from transformers import TrainerCallback
+
+    class Recording(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs) | {"step": state.global_step})
+
+    return Recording()
 
 
 def trainer(folder, world_size: int, model=None, data=None, cls=None, zo=None, **changes):

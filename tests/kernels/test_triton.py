@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from ds_zoadamu import kernels
-from ds_zoadamu.kernels import reference, triton
+from ds_zoadamu.kernels import reference, triton, triton_common
 from ds_zoadamu.kernels.types import Rounding
 from tests.helpers.harness import HANG
 
@@ -32,6 +32,8 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 PROGRAM = 2 * 128 * 4  # elements that a program takes as words
 WORDS_AND_REST = (PROGRAM + 7, 2**33 - 2 * 100)  # the upper half of the pair index changes in the middle
 ODD = (300, 7)
+# A program takes 2048 elements where they begin with a run of 256; the upper half of the counter changes at 2**36.
+SIGN_SHAPES = [(1, 255), (300, 7), (2048 + 52, 2**36 - 512), (700, 2**62 + 77)]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -93,6 +95,24 @@ def test_replay(interpreter, storage):
     interpreter(checks.check_update, *ODD, FP32, storage, Rounding.STOCHASTIC, num_steps=3)
 
 
+@needs_triton
+def test_signs(interpreter):
+    for numel, start in SIGN_SHAPES:
+        interpreter(checks.check_signs, numel, start, 12)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES, ids=str)
+def test_perturb_and_update_with_signs(interpreter, dtype):
+    for numel, start in SIGN_SHAPES:
+        interpreter(checks.check_perturb_signs, numel, start, dtype, Rounding.STOCHASTIC, -1e-3)
+        interpreter(checks.check_update_signs, numel, start, dtype, Rounding.STOCHASTIC, 11)
+    interpreter(checks.check_perturb_signs, *ODD, dtype, Rounding.NEAREST, 1e-2, direction=3)
+    interpreter(checks.check_update_signs, *ODD, dtype, Rounding.NEAREST, 8)
+    interpreter(checks.check_perturb_signs, 2048, 0, dtype, Rounding.STOCHASTIC, 1e-3, out_dtype=FP32)
+    interpreter(checks.check_perturb_signs, 2048, 0, dtype, Rounding.STOCHASTIC, 1e-3, offset=1)
+
+
 # ---------------------------------------------------------------- what the compiler makes of it
 
 
@@ -101,10 +121,11 @@ def _compiled(name: str, dtypes: dict[str, str | None], capability: int, **const
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from ds_zoadamu.kernels import triton_jit
+    from ds_zoadamu.kernels import signs_jit, triton_jit
 
-    kernel = getattr(triton_jit, name)
+    kernel = getattr(triton_jit, name, None) or getattr(signs_jit, name)
     integers = {"num_full", "tail", "pair_low", "pair_high", "key0", "key1", "step", "num_older"}
+    integers |= {"skip", "stop", "block_low", "block_high", "direction", "negative"}
     signature, values, hints = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
         if argument in constants or dtypes.get(argument, "") is None:
@@ -113,7 +134,7 @@ def _compiled(name: str, dtypes: dict[str, str | None], capability: int, **const
             signature[argument], hints[(i,)] = "*" + dtypes[argument], [["tt.divisibility", 16]]
         else:
             signature[argument] = "i32" if argument in integers else "fp32"
-    options = triton._compile_options(divides=name == "update_kernel")
+    options = triton_common.compile_options(divides=name == "update_kernel")
     source = ASTSource(kernel, signature, values, hints)
     return compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
 
@@ -152,6 +173,27 @@ def test_ptx_rounds_every_operation_on_its_own(case, capability):
     if name == "update_kernel":
         assert code.count("sqrt.rn.f32") == code.count("div.rn.f32") == 2
     assert not [op for op in code if op.startswith(("ld.shared", "st.shared"))]  # nothing is moved between lanes
+
+
+SIGNS_COMPILED = {
+    "perturb": ("perturb_signs_kernel", {"out": "bf16", "weight": "bf16"}, {"STOCHASTIC": True}),
+    "update": ("update_signs_kernel", {"weight": "bf16", "table": "fp32"}, {"STOCHASTIC": True, "ROWS": 2}),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("case", SIGNS_COMPILED)
+def test_ptx_of_signs(case):
+    """Nothing is fused, approximated or moved between lanes, and four 16-bit neighbours are one word."""
+    if triton._triton_version().startswith(("3.2", "3.3")):
+        pytest.skip("this test compiles by an interface that Triton has had since 3.4")
+    name, dtypes, constants = SIGNS_COMPILED[case]
+    ptx = _compiled(name, dtypes, 80, **constants, MASKED=False, LANES=128)
+    code = re.findall(r"^\s*(?:@\S+ )?([a-z]\w*(?:\.\w+)+)", ptx, re.MULTILINE)
+    assert not [
+        op for op in code if op.startswith(("fma.", "ld.shared", "st.shared", "shfl")) or ".approx" in op or ".ftz" in op
+    ]
+    assert code.count("st.global.b64") == 4 and code.count("ld.global.b64") == 4
 
 
 # ---------------------------------------------------------------- the quick root
@@ -235,7 +277,7 @@ def test_dispatch_takes_triton(monkeypatch):
 def test_without_a_gpu_it_is_not_available():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    if "triton" in sys.modules and triton._interpreting():
+    if "triton" in sys.modules and triton_common.interpreting():
         pytest.skip("Triton interprets in this process")
     triton.load.cache_clear()
     assert not triton.is_available()
@@ -261,7 +303,7 @@ def test_bad_noise_arguments(monkeypatch, change, error, message):
 
 
 def test_tensors_on_the_cpu_are_refused():
-    if triton._interpreting():
+    if triton_common.interpreting():
         pytest.skip("Triton interprets in this process")
     with pytest.raises(ValueError, match="xi1 is on cpu; the Triton kernels need all tensors on one GPU"):
         triton.noise_(torch.empty(4), torch.empty(4), key=KEY, step=1, start=0)

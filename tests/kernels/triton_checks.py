@@ -3,7 +3,7 @@
 import torch
 
 from ds_zoadamu.kernels import reference
-from ds_zoadamu.kernels.types import Rounding, fp32
+from ds_zoadamu.kernels.types import Rounding, SignTable, fp32
 
 from .common import KEY, assert_same_bits, direction, momenta, scalars, weights
 
@@ -71,3 +71,45 @@ def check_update(
     case = (numel, start, weight_dtype, storage, rounding, normalize, write_weight, num_steps)
     assert_same_bits(actual.cpu(), weight, ("weight", *case))
     assert_same_bits(back(stored), momentum, ("momentum", *case))
+
+
+def check_signs(numel: int, start: int, direction: int, device: str = "cpu") -> None:
+    from ds_zoadamu.kernels import triton
+
+    actual, expected = torch.full((numel,), 9.0, device=device), torch.empty(numel)
+    triton.signs_(actual, key=KEY, step=LAST_STEP, start=start, direction=direction)
+    reference.signs_(expected, key=KEY, step=LAST_STEP, start=start, direction=direction)
+    assert_same_bits(actual.cpu(), expected, (numel, start, direction))
+
+
+def check_perturb_signs(
+    numel: int, start: int, dtype, rounding: Rounding, scale: float, direction: int = 11, out_dtype=None, device: str = "cpu",
+    offset: int = 0,
+) -> None:  # fmt: skip
+    """offset: as in ``check_perturb``."""
+    from ds_zoadamu.kernels import triton
+
+    weight = weights(numel, dtype)
+    at = {"key": KEY, "step": LAST_STEP, "start": start, "direction": direction, "scale": fp32(scale), "rounding": rounding}
+    expected = torch.empty(numel, dtype=out_dtype or dtype)
+    reference.perturb_signs_(expected, weight, **at)
+    whole = torch.full((numel + offset + 64,), 9.0, dtype=expected.dtype, device=device)
+    given = torch.empty(numel + offset, dtype=dtype, device=device)[offset:].copy_(weight)
+    triton.perturb_signs_(whole[offset : offset + numel], given, **at)
+    case = (numel, start, dtype, rounding, scale, direction, out_dtype, offset)
+    assert_same_bits(whole[offset : offset + numel].cpu(), expected, case)
+    assert (whole[offset + numel :] == 9).all() and (whole[:offset] == 9).all(), ("written outside", case)
+    assert_same_bits(given.cpu(), weight, "the weight was written")
+
+
+def check_update_signs(numel: int, start: int, dtype, rounding: Rounding, count: int, device: str = "cpu") -> None:
+    from ds_zoadamu.kernels import triton
+
+    table = SignTable.of([1e-3 * (k - 2.7) for k in range(count)])
+    at = {"key": KEY, "step": LAST_STEP, "start": start, "lr_decay": fp32(1e-2), "rounding": rounding}
+    expected, whole = weights(numel, dtype), torch.full((numel + 64,), 9.0, dtype=dtype, device=device)
+    whole[:numel] = expected
+    reference.update_signs_(expected, table, **at)
+    triton.update_signs_(whole[:numel], table, **at)
+    assert_same_bits(whole[:numel].cpu(), expected, (numel, start, dtype, rounding, count))
+    assert (whole[numel:] == 9).all(), "written outside"

@@ -132,7 +132,7 @@ def test_max_length_is_the_least_known_limit(tokenizer, model):
     class Unlimited:
         model_max_length = 10**30
 
-    assert model_max_length(object(), Unlimited(), None) is None
+    assert model_max_length(None, Unlimited(), None) is None
 
 
 def test_a_prompt_without_any_token_before_the_word_is_refused(tokenizer):

@@ -1,19 +1,25 @@
 """A task's scores do not depend on padding side, batch size, number of ranks or order of rows."""
 
+import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from ds_zoadamu.hf.kinds import MASKED, model_kind
 from ds_zoadamu.tasks import TASKS, ChatTask
 from tests.helpers.harness import run_ranks
 from tests.helpers.hub_rows import rows_of, texts
+from tests.helpers.tiny_kinds import make_kind, masked_rows
 from tests.helpers.tiny_lm import make_model
 from tests.helpers.tokenizers_of_tests import opt_like
 
 pytestmark = pytest.mark.ranks
 
 NAMES = ("sst2", "cb", "multirc", "copa", "record", "squad", "text", "chat")
+MASKED_NAMES = ("sst2", "trec", "snli", "rte")
+CASES = {"opt": NAMES, "t5": ("sst2", "cb", "copa", "record", "squad"), "roberta": MASKED_NAMES, "bert": MASKED_NAMES[:2]}
 COUNT = 11
 WAYS = {
     "as it is": {},
@@ -34,16 +40,31 @@ def _examples(name, task, seed=5):
         yield task.row("here", row)
 
 
+def _model(family):
+    if family != "opt":
+        return make_kind(family)
+    tokenizer = opt_like(texts())
+    return make_model(vocab_size=len(tokenizer) + 1, max_position_embeddings=256), tokenizer
+
+
 def _evaluations(rank, world_size, ways):
-    tokenizer, found = opt_like(texts()), {}
-    # In fp64, so that a rounding decides no comparison.
-    model = make_model(vocab_size=len(tokenizer) + 1, max_position_embeddings=256).double()
-    for name in NAMES:
-        for way in ways:
-            options = WAYS[way]
+    found = {}
+    for family, names in CASES.items():
+        model, tokenizer = _model(family)
+        model.double()  # so that a rounding decides no comparison
+        for name, way in itertools.product(names, ways):
+            options, data = WAYS[way], TASKS[name]
+            if (family, name) == ("t5", "squad"):
+                data = replace(data, max_new_tokens=5)
             tokenizer.padding_side = tokenizer.truncation_side = options.get("side", "right")
-            task = TASKS[name].bind(tokenizer, model.config, batch_size=options.get("batch_size", 4))
-            rows = list(_examples(name, TASKS[name]))[:: options.get("step", 1)]
+            if model_kind(model.config) is MASKED:
+                data = data.for_models(MASKED)
+                rows = [data.row("here", row) for row in masked_rows(name, COUNT, seed=5)]
+            else:
+                rows = list(_examples(name, data))
+            task = data.bind(tokenizer, model.config, batch_size=options.get("batch_size", 4))
+            rows = rows[:: options.get("step", 1)]
+            name = name if family == "opt" else f"{family} {name}"
             found[name, way] = dict(task.evaluate(model, list(map(task.encode, rows))))
     return found
 
@@ -56,7 +77,7 @@ def results():
 
 def test_scores_are_the_same_in_every_way(results):
     one, two = results
-    for name in NAMES:
+    for name in dict.fromkeys(name for name, _ in one):
         plain = one[name, "as it is"]
         for way in WAYS:
             now = one[name, way]

@@ -8,6 +8,7 @@ from argparse import Namespace
 import pytest
 
 from ds_zoadamu.distributed.waiting import everywhere
+from ds_zoadamu.hf.kinds import CAUSAL
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training import plan
 from ds_zoadamu.training.arguments import finetune_parser, task_from
@@ -99,7 +100,7 @@ def test_a_task_of_ones_own_has_the_name_of_its_folder():
     needed = ("--model_name_or_path", "m", "--output_dir", "o", "--max_steps", "1")
 
     def name(*words):
-        return task_from(finetune_parser().parse_args([*needed, *words])).name
+        return task_from(finetune_parser().parse_args([*needed, *words]), CAUSAL).name
 
     own = ("--template", "{text} It was", "--label_words", " bad", " good")
     assert name(*own, "--data_dir", "data/my_reviews/") == "my_reviews"

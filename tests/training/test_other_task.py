@@ -15,6 +15,7 @@ from ds_zoadamu.benchmark.outcomes import FINISHED, Outcome
 from ds_zoadamu.benchmark.plots import draw_curves
 from ds_zoadamu.benchmark.report import markdown
 from ds_zoadamu.benchmark.settings import check_settings
+from ds_zoadamu.hf.kinds import CAUSAL
 from ds_zoadamu.tasks import InputError
 from tests.helpers.harness import run_ranks
 from tests.helpers.lengths import METRIC
@@ -102,7 +103,7 @@ def test_options_of_another_kind_of_task_are_refused(folder):
 
     args = finetune_parser().parse_args(words(folder, folder / "never", "--max_steps", "1", "--template", "{sentence}"))
     with pytest.raises(InputError, match="--template: task 'lengths' has no template; leave the option out"):
-        task_from(args)
+        task_from(args, CAUSAL)
 
 
 def test_the_benchmark_aims_at_less(folder, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ds_zoadamu.errors import JournalError
+from ds_zoadamu.hf.kinds import CAUSAL
 from ds_zoadamu.tasks import InputError
 from tests.helpers.harness import run_ranks
 from tests.helpers.hub_rows import save_task_model, write_task
@@ -129,7 +130,7 @@ def test_an_objective_without_gradient_needs_an_optimizer_without(folder):
         make_plan(args, ranks=1)
     args.objective = "exact_match"
     with pytest.raises(InputError, match="task 'copa': objective is 'exact_match'; .* knows cross_entropy, lm, accuracy"):
-        task_from(args)
+        task_from(args, CAUSAL)
 
 
 def test_a_changed_task_has_a_name_of_its_own():
@@ -137,7 +138,7 @@ def test_a_changed_task_has_a_name_of_its_own():
 
     def name(*more):
         given = ("--model_name_or_path", "m", "--max_steps", "1", "--output_dir", "o", *more)
-        return task_from(finetune_parser().parse_args(given)).name
+        return task_from(finetune_parser().parse_args(given), CAUSAL).name
 
     assert name() == "sst2" and name("--task", "rte") == "rte"
     assert name("--template", "{text} It was") == "custom" and name("--label_words", " bad", " good") == "custom"

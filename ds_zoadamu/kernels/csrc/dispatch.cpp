@@ -62,15 +62,24 @@ PhiloxKeys expand(const uint32_t key[2]) {
     return keys;
 }
 
-// What rounds 1 to 3 of Philox make of the counter words that all elements share: c1 = high, c2 = step, c3 = 0.
-PreparedStep prepare(const Step &step, uint32_t high, const PhiloxKeys &keys) {
+// What rounds 1 to 3 of Philox make of the counter words that all elements share: c1 = high, c2 = step, c3 = purpose.
+PreparedStep prepare(const Step &step, uint32_t high, uint32_t purpose, const PhiloxKeys &keys) {
     const uint64_t p1 = (uint64_t)step.step * PHILOX_M1;
     const uint32_t c0 = (uint32_t)(p1 >> 32) ^ high ^ keys.k0[0], c1 = (uint32_t)p1;
     const uint64_t p0 = (uint64_t)c0 * PHILOX_M0;
-    return {step, c1 ^ keys.k0[1], (uint32_t)(p0 >> 32) ^ keys.k1[1], (uint32_t)p0 ^ keys.k1[2]};
+    return {step, purpose ^ keys.k1[0], c1 ^ keys.k0[1], (uint32_t)(p0 >> 32) ^ keys.k1[1], (uint32_t)p0 ^ keys.k1[2]};
 }
 
-// A part of a job on which the upper half of the pair index is constant, and the chunks of it that threads take in turns.
+// The Philox calls of an operation on signs: one for rounding bits, then one for each byte that an element needs.
+int64_t num_sign_calls(const Job &job) { return 1 + (job.operation == UPDATE_SIGNS ? job.num_rows : 1); }
+
+void prepare_sign_calls(const Job &job, uint32_t high, const PhiloxKeys &keys, PreparedStep *calls) {
+    const int first = job.operation == UPDATE_SIGNS ? 0 : job.direction >> 3;
+    calls[0] = prepare(*job.steps, high, PURPOSE_SIGN_ROUNDING, keys);
+    for (int n = 1; n < num_sign_calls(job); ++n) calls[n] = prepare(*job.steps, high, PURPOSE_SIGNS + first + n - 1, keys);
+}
+
+// A part of a job on which the upper half of the counter is constant, and the chunks of it that threads take in turns.
 struct Region {
     const Job &job;
     const PhiloxKeys &keys;
@@ -149,13 +158,18 @@ EXPORT int32_t zo_variant_supported(int32_t i) { return VARIANTS[i].supported();
 // Runs a job. Returns 0, or 1 if memory ran out.
 EXPORT int32_t zo_run(const Job *job) {
     const PhiloxKeys keys = expand(job->key);
-    PreparedStep *steps = (PreparedStep *)malloc(job->num_steps * sizeof(PreparedStep));
+    const int64_t num_prepared = is_of_signs(job->operation) ? num_sign_calls(*job) : job->num_steps;
+    PreparedStep *steps = (PreparedStep *)malloc(num_prepared * sizeof(PreparedStep));
     if (!steps) return 1;
     const uint64_t stop = job->start + job->numel;
+    const int shift = 32 + counter_shift(job->operation);
     for (uint64_t lo = job->start; lo < stop;) {
-        const uint64_t high = lo >> 33, boundary = (high + 1) << 33;
+        const uint64_t high = lo >> shift, boundary = (high + 1) << shift;
         const uint64_t hi = stop < boundary ? stop : boundary;
-        for (int64_t i = 0; i < job->num_steps; ++i) steps[i] = prepare(job->steps[i], (uint32_t)high, keys);
+        if (is_of_signs(job->operation))
+            prepare_sign_calls(*job, (uint32_t)high, keys, steps);
+        else
+            for (int64_t i = 0; i < job->num_steps; ++i) steps[i] = prepare(job->steps[i], (uint32_t)high, 0, keys);
         Region region = {*job, keys, steps, VARIANTS[job->simd].run, lo, hi, 0, 0};
         run_region(region);
         lo = hi;

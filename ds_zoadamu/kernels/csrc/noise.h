@@ -1,12 +1,9 @@
 // A tile's noise and its m_t: Philox, Box-Muller, the recurrence. See kernels.cpp.
 #pragma once
-#include "job.h"
-#include "simd.h"
+#include "elements.h"
 
 namespace ZO_NAMESPACE {
 namespace {
-
-constexpr uint32_t SIGN = 0x80000000u;
 
 // ---------------------------------------------------------------- tiles
 
@@ -25,11 +22,12 @@ struct Tile {
 
 // ---------------------------------------------------------------- noise
 
-// Philox-4x32-10 for the counters (pair, high, step, 0). high, step and 0 are the same for all elements, so in rounds 1 and 2
+// Philox-4x32-10 for the counters (pair, high, step, purpose). All but pair is the same for all elements, so in rounds 1 and 2
 // one product of two is a scalar, which was prepared. Half h of a block has its pairs 2 j + h in the lower halves of 64-bit
 // lanes; the upper halves may hold anything.
 void philox(Tile &tile, int num_blocks, uint32_t pair, const PhiloxKeys &keys, const PreparedStep &step) {
     const U64 m0 = splat64(PHILOX_M0), m1 = splat64(PHILOX_M1);
+    const U64 round1_k1 = splat64(step.round1_k1);
     const U64 round2_c0 = splat64(step.round2_c0), round2_c2 = splat64(step.round2_c2), round3_c2 = splat64(step.round3_c2);
     const int last = PHILOX_ROUNDS - 1;
     const U last_k0 = splat(keys.k0[last]), last_k1 = splat(keys.k1[last]);
@@ -43,7 +41,7 @@ void philox(Tile &tile, int num_blocks, uint32_t pair, const PhiloxKeys &keys, c
         U64 c0[2], c1[2], c2[2], c3[2], p0[2], p1[2];
         BOTH p0[h] = multiply_low_halves(counter[h], m0);
         BOTH counter[h] += LANES;
-        BOTH p1[h] = multiply_low_halves((p0[h] >> 32) ^ k1[0], m1);
+        BOTH p1[h] = multiply_low_halves((p0[h] >> 32) ^ round1_k1, m1);
         BOTH c3[h] = multiply_low_halves((p1[h] >> 32) ^ round2_c0, m0);
         BOTH c1[h] = multiply_low_halves(p0[h] ^ round2_c2, m1);
         BOTH c0[h] = xor3(c1[h] >> 32, p1[h], k0[2]);

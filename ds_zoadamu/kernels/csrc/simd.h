@@ -30,6 +30,8 @@ typedef uint32_t U __attribute__((vector_size(4 * LANES)));
 typedef int32_t I __attribute__((vector_size(4 * LANES)));
 typedef uint64_t U64 __attribute__((vector_size(4 * LANES)));
 typedef uint16_t U16 __attribute__((vector_size(2 * LANES)));
+typedef uint16_t U16Pairs __attribute__((vector_size(4 * LANES)));
+typedef uint8_t U8Pairs __attribute__((vector_size(2 * LANES)));
 
 struct Floats {
     F even, odd;
@@ -102,6 +104,35 @@ INLINE F square_root(F x) {
     return x;
 #endif
 }
+
+// A table of 16 numbers, looked up lane by lane by the low four bits of an index.
+#if defined(ZO_AVX512)
+struct Sixteen {
+    F values;
+};
+INLINE Sixteen load_sixteen(const float *p) { return {load<F>((const char *)p)}; }
+INLINE F look_up(Sixteen table, U index) { return (F)_mm512_permutexvar_ps((__m512i)index, (__m512)table.values); }
+#elif defined(ZO_AVX2)
+struct Sixteen {
+    F low, high;
+};
+INLINE Sixteen load_sixteen(const float *p) { return {load<F>((const char *)p), load<F>((const char *)(p + 8))}; }
+INLINE F look_up(Sixteen table, U index) {
+    const __m256 low = _mm256_permutevar8x32_ps((__m256)table.low, (__m256i)index);
+    const __m256 high = _mm256_permutevar8x32_ps((__m256)table.high, (__m256i)index);
+    return (F)_mm256_blendv_ps(low, high, (__m256)(index << 28));
+}
+#else
+struct Sixteen {
+    const float *values;
+};
+INLINE Sixteen load_sixteen(const float *p) { return {p}; }
+INLINE F look_up(Sixteen table, U index) {
+    F x;
+    for (int lane = 0; lane < LANES; ++lane) x[lane] = table.values[index[lane] & 15];
+    return x;
+}
+#endif
 
 // The 64-bit products of the lower halves of the 64-bit lanes; their upper halves are not read.
 INLINE U64 multiply_low_halves(U64 a, U64 b) {
