@@ -26,13 +26,13 @@ class Run:
 
     Attributes:
         folder: under the benchmark's output, named after what the run is.
-        module: that is the command.
+        command: of `ds_zoadamu`.
         arguments: its command line, but for the folders that differ from machine to machine.
     """
 
     contender: Contender
     folder: Path
-    module: str
+    command: str
     arguments: tuple[str, ...]
     ranks: int
     threads: int
@@ -68,8 +68,8 @@ class Runner:
             words += ["--save_steps", "0"]
         words += [*point.arguments, "--max_steps", str(steps), "--seed", str(seed), *more]
         name = kind if kind == "profile" else f"{kind}-{point.label}-steps{steps}-seed{seed}"
-        module = f"ds_zoadamu.training.{'plain' if contender.plain else 'finetune'}_command"
-        return Run(contender, self.output / "runs" / contender.name / name, module, tuple(words), ranks, threads)
+        command = "plain_mezo" if contender.plain else "finetune"
+        return Run(contender, self.output / "runs" / contender.name / name, command, tuple(words), ranks, threads)
 
     def config_path(self, contender: Contender) -> Path:
         """Where the benchmark keeps its copy of a contender's JSON."""
@@ -98,8 +98,8 @@ class Runner:
 
     def _command(self, run: Run, folder: Path) -> list[str]:
         port = str(self._args.master_port or free_port())
-        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(run.ranks), "--master_port", port]
-        return [*launcher, "--module", run.module, *run.arguments, "--output_dir", str(folder / "out")]
+        command = [sys.executable, "-m", "ds_zoadamu.cli", run.command, "--num_gpus", str(run.ranks), "--master_port", port]
+        return [*command, *run.arguments, "--output_dir", str(folder / "out")]
 
     def _environment(self, run: Run) -> dict[str, str]:
         path = os.pathsep.join([str(_PLACE), *filter(None, [os.environ.get("PYTHONPATH")])])
