@@ -1,5 +1,5 @@
-"""The console command ``ds_zoadamu``: one of COMMANDS, a module with a command line of its own and ``main() -> exit status``, or
-of SUBCOMMANDS, a module with ``add_arguments(parser)`` and ``run(args) -> exit status``.
+"""The console command ``ds_zoadamu``: one of COMMANDS, a module with a command line of its own and ``main() -> exit status``,
+or of SUBCOMMANDS, a module with ``add_arguments(parser)`` and ``run(args) -> exit status``.
 
 Also under a launcher: ``deepspeed --num_gpus 4 --module ds_zoadamu.cli replay ...``. Little is imported before the command is
 known: Ctrl-C shall be understood from the first moment on.

@@ -9,7 +9,7 @@ from pathlib import Path
 import ds_zoadamu
 
 LAYERS = (
-    "errors", "files", "distributed", "kernels", "rules", "config", "zero3", "durability", "initialization", "hf", "tasks",
+    "errors", "files", "distributed", "console", "kernels", "rules", "config", "zero3", "durability", "initialization", "hf", "tasks",
     "training", "plan", "benchmark", "cli",
 )  # fmt: skip
 """What may import what: a package those before it. Names are public ones of ``ds_zoadamu``, resolved when they are used."""

@@ -32,7 +32,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run ``main`` as the last thing that this process does. Its result is the exit status; None: 0.
 
     SystemExit and other exceptions end the process as they would end Python: with SystemExit's code, or with a traceback and
-    status 1, an interrupt with one line. Non-daemon threads, exit handlers and the buffers of stdout and stderr have their turn.
+    status 1; an interrupt with one line. Non-daemon threads, exit handlers and buffers of stdout and stderr have their turn.
     """
     status = _status_of(main)
     atexit.unregister(_rest)  # that is for an interpreter which goes
