@@ -78,11 +78,15 @@ class _Lines:
             print(self._line(elapsed), file=sys.stderr, flush=True)
 
     def _line(self, elapsed: float) -> str:
-        number = tqdm.format_sizeof if self._scale else str
-        line = f"{self._desc}: {number(self._done)}"
+        line = f"{self._desc}: {self._number(self._done)}"
         if self._total:
-            line += f" of {number(self._total)} {self._unit}s"
+            line += f" of {self._number(self._total)}{'' if self._scale else f' {self._unit}s'}"
         line += f", {tqdm.format_interval(elapsed)} so far"
         if self._total and (new := self._done - self._initial) > 0:
             line += f", {tqdm.format_interval(elapsed / new * max(0.0, self._total - self._done))} left"
         return line + self._more
+
+    def _number(self, value: float) -> str:
+        return (
+            tqdm.format_sizeof(value, self._unit if len(self._unit) == 1 else f" {self._unit}s") if self._scale else str(value)
+        )

@@ -1,6 +1,5 @@
 """The status that a launch script ends with, and its last words."""
 
-import argparse
 import errno
 import sys
 from argparse import Namespace
@@ -11,7 +10,7 @@ from ds_zoadamu.distributed.waiting import everywhere
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training import plan
 from ds_zoadamu.training.arguments import finetune_parser, task_from
-from ds_zoadamu.training.main import parse_arguments, run_script
+from ds_zoadamu.training.main import run_script
 
 
 def _raises(error):
@@ -43,7 +42,7 @@ GO_ON = "{journal} has every step that was taken, and the same command with --re
 def test_an_interrupt_says_how_to_go_on(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("ds_zoadamu.training.main.ensure_launched", lambda: None)
     assert run_script(_raises(KeyboardInterrupt()), str(tmp_path)) == 130
-    assert capsys.readouterr().err == f"{sys.argv[0]}: interrupted\n"  # before a journal there is nothing to go on with
+    assert capsys.readouterr().err == f"{sys.argv[0]}: interrupted; the same command begins anew\n"
     journal = tmp_path / "journal.jsonl"
     journal.touch()
     assert run_script(_raises(KeyboardInterrupt()), str(tmp_path)) == 130
@@ -71,14 +70,6 @@ class _As:
 
     def __exit__(self, kind, error, traceback):
         self._mark(error)
-
-
-def test_a_wrong_option_is_printed(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["p", "--nonsense"])
-    with pytest.raises(SystemExit) as ended:
-        parse_arguments(argparse.ArgumentParser(prog="p"))
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == "usage: p [-h]\np: error: unrecognized arguments: --nonsense\n"
 
 
 def test_a_name_that_the_hub_does_not_have_is_said_to_be_no_folder_either():
