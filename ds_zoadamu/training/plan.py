@@ -139,9 +139,9 @@ def check_one_step(config: Config | None, rows: Mapping[str, Sequence[Any]], dat
     if config is None or config.batch.train is None or config.batch.train <= len(rows["train"]):
         return
     train, dev, batch = len(rows["train"]), len(rows["dev"]), config.batch
+    where = f"--data_dir {data_dir}" if data_dir else "the data set"
     raise InputError(
-        f"{f'--data_dir {data_dir}' if data_dir else 'the data set'}: of the rows of its training split {train} are for training "
-        f"and {dev} for development, and one step takes {batch.train} (--per_device_train_batch_size {batch.micro} x "
+        f"{where}: of the rows of its training split {train} are for training and {dev} for development, and one step takes {batch.train} (--per_device_train_batch_size {batch.micro} x "
         f"--gradient_accumulation_steps {batch.accumulation} x {config.world_size} ranks): lower one of them or --num_dev, or "
         "give more rows"
     )
@@ -192,8 +192,8 @@ def _load(kind, args: Namespace):
             ) from error
         if offline is not None:
             raise InputError(
-                f"--model_name_or_path {path}: it is no folder here, the hub cannot be asked ({offline}), and its cache here has "
-                f"no {what} of that name; give a folder, or load the model once where there is a network"
+                f"--model_name_or_path {path}: it is no folder here, the hub cannot be asked ({offline}), and its cache here "
+                f"has no {what} of that name; give a folder, or load the model once where there is a network"
             ) from error
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         place = "no {} there" if folder.is_dir() else "it is no folder here, and the hub gave no {} of that name"

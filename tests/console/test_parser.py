@@ -8,8 +8,8 @@ from ds_zoadamu.console.parser import Parser
 
 MISTAKES = {
     "--verison": "ds_zoadamu: error: unknown option --verison; did you mean --version?",
-    "finetune --learning_rat 1e-6": "ds_zoadamu finetune: error: unknown option --learning_rat; did you mean --learning_rate?",
-    "finetune --learning-rate=1e-6": "ds_zoadamu finetune: error: unknown option --learning-rate; did you mean --learning_rate?",
+    "finetune --learning_rat 1": "ds_zoadamu finetune: error: unknown option --learning_rat; did you mean --learning_rate?",
+    "finetune --zo-eps=1": "ds_zoadamu finetune: error: unknown option --zo-eps; did you mean --zo_eps?",
     "finetune --num_gpu 2": "ds_zoadamu finetune: error: unknown option --num_gpu; did you mean --num_gpus?",
     "finetune --model m": "ds_zoadamu finetune: error: unknown option --model; did you mean --model_name_or_path?",
     "finetune --xyzzy": "ds_zoadamu finetune: error: unknown option --xyzzy; --help lists those that are known",
