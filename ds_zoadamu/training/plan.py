@@ -141,7 +141,8 @@ def check_one_step(config: Config | None, rows: Mapping[str, Sequence[Any]], dat
     train, dev, batch = len(rows["train"]), len(rows["dev"]), config.batch
     where = f"--data_dir {data_dir}" if data_dir else "the data set"
     raise InputError(
-        f"{where}: of the rows of its training split {train} are for training and {dev} for development, and one step takes {batch.train} (--per_device_train_batch_size {batch.micro} x "
+        f"{where}: of the rows of its training split {train} are for training and {dev} for development, and one step takes "
+        f"{batch.train} (--per_device_train_batch_size {batch.micro} x "
         f"--gradient_accumulation_steps {batch.accumulation} x {config.world_size} ranks): lower one of them or --num_dev, or "
         "give more rows"
     )
