@@ -71,8 +71,8 @@ class Run:
 
     def go_on(self):
         return [
-            f"ds_zoadamu finetune: interrupted; {self.journal} has every step that was taken, and the same command with --resume "
-            "goes on behind them"
+            f"ds_zoadamu finetune: interrupted; {self.journal} has every step that was taken, and the same command with "
+            "--resume goes on behind them"
         ]
 
 

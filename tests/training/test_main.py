@@ -110,8 +110,8 @@ def test_data_for_less_than_a_step_says_where_its_rows_went():
         plan.check_one_step(config, {"train": [0] * 8, "dev": [0] * 4}, "data")
     assert str(raised.value) == (
         "--data_dir data: of the rows of its training split 8 are for training and 4 for development, and one step takes 16 "
-        "(--per_device_train_batch_size 8 x --gradient_accumulation_steps 2 x 1 ranks): lower one of them or --num_dev, or give "
-        "more rows"
+        "(--per_device_train_batch_size 8 x --gradient_accumulation_steps 2 x 1 ranks): lower one of them or --num_dev, or "
+        "give more rows"
     )
 
 
