@@ -5,6 +5,7 @@ import signal
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import NoReturn
 
 from . import interrupts
 
@@ -13,18 +14,25 @@ _WITH_VALUE = (
     "hostfile", "include", "exclude", "num_nodes", "num_gpus", "master_port", "master_addr", "node_rank", "launcher",
     "launcher_args", "ssh_port", "bind_core_list", "venv_script",
 )  # fmt: skip
+_NUMBERS = {"num_nodes", "num_gpus", "master_port", "node_rank", "ssh_port"}
 _SWITCHES = ("no_ssh", "no_ssh_check", "force_multi", "bind_cores_to_rank", "no_local_rank")
 
 
+class _Options(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        interrupts.say(f"ds_zoadamu: error: {message}")
+        raise SystemExit(2)
+
+
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(the launcher's part of a command line, the command's)."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    """(the launcher's part of a command line, the command's). Ends the process for a value that cannot be."""
+    parser = _Options(add_help=False, allow_abbrev=False)
     for name in _WITH_VALUE:
-        parser.add_argument(f"--{name}", action="append", default=[])
+        parser.add_argument(f"--{name}", type=int if name in _NUMBERS else str, action="append", default=[])
     for name in _SWITCHES:
         parser.add_argument(f"--{name}", action="store_true")
     given, rest = parser.parse_known_args(words)
-    launcher = [word for name in _WITH_VALUE for value in getattr(given, name) for word in (f"--{name}", value)]
+    launcher = [word for name in _WITH_VALUE for value in getattr(given, name) for word in (f"--{name}", str(value))]
     return launcher + [f"--{name}" for name in _SWITCHES if getattr(given, name)], rest
 
 

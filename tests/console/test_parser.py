@@ -11,6 +11,7 @@ MISTAKES = {
     "finetune --learning_rat 1": "ds_zoadamu finetune: error: unknown option --learning_rat; did you mean --learning_rate?",
     "finetune --zo-eps=1": "ds_zoadamu finetune: error: unknown option --zo-eps; did you mean --zo_eps?",
     "finetune --num_gpu 2": "ds_zoadamu finetune: error: unknown option --num_gpu; did you mean --num_gpus?",
+    "finetune --num_gpus two": "ds_zoadamu: error: argument --num_gpus: invalid int value: 'two'",
     "finetune --model m": "ds_zoadamu finetune: error: unknown option --model; did you mean --model_name_or_path?",
     "finetune --xyzzy": "ds_zoadamu finetune: error: unknown option --xyzzy; --help lists those that are known",
     "evaluate --splt train": "ds_zoadamu evaluate: error: unknown option --splt; did you mean --split?",
