@@ -16,7 +16,7 @@ class Parser(argparse.ArgumentParser):
     and exit status 2.
 
     Args:
-        also: options that somebody else reads, for the nearest one to a misspelt one.
+        also: options of the launcher, which are no option of this parser.
     """
 
     def __init__(self, *args, also: Iterable[str] = (), **kwargs):
@@ -56,6 +56,8 @@ class Parser(argparse.ArgumentParser):
         return word.startswith("-") and len(word) > 1 and " " not in word and name not in self._option_string_actions
 
     def _unknown(self, option: str) -> str:
+        if option in self._also:
+            return f"{option} is the launcher's: it stands before the script, or behind ds_zoadamu's command"
         words = {known.lstrip("-"): known for known in self._options()}
         bare = option.lstrip("-").replace("-", "_")
         near = nearest(bare, words, 0.6) or next((word for word in words if len(bare) > 3 and bare in word), None)

@@ -36,6 +36,16 @@ def test_one_line_with_the_nearest_word(monkeypatch, capsys, words):
     assert said.out == "" and said.err == MISTAKES[words] + "\n"
 
 
+def test_an_option_of_the_launcher_behind_the_script(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["ds_zoadamu"])
+    monkeypatch.setenv("RANK", "0")  # the launcher has started this process already
+    with pytest.raises(SystemExit):
+        main(["finetune", "--num_gpus", "2"])
+    assert capsys.readouterr().err == (
+        "ds_zoadamu finetune: error: --num_gpus is the launcher's: it stands before the script, or behind ds_zoadamu's command\n"
+    )
+
+
 @pytest.mark.parametrize("words, near", [("finetun --max_steps 3", "finetune"), ("configs lst", "list")])
 def test_a_misspelt_command(capsys, words, near):
     with pytest.raises(SystemExit) as ended:
