@@ -42,7 +42,8 @@ def test_an_option_of_the_launcher_behind_the_script(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["finetune", "--num_gpus", "2"])
     assert capsys.readouterr().err == (
-        "ds_zoadamu finetune: error: --num_gpus is the launcher's: it stands before the script, or behind ds_zoadamu's command\n"
+        "ds_zoadamu finetune: error: --num_gpus is the launcher's: it stands before the script, or behind ds_zoadamu's "
+        "command\n"
     )
 
 
