@@ -41,6 +41,7 @@ class Run:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "ds_zoadamu.cli", "finetune", *launcher, *words, "--output_dir", str(folder / "out")],
             stdout=self._files[0], stderr=self._files[1], start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in the background
             env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         )  # fmt: skip
         self.processes = []
