@@ -63,7 +63,7 @@ class Run:
     def stderr(self):
         """Without the lines that say how far the run has come."""
         self._files[1].seek(0)
-        return [line for line in self._files[1].read().splitlines() if not line.startswith("fine-tuning: ")]
+        return [line for line in self._files[1].read().splitlines() if " so far" not in line]
 
     @property
     def stdout(self):
