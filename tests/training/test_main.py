@@ -5,6 +5,7 @@ import sys
 from argparse import Namespace
 
 import pytest
+from transformers import AutoTokenizer
 
 from ds_zoadamu.config.sections import Batch
 from ds_zoadamu.distributed.waiting import everywhere
@@ -100,7 +101,7 @@ def test_a_name_that_the_hub_does_not_have_is_said_to_be_no_folder_either(monkey
 @pytest.mark.parametrize("path", ["./model", "/no/model", "a/b/c", "~/model", "my model", "outputs/model/"])
 def test_what_cannot_be_a_name_of_the_hub_is_a_path(path):
     with pytest.raises(InputError, match=f"^--model_name_or_path {path}: there is no folder /"):
-        plan._load(None, Namespace(model_name_or_path=path, trust_remote_code=False))
+        plan._load(AutoTokenizer, Namespace(model_name_or_path=path, trust_remote_code=False))
 
 
 def test_data_for_less_than_a_step_says_where_its_rows_went():
