@@ -13,6 +13,7 @@ import sys
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 WHILE_STARTING = "ds_zoadamu: interrupted while it started; the same command begins anew"
+_UNTIL_AGAIN = 0.05  # seconds
 _begun = False
 _got = signal.SIGINT
 
@@ -63,4 +64,19 @@ def _on_signal(number: int, frame: object) -> None:
     launched = "LOCAL_RANK" in os.environ
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN if launched else signal.SIG_DFL)  # who presses twice does not want to wait
+    sys.excepthook = _lost
+    sys.unraisablehook = lambda lost: _lost(lost.exc_type, lost.exc_value, lost.exc_traceback)
+    raise KeyboardInterrupt
+
+
+def _lost(kind: type[BaseException], error: BaseException | None, trace: object) -> None:
+    """C code that has called Python prints what is raised there, and goes on: an interrupt is raised again a little later."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    signal.signal(signal.SIGALRM, _again)
+    signal.setitimer(signal.ITIMER_REAL, _UNTIL_AGAIN)
+
+
+def _again(number: int, frame: object) -> None:
     raise KeyboardInterrupt

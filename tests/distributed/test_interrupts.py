@@ -120,3 +120,29 @@ def _catches(pid: int) -> bool:
     with open(f"/proc/{pid}/status") as file:
         caught = next(line for line in file if line.startswith("SigCgt:")).split()[1]
     return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+LOST = """
+import os, signal, sys, time
+from ds_zoadamu.distributed import interrupts
+
+class Loses:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):
+            pass
+
+interrupts.arm()
+interrupts.begin()
+try:
+    Loses()
+    time.sleep(60)
+except KeyboardInterrupt as error:
+    interrupts.say(f"caught {interrupts.status()}")
+"""
+
+
+def test_an_interrupt_that_c_code_loses_comes_again():
+    """A destructor cannot raise: what Python prints of it is left out."""
+    done = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, timeout=HANG)
+    assert (done.stderr, done.returncode) == ("caught 143\n", 0)
