@@ -31,8 +31,9 @@ COMMANDS = {
     "evaluate": ("training.evaluate_command", "measure a model on a task; on several ranks likewise"),
     "benchmark": ("benchmark.command", "optimizers side by side"),
     "plain_mezo": ("training.plain_command", "fine-tune with MeZO in place, without DeepSpeed, on one device"),
+    "lomo": ("training.lomo_command", "fine-tune with LOMO, without DeepSpeed, on one device; the benchmark's contender"),
 }
-_ON_RANKS = {"finetune", "evaluate", "replay", "plan", "plain_mezo"}
+_ON_RANKS = {"finetune", "evaluate", "replay", "plan", "plain_mezo", "lomo"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
