@@ -9,7 +9,7 @@ from ds_zoadamu.training.output import METRICS, PROFILE, RESULTS
 OUTCOME, LOG = "outcome.json", "log.txt"
 FINISHED, OUT_OF_MEMORY, DIVERGED, FAILED = "finished", "out of memory", "diverged", "failed"
 # What PyTorch on CPU and on GPU, Python, and the launcher of a rank that the kernel killed say.
-_MEMORY_SIGNS = ("OutOfMemoryError", "out of memory", "can't allocate memory", "MemoryError", "return code = -9")
+_MEMORY_SIGNS = ("OutOfMemoryError", "out of memory", "can't allocate memory", "MemoryError")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,12 @@
 """What a benchmark runs, in order: profiles, trials of the grid, then every seed with the chosen values."""
 
 import math
+import statistics
+import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+
+from tqdm import tqdm
 
 from ds_zoadamu.benchmark.contenders import Contender
 from ds_zoadamu.benchmark.grid import Point
@@ -27,9 +31,13 @@ class Phases:
 
     def __init__(self, args: Namespace, runner: Runner, items_a_step: int, metric: Metric, say: Say):
         self._args, self._runner, self._items, self._metric, self._say = args, runner, items_a_step, metric.name, say
+        self._number = self._expected = 0
+        self._seconds: list[float] = []
 
     def profiles(self, contenders: Sequence[Contender], grids: Mapping[str, Sequence[Point]]) -> dict[str, Outcome]:
         """What a step of each contender costs; the lr does not matter."""
+        trials = sum(len(grids[c.name]) for c in contenders if len(grids[c.name]) > 1)
+        self._expected = len(contenders) * (1 + len(self._args.seeds)) + trials
         count, found = self._args.profile_steps, {}
         for c in contenders:
             more = ("--profile_steps", str(count))
@@ -81,10 +89,21 @@ class Phases:
         return found
 
     def _outcome(self, run: Run) -> Outcome:
-        what = f"{run.contender.name} {run.folder.name}"
+        self._number += 1
+        what = f"{self._number} of {self._expected}: {run.contender.name} {run.folder.name}"
         known = self._runner.ended(run)
-        self._say(f"{what}: {'has ended before' if known else 'runs'}")
+        self._say(f"{what}: {'has ended before' if known else 'runs'}{self._left()}")
+        start = time.monotonic()
         outcome = known or self._runner.execute(run)
+        if not known:
+            self._seconds.append(time.monotonic() - start)
         if outcome.status != FINISHED:
             self._say(f"{what}: {outcome.status}: {outcome.reason}")
         return outcome
+
+    def _left(self) -> str:
+        """The mean of those that this process has timed, for all that are left: trials are shorter than what follows them."""
+        if not self._seconds:
+            return ""
+        seconds = statistics.mean(self._seconds) * (self._expected - self._number + 1)
+        return f", {tqdm.format_interval(seconds)} or more left"

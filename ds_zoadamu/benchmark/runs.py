@@ -26,13 +26,13 @@ class Run:
 
     Attributes:
         folder: under the benchmark's output, named after what the run is.
-        module: that is the command.
+        command: of `ds_zoadamu`.
         arguments: its command line, but for the folders that differ from machine to machine.
     """
 
     contender: Contender
     folder: Path
-    module: str
+    command: str
     arguments: tuple[str, ...]
     ranks: int
     threads: int
@@ -100,8 +100,8 @@ class Runner:
 
     def _command(self, run: Run, folder: Path) -> list[str]:
         port = str(self._args.master_port or free_port())
-        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(run.ranks), "--master_port", port]
-        return [*launcher, "--module", run.module, *run.arguments, "--output_dir", str(folder / "out")]
+        command = [sys.executable, "-m", "ds_zoadamu.cli", run.command, "--num_gpus", str(run.ranks), "--master_port", port]
+        return [*command, *run.arguments, "--output_dir", str(folder / "out")]
 
     def _environment(self, run: Run) -> dict[str, str]:
         path = os.pathsep.join([str(_PLACE), *filter(None, [os.environ.get("PYTHONPATH")])])
