@@ -10,7 +10,10 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 from .config import Config, load
 from .config.settings import check_precision, read_config, zeroth_order_type
-from .distributed import collective
+from .distributed import (
+    collective,
+    quiet,  # noqa: F401
+)
 from .distributed.start import launched_world_size
 from .distributed.waiting import current_limit, limit_waits, time_limit
 from .durability.engine import ZerothOrderEngine

@@ -7,6 +7,8 @@ Two things differ from a loop with gradients: ``prepare`` is called inside ``zer
 the place of forward, ``accelerator.backward`` and ``optimizer.step``.
 """
 
+from pathlib import Path
+
 import tiny
 import torch
 from accelerate import Accelerator, PartialState
@@ -42,15 +44,24 @@ def collate(rows):
 data = torch.utils.data.DataLoader(texts, options.per_device_train_batch_size, shuffle=True, collate_fn=collate)
 with zeroth_order():
     engine, data = accelerator.prepare(model, data)
-step = 0
+journal = Path(options.output_dir) / "journal.jsonl"
+if options.resume and journal.exists():
+    step = engine.resume(journal).step
+else:
+    engine.open_journal(journal)
+    step = 0
+steps_an_epoch = len(data) // options.gradient_accumulation_steps
 while step < options.max_steps:
-    batches = iter(data)
-    for _ in range(len(data) // options.gradient_accumulation_steps):
+    epoch, taken = divmod(step, steps_an_epoch)
+    data.set_epoch(epoch)  # its order is that of its number, also behind a resume
+    batches = iter(accelerator.skip_first_batches(data, taken * options.gradient_accumulation_steps))
+    for _ in range(steps_an_epoch - taken):
         loss = engine.train_batch(batches)
         step += 1
         if step % 5 == 0:
             accelerator.print(f"step {step}: loss {loss:.4f}")
         if step == options.max_steps:
             break
-ds_zoadamu.save_pretrained(engine, options.output_dir, tokenizer, overwrite=True)
+engine.close_journal()
+ds_zoadamu.save_pretrained(engine, Path(options.output_dir) / "model", tokenizer, overwrite=True)
 accelerator.print(f"weights {ds_zoadamu.weights_digest(engine)}")

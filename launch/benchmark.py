@@ -6,7 +6,7 @@
 Started without a launcher. Interrupted, the same command goes on. What the report says: docs/benchmark.md.
 """
 
-from ds_zoadamu.benchmark.command import console
+from ds_zoadamu.cli import console
 
 if __name__ == "__main__":
-    console()
+    console("benchmark")

@@ -6,7 +6,7 @@
 The JSON's optimizer decides: "ZOAdaMU" trains with forward passes only, "AdamW" with DeepSpeed's ZeRO-3 and backward passes.
 """
 
-from ds_zoadamu.training.finetune_command import console
+from ds_zoadamu.cli import console
 
 if __name__ == "__main__":
-    console()
+    console("finetune")

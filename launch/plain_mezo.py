@@ -6,7 +6,7 @@ instead of this project; launch/benchmark.py runs it beside the others.
 Takes launch/finetune.py's arguments but for the DeepSpeed JSON, on one rank, and writes the same files.
 """
 
-from ds_zoadamu.training.plain_command import console
+from ds_zoadamu.cli import console
 
 if __name__ == "__main__":
-    console()
+    console("plain_mezo")

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from ds_zoadamu.console.parser import Parser
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.arguments import add_options, add_set_arguments, add_task_arguments, check_arguments
 
@@ -16,8 +17,7 @@ _SHARED = (
 
 def benchmark_parser() -> argparse.ArgumentParser:
     """All arguments of launch/benchmark.py."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
+    parser = Parser(
         description="Train one model on one task with several optimizers, each in processes of its own, and compare them.",
         epilog="The same command again goes on where an interrupted benchmark stopped; docs/benchmark.md explains the report.",
     )

@@ -41,8 +41,8 @@ class Contender:
 
     @property
     def command(self) -> str:
-        """The module that runs it."""
-        return f"ds_zoadamu.training.{'finetune' if self.config is not None else 'plain' if self.plain else 'lomo'}_command"
+        """Of ``ds_zoadamu``, that runs it."""
+        return "finetune" if self.config is not None else "plain_mezo" if self.plain else "lomo"
 
 
 def choose_contenders(args: Namespace, configs: Path) -> list[Contender]:

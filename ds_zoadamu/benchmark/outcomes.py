@@ -12,7 +12,7 @@ FAILED, REFUSED = "failed", "refused"
 """What the next command tries again. Refused: with one line, before anything was done."""
 _REFUSED_STATUS = 2
 # What PyTorch on CPU and on GPU, Python, and the launcher of a rank that the kernel killed say.
-_MEMORY_SIGNS = ("OutOfMemoryError", "out of memory", "can't allocate memory", "MemoryError", "return code = -9")
+_MEMORY_SIGNS = ("OutOfMemoryError", "out of memory", "can't allocate memory", "MemoryError")
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ class Phases:
 
     def profiles(self, contenders: Sequence[Contender], grids: Mapping[str, Sequence[Point]]) -> dict[str, Outcome]:
         """What a step of each contender costs; the lr does not matter."""
+        trials = sum(len(grids[c.name]) for c in contenders if len(grids[c.name]) > 1)
+        self._runner.expected = len(contenders) * (1 + len(self._args.seeds)) + trials
         count, found = self._args.profile_steps, {}
         for c in contenders:
             more = ("--profile_steps", str(count))

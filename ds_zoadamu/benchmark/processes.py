@@ -21,8 +21,8 @@ def under_launcher(master_port: int | None) -> Start:
 
     def start(run: Run, words: Sequence[str], log: Path) -> int:
         port = str(master_port or free_port())
-        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(run.ranks), "--master_port", port]
-        return _execute([*launcher, "--module", run.module, *words], _environment(run), log)
+        command = [sys.executable, "-m", "ds_zoadamu.cli", run.command, "--num_gpus", str(run.ranks), "--master_port", port]
+        return _execute([*command, *words], _environment(run), log)
 
     return start
 

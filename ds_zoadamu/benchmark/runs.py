@@ -1,12 +1,16 @@
 """One run: its command and its folder, which is there whole or not at all."""
 
 import os
+import statistics
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_zoadamu.benchmark.outcomes import FAILED, LOG, OUTCOME, REFUSED, Outcome, judge, read_outcome
+from tqdm import tqdm
+
+from ds_zoadamu.benchmark.outcomes import FAILED, FINISHED, LOG, OUTCOME, REFUSED, Outcome, judge, read_outcome
 from ds_zoadamu.files.folders import remove
 from ds_zoadamu.files.json_files import write_json
 from ds_zoadamu.training.output import BEST, CHECKPOINTS, MODEL
@@ -18,7 +22,7 @@ class Run:
 
     Attributes:
         folder: under the output of all runs, named after what the run is.
-        module: that is the command.
+        command: of `ds_zoadamu`.
         arguments: its command line, but for where it writes.
         title: for people.
         output: the option that says where it writes, and the path in the run's folder.
@@ -26,7 +30,7 @@ class Run:
     """
 
     folder: Path
-    module: str
+    command: str
     arguments: tuple[str, ...]
     ranks: int
     threads: int
@@ -46,19 +50,36 @@ class Runner:
         commit: of the code, noted with every outcome.
         start: starts the ranks of a run.
         say: prints a line.
+
+    Attributes:
+        expected: how many runs there will be; to be set before the first.
     """
 
     def __init__(self, commit: str, start: Start, say: Callable[[str], None]):
         self._commit, self._start, self._say = commit, start, say
+        self.expected = self._number = 0
+        self._seconds: list[float] = []
 
     def outcome(self, run: Run) -> Outcome:
         """Of a run that has ended before, or that is made now."""
+        self._number += 1
+        what = f"{self._number} of {self.expected}: {run.title}"
         known = self.ended(run)
-        self._say(f"{run.title}: {'has ended before' if known else 'runs'}")
+        self._say(f"{what}: {'has ended before' if known else 'runs'}{self._left()}")
+        start = time.monotonic()
         outcome = known or self.execute(run)
-        if outcome.reason:
-            self._say(f"{run.title}: {outcome.status}: {outcome.reason}")
+        if not known:
+            self._seconds.append(time.monotonic() - start)
+        if outcome.status != FINISHED:
+            self._say(f"{what}: {outcome.status}: {outcome.reason}")
         return outcome
+
+    def _left(self) -> str:
+        """The mean of those that this process has timed, for all that are left: trials are shorter than what follows them."""
+        if not self._seconds:
+            return ""
+        seconds = statistics.mean(self._seconds) * (self.expected - self._number + 1)
+        return f", {tqdm.format_interval(seconds)} or more left"
 
     def ended(self, run: Run) -> Outcome | None:
         """Of a run that needs not be run again: all but those that failed for another reason than memory or divergence."""

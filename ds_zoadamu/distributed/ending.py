@@ -21,6 +21,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
+from . import interrupts
+
 _GLOO_WORKER = "pt_gloo_runloop"  # torch's name of the threads that run a gloo group's collectives
 _LONGEST_WAIT = 30.0  # seconds; a thread that is not at rest by then is left to its luck
 _BETWEEN_LOOKS = 0.02  # seconds; several times the 5 ms after which a thread that waits for the GIL wakes up
@@ -30,7 +32,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run ``main`` as the last thing that this process does. Its result is the exit status; None: 0.
 
     SystemExit and other exceptions end the process as they would end Python: with SystemExit's code, or with a traceback and
-    status 1 (an interrupt: 130). Non-daemon threads, exit handlers and the buffers of stdout and stderr have their turn.
+    status 1; an interrupt with one line. Non-daemon threads, exit handlers and buffers of stdout and stderr have their turn.
     """
     status = _status_of(main)
     atexit.unregister(_rest)  # that is for an interpreter which goes
@@ -51,9 +53,12 @@ def _status_of(main: Callable[[], int | None]) -> int:
             return end.code or 0
         print(end.code, file=sys.stderr)
         return 1
-    except BaseException as error:
+    except KeyboardInterrupt:
+        interrupts.say("interrupted")
+        return interrupts.status()
+    except BaseException:
         sys.excepthook(*sys.exc_info())
-        return 130 if isinstance(error, KeyboardInterrupt) else 1
+        return 1
 
 
 def _flush() -> None:

@@ -4,13 +4,14 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from ..console.progress import progress
 from ..distributed.collective import describe
 from ..errors import ConfigError, ReplayError, shown
 from ..files.companions import COMPANIONS, companion_hashes
@@ -95,11 +96,13 @@ def find_folder(name: str, revision: str | None = None, *, download: bool, files
         return None
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: Path, progress: Callable[[int], object] = id) -> str:
+    """SHA-256 in hex; ``progress`` is told the bytes read."""
     digest = hashlib.sha256()
     with open(open_file(path)[0], "rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
+            progress(len(block))
     return digest.hexdigest()
 
 
@@ -112,9 +115,14 @@ def hash_files(paths: list[Path], *, use_cache: bool) -> dict[str, str]:
     """SHA-256 of every file by its name. With ``use_cache`` one that was hashed before, at the same path, size and time, is not
     read again."""
     cache = _HashCache() if use_cache else None
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib lets other threads run
-        hashes = pool.map(lambda path: (cache.known(path) if cache else None) or file_sha256(path), paths)
-        result = dict(zip((path.name for path in paths), hashes, strict=True))
+    result = {path: cache.known(path) if cache else None for path in paths}
+    new = [path for path, sha in result.items() if sha is None]
+    with (
+        progress("hashing files", sum(path.stat().st_size for path in new), "B", scale=True) as bar,
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,  # hashlib lets other threads run
+    ):
+        result |= zip(new, pool.map(lambda path: file_sha256(path, bar.update), new), strict=True)
+    result = {path.name: sha for path, sha in result.items()}
     if cache:
         cache.remember({path: result[path.name] for path in paths})
     return result

@@ -8,7 +8,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from ..errors import JournalError, ReplayError, shown
-from ..files.hub_access import is_hub_name, one_line
+from ..files.hub import is_hub_name
+from ..files.hub_access import one_line
 from ..files.untrusted import check_shape, read_file
 from ..files.yaml_files import parse_yaml
 from .journal import Contents, parse_journal, read_bytes

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from ..console.progress import progress, say
 from ..distributed import collective
 from ..errors import ConfigError, ReplayError, printed, shown
 from ..files.companions import read_companions, without_code
@@ -130,9 +130,7 @@ def _read(journal: str | Path, until: int | None) -> Contents:
     if until is not None and until > len(contents.records):
         raise ReplayError(f"--until is {until}, but journal {str(journal)!r} ends at step {len(contents.records)}")
     if contents.torn and collective.rank() == 0:
-        tqdm.write(
-            f"journal {str(journal)!r}: the last line is torn ({contents.torn} bytes) and left out; its step was never taken"
-        )
+        say(f"journal {str(journal)!r}: the last line is torn ({contents.torn} bytes) and left out; its step was never taken")
     return contents
 
 
@@ -180,7 +178,7 @@ def _verify_base(base: Base, header: dict) -> None:
     world, rank = collective.world_size(), collective.rank()
     expected = header["base"]
     if expected["sha256"] is None and rank == 0:
-        tqdm.write(
+        say(
             f"the journal does not know its base's files ({printed(expected.get('note', ''))}); the weights that were trained "
             "are verified"
         )
@@ -217,7 +215,7 @@ def _verify_weights(base: Base, header: dict) -> None:
     frozen = sum(len(entry) > 2 for entry in header["untrained"])
     missing = frozen - sum(tensor.frozen is not None for tensor in base.in_memory)
     if missing and collective.rank() == 0:
-        tqdm.write(
+        say(
             f"{missing} of {frozen} frozen parameters of the run are not in {str(base.folder)!r} and cannot be verified; the "
             f"run's have SHA-256 {header.get('frozen_sha256')} (ds_zoadamu.frozen_digest of an engine)"
         )
@@ -303,9 +301,8 @@ def _write_share(
     fused = fused[collective.rank() :: collective.world_size()]
     elements = sum(stop - start for tensor, start, stop in shares if tensor.trained)
     elements += sum(whole.numel for f in fused for whole in f.wholes.values() if whole.trained)
-    shown = show_progress and collective.rank() == 0
     total = elements * len(updates[0])
-    with tqdm(total=total, desc="replay", unit=" element steps", unit_scale=True, disable=not shown, dynamic_ncols=True) as bar:
+    with progress("replay", total, "element step", scale=True, shown=show_progress) as bar:
         stepper = _Stepper(rule, updates, header, device, bar.update)
         for tensor, start, stop in shares:
             weight = base.read(tensor, start, stop)
@@ -366,11 +363,9 @@ def _companions(folder: Path, header: dict) -> dict[str, bytes]:
     for name, content in contents.items():
         result[name], dropped = without_code(name, content, folder / name, dtype)
         if dropped:
-            tqdm.write(f"{name} is written without {', '.join(dropped)}: a rebuilt model names no code (docs/journal.md)")
+            say(f"{name} is written without {', '.join(dropped)}: a rebuilt model names no code (docs/journal.md)")
     if expected is None and contents:
-        tqdm.write(
-            f"the journal has no SHA-256 of these files of the base, which are copied as they are: {', '.join(contents)}"
-        )
+        say(f"the journal has no SHA-256 of these files of the base, which are copied as they are: {', '.join(contents)}")
     return result
 
 

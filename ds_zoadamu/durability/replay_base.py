@@ -7,13 +7,14 @@ loads them are put together in whole, a layer's at a time, and taken apart again
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from ..console.progress import counted
 from ..errors import ReplayError, shown
 from ..files.companions import leads_out
 from ..files.safetensors_io import FlatReader, dtype_from_name, raw_bytes
@@ -93,9 +94,9 @@ class Base:
         """Every tensor as the run had it."""
         return [*self.tensors, *(whole for fused in self.fused for whole in fused.wholes.values())]
 
-    def digests(self, units: Iterable[Tensor | Fused]) -> Iterator[tuple[Tensor, str]]:
+    def digests(self, units: Sequence[Tensor | Fused]) -> Iterator[tuple[Tensor, str]]:
         """(tensor as the run had it, SHA-256 of its elements) of some ``tensors`` and ``fused``."""
-        for unit in units:
+        for unit in counted(units, "hashing the weights", "tensor"):
             if isinstance(unit, Tensor):
                 yield unit, _sha256(part for _, part in self.slices(unit))
             else:

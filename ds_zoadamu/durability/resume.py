@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..console.progress import counted, say
 from ..distributed import collective
 from ..errors import CheckpointError, HalfLoadedError, JournalError, ReplayError, shown
 from ..zero3.records import StepRecord
@@ -145,7 +146,7 @@ def resume(
     step = len(contents.records)
     where = "the base weights" if found is None else f"checkpoint {str(found.path)!r}"
     if collective.rank() == 0:  # printed, since DeepSpeed's logger leaves out what is no warning
-        print(f"resumed after step {step}: {where}, then {len(records)} steps out of journal {str(path)!r}", flush=True)
+        say(f"resumed after step {step}: {where}, then {len(records)} steps out of journal {str(path)!r}")
     client_state = {} if found is None else checkpoint.client_state_of(found)
     return Resumed(step, len(records), found and found.path, client_state), journal
 
@@ -280,7 +281,7 @@ def _advance(engine: Any, first: int, contents: Contents) -> None:
     updates, scalars = recorded_updates(optimizer.rule, contents.records, weight_decays, first)
     group_of = {id(param): index for index, group in enumerate(groups) for param in group["params"]}
     with engine.gathers.writing():
-        for partition in optimizer.partitions if records else ():
+        for partition in counted(optimizer.partitions if records else (), "replaying the journal", "parameter"):
             with partition.writable():
                 apply_updates(
                     optimizer.rule,

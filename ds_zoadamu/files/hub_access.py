@@ -1,6 +1,5 @@
 """What the hub's client raises, in one line."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -38,11 +37,6 @@ def one_line(doing: str, safe: str = "") -> Iterator[None]:
         if not isinstance(error, _OF_THE_CLIENT) and "Invalid metadata" not in str(error):  # of a card, says the hub
             raise
         raise HubError(f"{doing}: {_reason(error)}" + (f"; {safe}" if safe else "")) from error
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether a repository may be called so."""
-    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
 
 
 def _reason(error: Exception) -> str:

@@ -22,6 +22,7 @@ from ds_zoadamu.config.auto import has_auto
 from ds_zoadamu.config.known import check_known
 from ds_zoadamu.config.sections import check_stage
 from ds_zoadamu.config.settings import check_precision, read_config
+from ds_zoadamu.console.progress import counted
 from ds_zoadamu.distributed import collective
 from ds_zoadamu.distributed.start import launched_world_size
 from ds_zoadamu.distributed.waiting import current_limit, limit_waits
@@ -31,6 +32,7 @@ from ds_zoadamu.files import folders
 from ds_zoadamu.files.hf_names import FileNames, Group
 from ds_zoadamu.files.json_files import read_json
 from ds_zoadamu.hf.kinds import model_kind
+from ds_zoadamu.hf.loading import shown_loading
 from ds_zoadamu.zero3 import agreement, nvme
 from ds_zoadamu.zero3 import hf as hf_zero3
 from ds_zoadamu.zero3.partition import whole_shape
@@ -82,7 +84,7 @@ def load_model(path: str, config: dict | str | Path | Config, dtype: torch.dtype
         with collective.on_all_ranks(ConfigError):
             check_whole(path, kwargs.get("revision"))
         nvme.prepare(config)
-        with hf_zero3.zero3_known(config.deepspeed) as known:
+        with hf_zero3.zero3_known(config.deepspeed) as known, shown_loading(path, kwargs.get("revision")):
             model = kind.auto.from_pretrained(path, dtype=dtype, **kwargs)
     limit_waits(current_limit())
     hf_zero3.attach(model, known)
@@ -177,7 +179,7 @@ def _write_tensors(model: PreTrainedModel, folder: Path, limit: int, writes: boo
     stored |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
     groups = _groups_in_files(model, {name: whole_shape(tensor) for name, tensor in stored.items()})
     writer = _ShardWriter(folder, _split(groups, stored, limit))
-    for group in groups:
+    for group in counted(groups, "saving the model", "tensor"):
         partitioned = [stored[name] for name in group.given if isinstance(stored[name], torch.nn.Parameter)]
         with deepspeed.zero.GatheredParameters(partitioned):
             copies = {n: stored[n].detach().to("cpu", copy=True).contiguous() for n in group.given} if writes else {}
@@ -235,7 +237,7 @@ def load_weights(engine, directory: str | Path) -> None:
                 groups = _groups_of(directory, files, engine.module, stored)
             made.mine = [group.made for group in groups]
         _release_gathered(engine)
-        for index, names in enumerate(made.all[0]):
+        for index, names in enumerate(counted(made.all[0], "loading the weights", "tensor")):
             with collective.on_all_ranks(ValueError):
                 tensors = {}
                 if reads:

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..durability.journal import Contents, parse_journal
 from ..durability.published import ADAPTERS, KEY
-from ..files.hub_access import is_hub_name
+from ..files.hub import is_hub_name
 
 _TAGS = ("ds_zoadamu", "zeroth-order")
 _TRAINING, _USE = "training", "use"

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..files.hub import is_hub_name, not_here, out_of_reach
 from ..files.json_files import read_json
 
 # name -> (hidden size, layers, attention heads). Source: Zhang et al. 2022 (arXiv 2205.01068), Table 1, and the config.json
@@ -60,13 +61,16 @@ def load_config(name: str):
         return _from_json(path / "config.json")
     from transformers import AutoConfig
 
+    if not is_hub_name(str(name)):
+        raise ConfigError(f"--model {name}: {not_here(str(name))}")
+    offline = out_of_reach()
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=offline is not None)
     except (OSError, ValueError) as error:
         _refuse_own_code(name, error)
         raise ConfigError(
             f"--model {name}: not built in ({', '.join(_PREFIX + s for s in OPT_SHAPES)}), not a folder, and not to be had "
-            f"from the hub ({str(error).splitlines()[0]}); give one of these names or a folder with a config.json"
+            f"from the hub ({offline or str(error).splitlines()[0]}); give one of these names or a folder with a config.json"
         ) from error
 
 

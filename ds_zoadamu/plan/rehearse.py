@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from ..config import Config
 from ..config.settings import check_precision
+from ..console.progress import counted
 from ..distributed.start import ensure_launched, launched_rank, launched_world_size
 from ..errors import ConfigError
 from ..zero3 import nvme
@@ -125,6 +126,8 @@ def _measure(
     check_precision(config)
     nvme.prepare(config)  # Transformers partitions the model before an engine could check
     before = PeakMemory().report()["resident_baseline"]
+    rehearsal = counted(range(steps + 1), "rehearsal", "part")  # the start, and each step
+    next(rehearsal)
     with zero3_known(config.deepspeed):  # Transformers builds into partitions
         model = model_kind(model_config).auto.from_config(model_config, dtype=config.dtype)
         if adapter is not None:
@@ -143,7 +146,7 @@ def _measure(
     }
     accumulation = engine.gradient_accumulation_steps()
     memory = PeakMemory()  # the peak counts from here on: random initialisation is no part of the real job
-    losses = tuple(engine.train_batch(iter([batch] * accumulation)) for _ in range(steps))
+    losses = tuple(engine.train_batch(iter([batch] * accumulation)) for _ in rehearsal)
     numbers = memory.report()
     if on_cpu:
         return (

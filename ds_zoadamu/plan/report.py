@@ -1,6 +1,6 @@
 """The plan as text."""
 
-from .choose import Choice, Request
+from .choose import LARGEST_MICRO_BATCH, Choice, Request
 from .memory import GB, MemoryPlan, Model
 from .step_time import Hardware, StepTime
 
@@ -68,6 +68,9 @@ def full_report(model: Model, request: Request, choice: Choice, time: StepTime, 
     trained = "" if model.trained_numel == model.numel else f" ({model.trained_numel:,} of them trained)"
     lines = [f"{model.name}: {model.numel:,} parameters{trained}, {model.dtype}, in {partitions}", verdict(choice)]
     lines += [f"  {note}" for note in choice.notes]
+    if request.micro_batch is None and choice.fits:
+        most = f"the largest power of two that fits, up to {LARGEST_MICRO_BATCH}"
+        lines.append(f"  micro-batch {choice.plan.micro_batch}: {most}; --batch takes another")
     lines += memory_report(model, choice.plan, exact)
     rule = choice.plan.rule
     lines.append("; ".join(filter(None, [f"gathered at once: at most {choice.plan.live_numel:,} elements", rule.remark()])))

@@ -5,6 +5,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
+from ds_zoadamu.console.parser import Parser
 from ds_zoadamu.reproduce.published import TABLES
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.arguments import add_options, add_switches, check_arguments
@@ -22,9 +23,8 @@ _POSITIVE = ("examples_per_class", "batch_size", "num_seeds", "grid_points", "de
 
 def reproduce_parser() -> argparse.ArgumentParser:
     """All arguments of ``ds_zoadamu reproduce``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ds_zoadamu reproduce",
-        allow_abbrev=False,
         description="Make a table of the paper on a model of yours: runs every cell and sets it beside the published one.",
         epilog="The same command again goes on where an interrupted one stopped; docs/reproduce.md explains the report.",
     )

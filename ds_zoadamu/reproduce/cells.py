@@ -38,6 +38,10 @@ class Cell:
     data_dir: Path | None = None
 
     @property
+    def num_runs(self) -> int:
+        return max(len(self.points) - 1, 0) + len(self.seeds)
+
+    @property
     def title(self) -> str:
         return f"{TASK_TITLES[self.task]}, {self.method.title}"
 

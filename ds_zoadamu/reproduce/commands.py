@@ -38,7 +38,7 @@ class Commands:
         words = [*self._shared(cell), *(self._training(cell, seed, point) if train else self._measuring(cell, seed))]
         return Run(
             folder=self.output / "runs" / cell.task / cell.method.name / name,
-            module=f"ds_zoadamu.training.{'finetune' if train else 'evaluate'}_command",
+            command="finetune" if train else "evaluate",
             arguments=tuple(words), ranks=self._args.ranks, threads=self.threads, title=f"{cell.title}: {name}",
             output=("--output_dir", "out") if train else ("--output_file", f"out/{EVALUATION}"),
             resumes=cell.method.zeroth_order,

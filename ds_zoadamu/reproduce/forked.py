@@ -39,12 +39,16 @@ class Forked:
             own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(run.ranks)}
             own["LOCAL_SIZE"] = str(run.ranks)
             process = self._context.Process(
-                target=_rank, args=(run.module, list(words), own, str(log), run.threads), daemon=True
+                target=_rank, args=(run.command, list(words), own, str(log), run.threads), daemon=True
             )
             process.start()
             ranks.append(process)
         try:
-            return _status(ranks)
+            status = _status(ranks)
+            if status == -signal.SIGKILL:
+                with open(log, "a") as file:
+                    file.write("\na rank was ended by signal 9 (SIGKILL): out of memory, or killed by somebody\n")
+            return status
         finally:
             for process in ranks:
                 process.kill()
@@ -67,20 +71,20 @@ def _status(ranks: list) -> int:
 _SECONDS_TO_SAY_WHY = 5.0  # that the other ranks have after one has failed
 
 
-def _rank(module: str, words: list[str], environment: dict[str, str], log: str, threads: int) -> None:
+def _rank(command: str, words: list[str], environment: dict[str, str], log: str, threads: int) -> None:
     """One rank of a command, as a process of its own."""
     threading.Thread(target=_end_with_the_caller, daemon=True).start()
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
     os.environ.update(environment)
-    sys.argv = [module, *words]
+    sys.argv = [f"ds_zoadamu {command}", *words]
     import torch
 
     from ds_zoadamu.distributed.ending import run_command
 
     torch.set_num_threads(threads)
-    run_command(importlib.import_module(module).main)
+    run_command(importlib.import_module(f"ds_zoadamu.training.{command}_command").main)
 
 
 def _end_with_the_caller() -> None:

@@ -61,7 +61,7 @@ def reproduce(args: Namespace) -> int:
     with locked(output):
         jsons = {cell.method.name: config_of(cell.method) for cell in cells if cell.points}
         claim_folder(output, {name: getattr(args, name) for name in _FIXED}, jsons)
-        figures = Figures(commands, runner)
+        figures, runner.expected = Figures(commands, runner), sum(cell.num_runs for cell in cells)
         results = {
             "date": datetime.date.today().isoformat(),
             "command": shlex.join(["ds_zoadamu", "reproduce", *sys.argv[1:]]),

@@ -21,7 +21,7 @@ def planned(args: Namespace, cells: Sequence[Cell], model_config) -> list[Block]
     length = args.seq or min(_LENGTH, most or _LENGTH)
     rows, hours, runs, known = [], 0.0, 0, {}
     for cell in cells:
-        count = len(cell.points) + len(cell.seeds) - 1 if cell.points else len(cell.seeds)
+        count = cell.num_runs
         runs += count
         cost = ("", "")
         if cell.points:

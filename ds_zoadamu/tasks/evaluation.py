@@ -7,6 +7,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
+from ds_zoadamu.console.progress import counted
 from ds_zoadamu.distributed import collective
 
 
@@ -64,7 +65,7 @@ def _in_order(
         rows, was_training = [], model.training
         model.eval()
         with torch.no_grad():
-            for turn in range(rank, -(-len(starts) // world_size) * world_size, world_size):
+            for turn in counted(range(rank, -(-len(starts) // world_size) * world_size, world_size), "evaluating", "forward"):
                 start = starts[turn] if turn < len(starts) else 0
                 row = figures(examples[start : start + batch_size])
                 rows.append(row if turn < len(starts) else torch.zeros_like(row))

@@ -8,6 +8,8 @@ from typing import Any
 
 import deepspeed
 
+from ds_zoadamu.console.parser import Parser
+from ds_zoadamu.distributed.launcher import OPTIONS
 from ds_zoadamu.hf.kinds import ModelKind
 from ds_zoadamu.tasks import OBJECTIVES, SCORES, TASKS, InputError, PromptTask, TaskData, label_words_from, load_task
 from ds_zoadamu.tasks.objectives import WITHOUT_GRADIENT
@@ -107,8 +109,8 @@ def add_set_arguments(group: argparse._ArgumentGroup) -> None:
 
 def finetune_parser() -> argparse.ArgumentParser:
     """All arguments of launch/finetune.py."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
+    parser = Parser(
+        also=OPTIONS,
         description="Fine-tune a language model on a prompt task with the optimizer of a DeepSpeed JSON.",
         epilog='Values that the JSON gives as "auto" are filled from these arguments, as Hugging Face\'s Trainer does.',
     )
@@ -178,9 +180,7 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def evaluate_parser() -> argparse.ArgumentParser:
     """All arguments of launch/evaluate.py."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description="Measure a language model on a prompt task, without training."
-    )
+    parser = Parser(also=OPTIONS, description="Measure a language model on a prompt task, without training.")
     add_task_arguments(parser)
     parser.add_argument(
         "--split", choices=("validation", "train"), default="validation", help="which split (default: %(default)s)"

@@ -1,14 +1,12 @@
 """What a launch script does with its arguments and its body."""
 
-import argparse
-import contextlib
 import errno
-import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ds_zoadamu.distributed.alike import is_rank_0, say
+from ds_zoadamu.distributed import interrupts
+from ds_zoadamu.distributed.alike import say
 from ds_zoadamu.distributed.collective import describe, leave, together
 from ds_zoadamu.distributed.start import ensure_launched
 from ds_zoadamu.distributed.start import launched_rank as rank
@@ -25,17 +23,7 @@ from ds_zoadamu.errors import (
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.output import JOURNAL
 
-
-def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line; what is wrong with it is printed by one of the ranks."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return parser.parse_args()
-    except SystemExit as end:
-        if end.code:
-            say(said.getvalue(), said.getvalue().rstrip())
-        raise
+ANEW = "; the same command begins anew"
 
 
 def run_script(body: Callable[[], object], output_dir: str | None = None) -> int:
@@ -47,6 +35,7 @@ def run_script(body: Callable[[], object], output_dir: str | None = None) -> int
 
     ``output_dir``: where a run may have a journal, so that an interrupt can say how to go on.
     """
+    interrupts.begin()
     ensure_launched()
     try:
         with together(Path(sys.argv[0]).name):  # nodes may have it under different paths
@@ -60,13 +49,12 @@ def run_script(body: Callable[[], object], output_dir: str | None = None) -> int
         line = describe(error) + (_go_on(output_dir) if error.errno in (errno.ENOSPC, errno.EDQUOT) else "")
         say(line, f"{sys.argv[0]}: error on rank {rank()}: {line}")
         return 1
-    except RankError as error:
-        say(str(error), f"{sys.argv[0]}: rank {rank()} ends: {error}")
-        return 1
-    except KeyboardInterrupt:
-        if is_rank_0():
-            print(f"{sys.argv[0]}: interrupted{_go_on(output_dir)}", file=sys.stderr, flush=True)
-        return 130
+    except (RankError, KeyboardInterrupt) as error:
+        if not interrupts.is_interrupt(error):
+            say(str(error), f"{sys.argv[0]}: rank {rank()} ends: {error}")
+            return 1
+        interrupts.say(f"{sys.argv[0]}: interrupted{_go_on(output_dir) or ANEW}")
+        return interrupts.status()
     leave()
     return 0
 

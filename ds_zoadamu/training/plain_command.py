@@ -1,9 +1,5 @@
 """The command of launch/plain_mezo.py."""
 
-from typing import NoReturn
-
-import ds_zoadamu.distributed.quiet  # noqa: F401
-from ds_zoadamu.distributed.ending import run_command
 from ds_zoadamu.training.arguments import finetune_parser
 from ds_zoadamu.training.main import run_script
 from ds_zoadamu.training.plain import PlainMeZO, make_plain_plan
@@ -16,12 +12,3 @@ def main() -> int:
     args = finetune_parser().parse_args()
     task = profile if args.profile_steps else finetune
     return run_script(lambda: task(args, make_plain_plan, PlainMeZO))
-
-
-def console() -> NoReturn:
-    """``main`` as a command: the process ends with it."""
-    run_command(main)
-
-
-if __name__ == "__main__":
-    console()

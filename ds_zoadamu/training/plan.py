@@ -15,6 +15,7 @@ from ds_zoadamu.config.known import check_known
 from ds_zoadamu.config.sections import check_stage, value_at
 from ds_zoadamu.config.settings import check_precision, read_config
 from ds_zoadamu.distributed.start import launched_rank, launched_world_size
+from ds_zoadamu.files import hub
 from ds_zoadamu.hf.kinds import language_part
 from ds_zoadamu.rules import import_modules
 from ds_zoadamu.tasks import InputError, Task, TaskData, load_splits
@@ -123,11 +124,30 @@ def encode_splits(args: Namespace, config: Config | None, model_input: ModelInpu
     task, data_seed = model_input.task, args.seed if args.data_seed is None else args.data_seed
     sizes = {name: getattr(args, name) for name in ("num_train", "num_dev", "num_test", "examples_per_class")}
     rows = load_splits(model_input.data, args.data_dir, **sizes, seed=data_seed)
+    check_one_step(config, rows, args.data_dir)
     sets = {name: list(map(task.encode, part)) for name, part in rows.items()}
     for name, split in (("training", "train"), ("development", "dev")) if launched_rank() == 0 else ():
         for line in task.remarks(name, sets[split]):
             logger.warning(line)
     return Plan(args=args, config=config, task=task, tokenizer=model_input.tokenizer, sets=sets)
+
+
+def check_one_step(config: Config | None, rows: Mapping[str, Sequence[Any]], data_dir: str | None) -> None:
+    """Refuses a training set that is smaller than one step.
+
+    Raises:
+        InputError: says also where the other rows went.
+    """
+    if config is None or config.batch.train is None or config.batch.train <= len(rows["train"]):
+        return
+    train, dev, batch = len(rows["train"]), len(rows["dev"]), config.batch
+    where = f"--data_dir {data_dir}" if data_dir else "the data set"
+    raise InputError(
+        f"{where}: of the rows of its training split {train} are for training and {dev} for development, and one step takes "
+        f"{batch.train} (--per_device_train_batch_size {batch.micro} x "
+        f"--gradient_accumulation_steps {batch.accumulation} x {config.world_size} ranks): lower one of them or --num_dev, or "
+        "give more rows"
+    )
 
 
 def check_gradient(config: Config, task: Task) -> None:
@@ -161,16 +181,22 @@ def check_steps(config: Config, max_steps: int) -> None:
 def _load(kind, args: Namespace):
     path, what = args.model_name_or_path, kind.__name__[4:].lower()
     folder = Path(path).expanduser()
-    if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise InputError(f"--model_name_or_path {path}: there is no folder {folder.absolute()}")
+    if not folder.is_dir() and not hub.is_hub_name(path):
+        raise InputError(f"--model_name_or_path {path}: {hub.not_here(path)}")
+    offline = None if folder.is_dir() else hub.out_of_reach()
     try:
         # Without a value Transformers would ask on the terminal, on every rank.
-        return kind.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+        return kind.from_pretrained(path, trust_remote_code=args.trust_remote_code, local_files_only=offline is not None)
     except (OSError, ValueError, ImportError) as error:
         if "trust_remote_code" in str(error):
             raise InputError(
                 f"--model_name_or_path {path}: its {what} is Python code in that folder; read it, and if you trust it give "
                 "--trust_remote_code"
+            ) from error
+        if offline is not None:
+            raise InputError(
+                f"--model_name_or_path {path}: it is no folder here, the hub cannot be asked ({offline}), and its cache here "
+                f"has no {what} of that name; give a folder, or load the model once where there is a network"
             ) from error
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         place = "no {} there" if folder.is_dir() else "it is no folder here, and the hub gave no {} of that name"

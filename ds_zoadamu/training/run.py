@@ -8,8 +8,9 @@ import numpy
 import torch
 from deepspeed import comm as dist
 from deepspeed.utils import logger
-from tqdm import tqdm
 
+from ds_zoadamu.console.progress import Progress as Bar
+from ds_zoadamu.console.progress import progress, say
 from ds_zoadamu.distributed.collective import gather_json
 from ds_zoadamu.distributed.start import launched_rank
 from ds_zoadamu.durability.digest import weights_digest
@@ -99,8 +100,7 @@ class _Run:
         args, total, first, metric = self.plan.args, self.plan.args.max_steps, self.progress.step, self.plan.task.main_metric
         every = args.eval_steps or max(1, total // 10)
         best_step, best = self.progress.best(metric)
-        hidden = launched_rank() != 0
-        with tqdm(total=total, initial=first, desc="fine-tuning", unit="step", disable=hidden, mininterval=1.0) as bar:
+        with progress("fine-tuning", total, "step", initial=first) as bar:
             # A resumed run may have been stopped after its last step and before what follows a step.
             for step in range(first if first else 1, total + 1):
                 if step > first:
@@ -143,7 +143,7 @@ class _Run:
             logger.warning("no evaluated step was better on the development set than the model before training; try --find_lr")
         print(summary(results, metric, args.output_dir), flush=True)
 
-    def _step(self, bar: tqdm) -> None:
+    def _step(self, bar: Bar) -> None:
         start = time.perf_counter()
         record = self.stepper.step()
         seconds = time.perf_counter() - start
@@ -151,7 +151,7 @@ class _Run:
         self.output.log({"kind": "step", **record, "seconds": seconds})
         keys = ("loss", "projected_grad", "grad_norm")
         shown = {key: numpy.mean(record[key]) for key in keys if record.get(key) is not None}
-        bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items()}, refresh=False)
+        bar.set_postfix_str(", ".join(f"{key}={value:.4g}" for key, value in shown.items()), refresh=False)
         bar.update()
 
     def _evaluate(self, split: str, step: int) -> Evaluation:
@@ -168,7 +168,7 @@ class _Run:
             broken = result["num_nonfinite"]
             nonfinite = f", {broken} of them with scores that are not finite" if broken else ""
             name = self.plan.task.main_metric.name
-            tqdm.write(
+            say(
                 f"step {step}: {split} {name} {result[name]:.4f}, loss {result['loss']:.4f} ({result['num_examples']} examples"
                 f"{nonfinite})"
             )

@@ -9,6 +9,7 @@ from argparse import Namespace
 from deepspeed import comm as dist
 
 from ds_zoadamu.config import Config, load
+from ds_zoadamu.console.progress import counted, say
 from ds_zoadamu.distributed.start import launched_rank
 from ds_zoadamu.errors import NonFiniteLossError, NonFiniteWeightsError
 from ds_zoadamu.tasks import InputError
@@ -42,7 +43,7 @@ def find_lr(args: Namespace) -> list[dict]:
     )
     output.begin()
     trials = []
-    for config in configs:
+    for config in counted(configs, "trials", "trial"):
         trials.append(_try(plan, config))
         _print(f"{len(trials)}/{len(configs)} {_row(trials[-1])}")
     trials.sort(key=lambda trial: trial["dev_loss"])
@@ -91,4 +92,4 @@ def _row(trial: dict) -> str:
 
 def _print(text: str) -> None:
     if launched_rank() == 0:
-        print(text, flush=True)
+        say(text)

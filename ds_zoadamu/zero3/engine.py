@@ -18,6 +18,7 @@ from deepspeed.utils import log_dist, logger
 from .. import kernels
 from ..config import Config
 from ..config.learning_rate import begins_at_zero, beyond_plan, check_lrs, check_scheduler
+from ..console.progress import say
 from ..distributed import collective
 from ..errors import ConfigError, NonFiniteLossError
 from ..rules import RULES, Evaluation
@@ -38,7 +39,7 @@ from .partition import (
     reject_stored_dtypes,
 )
 from .records import RunState, StepRecord
-from .throughput import StepTimer
+from .throughput import Pace, StepTimer
 from .unusable import TrainedSet, reject_unusable
 
 
@@ -57,6 +58,7 @@ class ForwardOnlyEngine(DeepSpeedEngine):
         super().__init__(*args, **kwargs)
         self.loss_fn = loss_fn or model_loss
         self._skipped_in_a_row = 0
+        self._pace = Pace()
         if "transformers" in sys.modules and self.zero_optimization_partition_weights():
             from . import hf as hf_zero3  # not above: importing Transformers takes seconds, and not every model is one of its
 
@@ -282,12 +284,16 @@ class ForwardOnlyEngine(DeepSpeedEngine):
 
     def _report(self, record: StepRecord) -> None:
         printing = self.steps_per_print() is not None and self.global_steps % self.steps_per_print() == 0
+        self._pace.begin(record.step)
         if self.global_rank != 0 or not (printing or self.monitor.enabled):
             return
         coinciding = self.optimizer.coinciding_share()
         if printing:
+            total = getattr(self.optimizer.rule.config, "total_steps", None)
             # Asked for, so it is printed; DeepSpeed's logger leaves out what is no warning.
-            print(f"{record.line()} coinciding={coinciding:.4g} skipped={self.skipped_steps}", flush=True)
+            say(
+                f"{record.line()} coinciding={coinciding:.4g} skipped={self.skipped_steps}{self._pace.line(record.step, total)}"
+            )
         if self.monitor.enabled:
             values = [*record.monitored(), ("coinciding_share", coinciding), ("skipped_steps", self.skipped_steps)]
             self.monitor.write_events([(f"Train/Samples/{name}", value, self.global_samples) for name, value in values])

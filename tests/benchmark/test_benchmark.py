@@ -65,7 +65,7 @@ def test_interrupted_it_goes_on_with_what_is_left(tmp_path, monkeypatch):
     save_model(tmp_path / "model")
     write_data(tmp_path / "data")
     status, stderr, survivors = interrupt_in_the_second_run(tmp_path)
-    assert status == 130 and "the same command goes on" in stderr and not survivors
+    assert status == 143 and "the same command goes on" in stderr and not survivors
     runs = tmp_path / "out" / "runs"
     profile = runs / "zoadamu-int8" / "profile" / "outcome.json"
     first = profile.stat().st_mtime_ns

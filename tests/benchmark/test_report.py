@@ -111,7 +111,7 @@ def test_the_cost_is_that_of_the_rank_that_has_most(tmp_path):
 ENDS = {
     "E  torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB": OUT_OF_MEMORY,
     "RuntimeError: [enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory": OUT_OF_MEMORY,
-    "[launch.py:326] subprocess 7 exits with return code = -9": OUT_OF_MEMORY,
+    "ds_zoadamu: a process of the run was ended by signal 9 (SIGKILL): out of memory, or killed": OUT_OF_MEMORY,
     "ds_zoadamu.errors.NonFiniteLossError: 10 steps in a row": DIVERGED,
     "finetune.py: error on rank 0: unknown task": FAILED,
     "": FAILED,
@@ -148,7 +148,7 @@ def test_the_plain_loop_takes_all_micro_batches_and_threads(tmp_path):
     words = " ".join(plain.arguments)
     assert (plain.ranks, plain.threads, adam.ranks, adam.threads) == (1, 6, 2, 3)
     assert "--per_device_train_batch_size 4 --gradient_accumulation_steps 4 --bf16" in words and words.count("--bf16") == 1
-    assert plain.module == "ds_zoadamu.training.plain_command" and "--deepspeed_config" not in plain.arguments
+    assert plain.command == "plain_mezo" and "--deepspeed_config" not in plain.arguments
 
 
 def test_the_lowest_development_loss_of_the_trials_is_chosen(tmp_path):

@@ -11,11 +11,11 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
 import ds_zoadamu
+from ds_zoadamu.cli import main as command
 from ds_zoadamu.config import load
 from ds_zoadamu.config.offload import Offload
 from ds_zoadamu.config.refusals import _SETTINGS
 from ds_zoadamu.errors import ConfigError
-from ds_zoadamu.plan.__main__ import main as plan
 
 from ..helpers.harness import run_ranks
 from ..helpers.models import OddModel
@@ -175,5 +175,5 @@ def test_a_plan_reads_the_json_once(tmp_path, capsys):
     path.write_text(json.dumps(AUTO))
     opened = _Opened(path)
     words = ["--model", "opt-125m", "--batch", "1", "--seq", "8", "--config", str(path), "--write", str(tmp_path / "out.json")]
-    assert plan(words) == 0 and "written" in capsys.readouterr().out
+    assert command(["plan", *words]) == 0 and "written" in capsys.readouterr().out
     assert opened.count == 1

@@ -139,7 +139,7 @@ ENDS = {  # what main does: (exit status, the last line on stderr)
     "sys.exit(3)": (3, ""),
     "sys.exit('no such model')": (1, "no such model"),
     "raise ValueError('too small')": (1, "ValueError: too small"),
-    "raise KeyboardInterrupt": (130, "KeyboardInterrupt"),
+    "raise KeyboardInterrupt": (130, "interrupted"),
     "atexit.register(lambda: 1 / 0)": (0, "ZeroDivisionError: division by zero"),
 }
 COMMAND = """

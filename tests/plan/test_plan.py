@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from ds_zoadamu import ConfigError, check_config
+from ds_zoadamu.cli import main
 from ds_zoadamu.config import load
-from ds_zoadamu.plan.__main__ import main
 from ds_zoadamu.plan.gathers import GatherSettings, gather_use
 from ds_zoadamu.plan.memory import Model, plan_memory
 from ds_zoadamu.plan.models import OPT_SHAPES, load_config, opt_config
@@ -268,7 +268,7 @@ def test_table_says_which_claims_hold():
 
 
 def run(capsys, *words) -> tuple[int, str, str]:
-    status = main(list(words))
+    status = main(["plan", *words])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 

@@ -9,7 +9,6 @@ import torch
 from ds_zoadamu import ConfigError, check_config
 from ds_zoadamu.cli import main as console
 from ds_zoadamu.config.offload import Offload
-from ds_zoadamu.plan.__main__ import main
 from ds_zoadamu.plan.adapters import read_adapter
 from ds_zoadamu.plan.memory import Model, plan_memory
 from ds_zoadamu.plan.models import opt_config
@@ -23,7 +22,7 @@ WORDS = ["--model", "opt-125m", "--batch", "1", "--seq", "64"]
 
 
 def run(capsys, *words) -> tuple[int, str, str]:
-    status = main([*WORDS, *words])
+    status = console(["plan", *WORDS, *words])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 

@@ -1,18 +1,19 @@
 """The status that a launch script ends with, and its last words."""
 
-import argparse
 import errno
 import sys
 from argparse import Namespace
 
 import pytest
+from transformers import AutoTokenizer
 
+from ds_zoadamu.config.sections import Batch
 from ds_zoadamu.distributed.waiting import everywhere
 from ds_zoadamu.hf.kinds import CAUSAL
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training import plan
 from ds_zoadamu.training.arguments import finetune_parser, task_from
-from ds_zoadamu.training.main import parse_arguments, run_script
+from ds_zoadamu.training.main import run_script
 
 
 def _raises(error):
@@ -44,7 +45,7 @@ GO_ON = "{journal} has every step that was taken, and the same command with --re
 def test_an_interrupt_says_how_to_go_on(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("ds_zoadamu.training.main.ensure_launched", lambda: None)
     assert run_script(_raises(KeyboardInterrupt()), str(tmp_path)) == 130
-    assert capsys.readouterr().err == f"{sys.argv[0]}: interrupted\n"  # before a journal there is nothing to go on with
+    assert capsys.readouterr().err == f"{sys.argv[0]}: interrupted; the same command begins anew\n"
     journal = tmp_path / "journal.jsonl"
     journal.touch()
     assert run_script(_raises(KeyboardInterrupt()), str(tmp_path)) == 130
@@ -74,25 +75,45 @@ class _As:
         self._mark(error)
 
 
-def test_a_wrong_option_is_printed(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["p", "--nonsense"])
-    with pytest.raises(SystemExit) as ended:
-        parse_arguments(argparse.ArgumentParser(prog="p"))
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == "usage: p [-h]\np: error: unrecognized arguments: --nonsense\n"
-
-
-def test_a_name_that_the_hub_does_not_have_is_said_to_be_no_folder_either():
+@pytest.mark.parametrize(
+    "unreachable, said",
+    [
+        (None, "it is no folder here, and the hub gave no config of that name: nobody/nowhere is not a local folder"),
+        (
+            "HF_HUB_OFFLINE is set",
+            "it is no folder here, the hub cannot be asked (HF_HUB_OFFLINE is set), and its cache here has no config of that "
+            "name; give a folder, or load the model once where there is a network",
+        ),
+    ],
+)
+def test_a_name_that_the_hub_does_not_have_is_said_to_be_no_folder_either(monkeypatch, unreachable, said):
     class AutoConfig:
         @staticmethod
-        def from_pretrained(path, trust_remote_code):
+        def from_pretrained(path, trust_remote_code, local_files_only):
+            assert local_files_only is (unreachable is not None)
             raise OSError("nobody/nowhere is not a local folder\nand more lines")
 
+    monkeypatch.setattr(plan.hub, "out_of_reach", lambda: unreachable)
     with pytest.raises(InputError) as raised:
         plan._load(AutoConfig, Namespace(model_name_or_path="nobody/nowhere", trust_remote_code=False))
+    assert str(raised.value) == f"--model_name_or_path nobody/nowhere: {said}"
+
+
+@pytest.mark.parametrize("path", ["./model", "/no/model", "a/b/c", "~/model", "my model", "outputs/model/"])
+def test_what_cannot_be_a_name_of_the_hub_is_a_path(path):
+    with pytest.raises(InputError, match=f"^--model_name_or_path {path}: there is no folder /"):
+        plan._load(AutoTokenizer, Namespace(model_name_or_path=path, trust_remote_code=False))
+
+
+def test_data_for_less_than_a_step_says_where_its_rows_went():
+    config = Namespace(batch=Batch(8, 2, 16), world_size=1)
+    plan.check_one_step(config, {"train": [0] * 16, "dev": []}, "data")
+    with pytest.raises(InputError) as raised:
+        plan.check_one_step(config, {"train": [0] * 8, "dev": [0] * 4}, "data")
     assert str(raised.value) == (
-        "--model_name_or_path nobody/nowhere: it is no folder here, and the hub gave no config of that name: nobody/nowhere is "
-        "not a local folder"
+        "--data_dir data: of the rows of its training split 8 are for training and 4 for development, and one step takes 16 "
+        "(--per_device_train_batch_size 8 x --gradient_accumulation_steps 2 x 1 ranks): lower one of them or --num_dev, or "
+        "give more rows"
     )
 
 
