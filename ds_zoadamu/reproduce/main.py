@@ -16,6 +16,7 @@ from ds_zoadamu.benchmark.outcomes import FAILED
 from ds_zoadamu.benchmark.page import page
 from ds_zoadamu.benchmark.processes import under_launcher
 from ds_zoadamu.benchmark.runs import Runner, commit
+from ds_zoadamu.errors import ConfigError
 from ds_zoadamu.files.json_files import write_json
 from ds_zoadamu.files.safetensors_io import write_durably
 from ds_zoadamu.hf.kinds import model_kind
@@ -86,4 +87,9 @@ def _write(output: Path, results: dict, num_cells: int) -> None:
 
 def _model_config(args: Namespace) -> PretrainedConfig:
     """Of --model. Raises ConfigError where there is none."""
-    return AutoConfig.from_pretrained(args.model, trust_remote_code=True) if args.trust_remote_code else load_config(args.model)
+    if not args.trust_remote_code:
+        return load_config(args.model)
+    try:
+        return AutoConfig.from_pretrained(args.model, trust_remote_code=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--model {args.model}: {str(error).splitlines()[0]}") from error

@@ -61,7 +61,7 @@ def _cost(args: Namespace, cell: Cell, length: int) -> tuple[str, float | None]:
                 _write_adapter(cell.method.tuning, folder)
                 words += ["--adapter", folder]
             model, request, choice, hardware = make_plan(parser.parse_args(list(map(str, words))), config)
-        except ConfigError as error:
+        except (ConfigError, ImportError) as error:
             return f"not planned: {error}", None
     total = f"{choice.plan.total / 1e9:.1f}" + ("" if choice.fits else ", does not fit")
     return total, step_time(model, request, choice, hardware).overlapped
