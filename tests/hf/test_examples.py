@@ -5,17 +5,16 @@ import json
 import os
 import re
 import runpy
-import signal
 import subprocess
 import sys
-import time
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
 import pytest
 
-from ..helpers.harness import HANG, run_ranks
+from ..helpers.commands import Command
+from ..helpers.harness import run_ranks
 
 pytestmark = pytest.mark.ranks
 
@@ -59,34 +58,24 @@ def test_the_same_weights_on_1_and_2_ranks(tmp_path, name):
         assert adapters != one and (tmp_path / "lora" / "adapter_model.safetensors").exists()
 
 
-def _environment() -> dict[str, str]:
-    alone = {key: value for key, value in os.environ.items() if key not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
-    paths = os.pathsep.join(filter(None, [str(EXAMPLES.parent), os.environ.get("PYTHONPATH")]))
-    return alone | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-
-
 @pytest.mark.parametrize("name", ["trainer", pytest.param("sft", marks=needs_trl), pytest.param("dpo", marks=needs_trl)])
 def test_plain_python_killed_and_resumed_on_two_ranks(tmp_path, name):
-    command = [sys.executable, *_options(name, tmp_path / "killed", 1)]
     journal = tmp_path / "killed" / "journal.jsonl"
-    with open(tmp_path / "output", "w") as output:
-        process = subprocess.Popen(command, env=_environment(), stdout=output, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + HANG
-        while not journal.exists() or len(journal.read_text().splitlines()) < 4:
-            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "output").read_text()
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    command = Command(tmp_path / "output", *_options(name, tmp_path / "killed", 1))
+    command.wait_until(lambda: journal.exists() and len(journal.read_text().splitlines()) >= 4)
+    command.kill()
     resumed, _ = run_ranks(2, _example, name, tmp_path / "killed", ("--resume",))
     [whole] = run_ranks(1, _example, name, tmp_path / "whole")
     assert resumed == whole
 
 
 def test_the_notebook_runs_in_plain_python(tmp_path):
-    """Its cells, one after the other in one process, as a kernel runs them."""
+    """Its cells, one after the other in one process and a new interpreter, as a kernel runs them."""
     cells = json.loads((EXAMPLES / "notebook.ipynb").read_text())["cells"]
     source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    environment = _environment() | {"PYTHONPATH": os.pathsep.join([str(EXAMPLES), _environment()["PYTHONPATH"]])}
+    alone = {key: value for key, value in os.environ.items() if key not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    paths = os.pathsep.join(filter(None, [str(EXAMPLES), str(EXAMPLES.parent), os.environ.get("PYTHONPATH")]))
+    environment = alone | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", source], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "outputs" / "notebook" / "model.safetensors").exists()
