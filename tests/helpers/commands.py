@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from .harness import _CONTEXT, HANG
+from .harness import _CONTEXT, HANG, free_port
 
 _OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Command:
-    """A script, or a module after "-m", as the only rank; its output goes into files of ``folder``.
+    """A script, or a module after "-m", as the only rank unless ``environment`` says otherwise. Its output goes into files of
+    ``folder``.
 
     Args:
         words: the command line behind ``python``.
@@ -66,6 +67,15 @@ def run(folder: Path, *words: object, **how) -> Command:
     status = command.wait()
     assert status == 0, (status, command.stdout, command.stderr)
     return command
+
+
+def launched(folder: Path, num_ranks: int, *words: object, **how) -> list[Command]:
+    """The ranks of a command, in processes of their own with the variables that a launcher sets."""
+    given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **how}
+    sizes = {"WORLD_SIZE": str(num_ranks), "LOCAL_SIZE": str(num_ranks)}
+    return [
+        Command(folder / str(rank), *words, **given, **sizes, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(num_ranks)
+    ]
 
 
 def _child(words: list[str], environment: Mapping[str, str], cwd: str, stdout: str, stderr: str) -> None:

@@ -7,6 +7,8 @@ import contextlib
 import gc
 import importlib
 
+from ds_zoadamu.config.recorded import known_sections
+
 for name in (
     "deepspeed",
     "torch._dynamo",  # the first torch optimizer of a process imports it
@@ -28,5 +30,6 @@ for name in (
 ):
     with contextlib.suppress(ImportError):  # an extra that is not installed
         importlib.import_module(name)
+known_sections()  # DeepSpeed's parser is followed once a process
 gc.collect()
 gc.freeze()  # a fork's collections pass over a million objects that it shares with the others

@@ -28,7 +28,9 @@ def _kinds(rank, world_size, folder):
 
     def lora():
         torch.manual_seed(1)
-        return get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        return get_peft_model(
+            make_model(num_hidden_layers=1), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        )
 
     kinds = {
         "plain": {},
@@ -148,7 +150,7 @@ def _classifies(rank, world_size, folder, model):
 
 
 def test_a_classifier_with_a_new_head_and_mezo(tmp_path):
-    model = save_model(tmp_path / "model")
+    model = save_model(tmp_path / "model", num_hidden_layers=1)
     results = [run_ranks(n, _classifies, tmp_path, model)[0] for n in (1, 2)]
     assert results[0][1:] == results[1][1:]
     assert results[0][2] > 0
