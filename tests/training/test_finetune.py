@@ -220,10 +220,12 @@ def snapshot(folder):
     return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def test_bad_input_under_the_launcher(model, data, tmp_path):
-    process = launch("finetune.py", *finetune_arguments(model, data, tmp_path / "out"), "--num_train", "60")
-    assert process.returncode != 0
-    assert "too few examples" in process.stderr and "Traceback" not in process.stderr
+def test_bad_input_as_a_command_on_two_ranks(model, data, tmp_path):
+    words = [REPOSITORY / "launch" / "finetune.py", *finetune_arguments(model, data, tmp_path / "out"), "--num_train", "60"]
+    ranks = commands.launched(tmp_path / "output", 2, *words, DS_ACCELERATOR="cpu")
+    assert [rank.wait() for rank in ranks] == [2, 2]
+    first, second = (rank.stderr for rank in ranks)
+    assert "too few examples" in first and "Traceback" not in first + second and "too few examples" not in second
     assert not (tmp_path / "out").exists()
 
 
