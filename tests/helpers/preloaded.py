@@ -6,6 +6,7 @@ Imported by nothing else. 6 seconds of a processor here are 6 seconds less of ea
 import contextlib
 import gc
 import importlib
+import sys
 
 from ds_zoadamu.config.recorded import known_sections
 
@@ -31,5 +32,6 @@ for name in (
     with contextlib.suppress(ImportError):  # an extra that is not installed
         importlib.import_module(name)
 known_sections()  # DeepSpeed's parser is followed once a process
+sys.stdout.flush()  # or each fork would write once more what an import has said
 gc.collect()
 gc.freeze()  # a fork's collections pass over a million objects that it shares with the others
