@@ -217,11 +217,9 @@ def _plan(rank, world_size, words):
         return main(list(words)), printed.getvalue()
 
 
-@pytest.mark.parametrize("section, width, layers, batch, seq", [(None, 256, 2, 4, 256), (MEZO_DEFAULT_GATHERS, 512, 8, 1, 64)])
-def test_a_rehearsal_holds_what_was_planned(tmp_path, section, width, layers, batch, seq):
-    sizes = {"hidden_size": width, "word_embed_proj_dim": width, "ffn_dim": 4 * width, "num_attention_heads": width // 64}
-    transformers.OPTConfig(vocab_size=50_272, num_hidden_layers=12, **sizes).save_pretrained(tmp_path)
-    words = ["--model", str(tmp_path), "--gpus", "2", "--dtype", "fp32", "--batch", str(batch), "--seq", str(seq)]
+@pytest.mark.parametrize("section, layers, batch, seq", [(None, 2, 4, 256), (MEZO_DEFAULT_GATHERS, 12, 1, 64)])
+def test_a_rehearsal_holds_what_was_planned(tmp_path, section, layers, batch, seq):
+    words = ["--model", "opt-125m", "--gpus", "2", "--dtype", "fp32", "--batch", str(batch), "--seq", str(seq)]
     if section is not None:
         (tmp_path / "ds.json").write_text(json.dumps(section))
         words += ["--config", str(tmp_path / "ds.json")]
