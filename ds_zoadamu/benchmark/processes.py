@@ -22,7 +22,7 @@ def under_launcher(master_port: int | None) -> Start:
     def start(run: Run, words: Sequence[str], log: Path) -> int:
         port = str(master_port or free_port())
         command = [sys.executable, "-m", "ds_zoadamu.cli", run.command, "--num_gpus", str(run.ranks), "--master_port", port]
-        return _execute([*command, *words], _environment(run), log)
+        return execute([*command, *words], _environment(run), log)
 
     return start
 
@@ -37,7 +37,7 @@ def _environment(run: Run) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, **environment_of(run)}
 
 
-def _execute(command: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
+def execute(command: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
     """Runs a command with its output in a file; whatever ends this process's wait also ends the command and its children."""
     with open(log, "w") as file:
         process = subprocess.Popen(

@@ -71,16 +71,18 @@ def load_model(path: str, config: dict | str | Path | Config, dtype: torch.dtype
             check_known(given)
             check_stage(given, "load_model: ", "only stage 3 partitions the weights")
         with collective.on_all_ranks(OSError):
-            model_info = _configuration(path, kwargs)
-            config = config if isinstance(config, Config) else _loaded(given, model_info)
+            if not isinstance(config, Config):
+                config = _loaded(given, _configuration(path, kwargs) if has_auto(given) else None)
             asked, dtype = dtype, config.dtype
             if asked not in (None, dtype):
                 raise ConfigError(
                     f"load_model: dtype is {asked}, the configuration's weights are {dtype}: set its bf16 or fp16 section"
                 )
-            kind = model_kind(model_info)
-        agreement.require_same(agreement.of_config(config) | {"dtype": str(dtype), "kind": kind.name})
+        agreement.require_same(agreement.of_config(config) | {"dtype": str(dtype)})
         check_precision(config)
+        with collective.on_all_ranks(OSError):
+            kind = model_kind(_configuration(path, kwargs))
+        agreement.require_same({"kind of model": kind.name})
         with collective.on_all_ranks(ConfigError):
             check_whole(path, kwargs.get("revision"))
         nvme.prepare(config)
@@ -99,10 +101,10 @@ def _configuration(path: str, kwargs: dict) -> PretrainedConfig:
     return AutoConfig.from_pretrained(given or path, **{key: kwargs[key] for key in _WHERE if key in kwargs})
 
 
-def _loaded(given: dict, model_info: PretrainedConfig) -> Config:
+def _loaded(given: dict, model_info: PretrainedConfig | None) -> Config:
     """What of a DeepSpeed configuration partitions depend on, without "auto"."""
     given = {key: value for key, value in given.items() if key not in ("optimizer", "scheduler")}
-    return load(given, world_size=launched_world_size(), model_info=model_info if has_auto(given) else None)
+    return load(given, world_size=launched_world_size(), model_info=model_info)
 
 
 def save_pretrained(

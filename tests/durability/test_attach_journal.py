@@ -1,13 +1,10 @@
 """A journal that an engine goes on with step by step, and one that is closed where other weights are loaded."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from ..helpers import jobs, runs
+from ..helpers import commands, jobs, runs
 from ..helpers.harness import run_ranks
 from ..helpers.models import OddModel, odd_batches
 
@@ -99,7 +96,6 @@ assert engine.train_batch(torch.ones(2, 4)) > 0
 """
 
 
-def test_plain_python_is_a_group_of_one_rank():
-    alone = {key: value for key, value in os.environ.items() if key not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
-    done = subprocess.run([sys.executable, "-c", ALONE], env=alone, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_plain_python_is_a_group_of_one_rank(tmp_path):
+    (tmp_path / "alone.py").write_text(ALONE)
+    commands.run(tmp_path / "output", tmp_path / "alone.py")

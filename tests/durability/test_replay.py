@@ -5,8 +5,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +17,8 @@ from ds_zoadamu.errors import JournalError, ReplayError
 from ds_zoadamu.files.locks import LockedFile
 from ds_zoadamu.kernels.types import GRAD_BITS
 
-from ..helpers import runs
-from ..helpers.harness import HANG, free_port, run_ranks
+from ..helpers import commands, runs
+from ..helpers.harness import run_ranks
 from ..helpers.models import OddModel, tiny_opt
 
 pytestmark = pytest.mark.ranks
@@ -423,16 +421,15 @@ def test_the_replay_and_digest_commands(odd_runs, tmp_path, capsys):
     assert "exists and is not empty" in capsys.readouterr().err
 
 
-def test_under_the_launcher(odd_runs, tmp_path):
+def test_the_replay_command_on_two_ranks(odd_runs, tmp_path):
     folder, digests = odd_runs
     name = "replay-bf16"
-    launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "--module"]
-    command = [*launcher, "ds_zoadamu.cli", "replay", "--base", folder / "base-bf16"]
-    command += ["--journal", folder / name / "journal.jsonl", "--output", tmp_path / "out", "--expect", digests[name]]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))}
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment, timeout=HANG)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(f"SHA-256 of the trained weights: {digests[name]}") == 1
+    words = ["-m", "ds_zoadamu.cli", "replay", "--base", folder / "base-bf16", "--expect", digests[name]]
+    words += ["--journal", folder / name / "journal.jsonl", "--output", tmp_path / "out"]
+    ranks = commands.launched(tmp_path / "output", 2, *words)
+    assert [rank.wait() for rank in ranks] == [0, 0], [rank.stderr for rank in ranks]
+    printed = "".join(rank.stdout for rank in ranks)
+    assert printed.count(f"SHA-256 of the trained weights: {digests[name]}") == 1
 
 
 def test_the_header_is_published_without_local_paths(opt_run):

@@ -21,8 +21,7 @@ would never end, and none passes or fails by it."""
 _LINGER = 120.0  # seconds: of a test that has failed already, for its other ranks to say why they do
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# torch._dynamo: the first torch optimizer of a process imports it, in some 3 seconds.
-_CONTEXT.set_forkserver_preload(["deepspeed", "transformers", "torch._dynamo", "ds_zoadamu.initialization", "pytest"])
+_CONTEXT.set_forkserver_preload(["tests.helpers.preloaded"])
 
 
 def free_port() -> int:

@@ -29,8 +29,8 @@ def options(total_steps: int = 12, **changes) -> dict:
 def config(
     world_size: int, dtype: str = "fp32", momentum: str = "int8", scheduler: bool = False, rule: str = "ZOAdaMU", **changes
 ) -> dict:
-    """A DeepSpeed configuration of 4 micro-batches a step on 1, 2 or 4 ranks; on 3 ranks 6 of them."""
-    accumulation = max(1, MICRO_BATCHES_A_STEP // world_size) if world_size != 3 else 2
+    """A DeepSpeed configuration of 4 micro-batches a step on 1, 2 or 4 ranks; on 3 ranks 3 of them."""
+    accumulation = max(1, MICRO_BATCHES_A_STEP // world_size)
     storage = {"dtype": momentum}
     if momentum == "replay":
         storage |= {"window_tolerance": 0.05, "max_window": 200}

@@ -4,16 +4,14 @@ import importlib.util
 import os
 import re
 import runpy
-import signal
-import subprocess
 import sys
-import time
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
 import pytest
 
+from ..helpers.commands import Command
 from ..helpers.harness import HANG, run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -66,16 +64,10 @@ def _environment() -> dict[str, str]:
 
 @each
 def test_plain_python_killed_and_resumed_on_two_ranks(tmp_path, name):
-    command = [sys.executable, *_options(name, tmp_path / "killed", 1)]
     journal = tmp_path / "killed" / "journal.jsonl"
-    with open(tmp_path / "output", "w") as output:
-        process = subprocess.Popen(command, env=_environment(), stdout=output, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + HANG
-        while not journal.exists() or len(journal.read_text().splitlines()) < 4:
-            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "output").read_text()
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    command = Command(tmp_path / "output", *_options(name, tmp_path / "killed", 1))
+    command.wait_until(lambda: journal.exists() and len(journal.read_text().splitlines()) >= 4)
+    command.kill()
     resumed, _ = run_ranks(2, _example, name, tmp_path / "killed", ("--resume",))
     [whole] = run_ranks(1, _example, name, tmp_path / "whole")
     assert resumed == whole

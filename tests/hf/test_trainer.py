@@ -153,7 +153,7 @@ def _classifies(rank, world_size, folder, model):
 
 
 def test_a_classifier_with_a_new_head_and_mezo(tmp_path):
-    model = save_model(tmp_path / "model")
+    model = save_model(tmp_path / "model", num_hidden_layers=1)
     results = [run_ranks(n, _classifies, tmp_path, model)[0] for n in (1, 2)]
     assert results[0][1:] == results[1][1:]
     assert results[0][2] > 0

@@ -83,7 +83,7 @@ def trainer(folder, world_size: int, model=None, data=None, cls=None, zo=None, *
     own = {key: changes.pop(key) for key in ("eval_dataset", "callbacks", "compute_metrics", "journal") if key in changes}
     tokenizer = make_tokenizer()
     given = {
-        "model": make_model() if model is None else model,
+        "model": make_model(num_hidden_layers=1) if model is None else model,
         "args": arguments(folder, world_size, **changes),
         "train_dataset": rows() if data is None else data,
         "data_collator": DataCollatorForSeq2Seq(tokenizer),

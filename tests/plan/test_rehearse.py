@@ -1,11 +1,10 @@
 """The plan beside real runs: weights and momentum exactly, and gathered elements at every module as followed on paper."""
 
+import contextlib
 import importlib.util
+import io
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,7 +16,8 @@ from ds_zoadamu.plan.sizes import buffer_bytes, momentum_bytes, parameter_sizes,
 from ds_zoadamu.plan.trace import trace_forward
 from ds_zoadamu.rules import make_rule
 
-from ..helpers.harness import HANG, free_port, run_ranks
+from ..helpers import commands
+from ..helpers.harness import free_port, run_ranks
 from ..helpers.jobs import config, engine_for
 from ..helpers.models import OddModel, odd_batches, tiny_opt
 
@@ -209,21 +209,24 @@ MEZO_DEFAULT_GATHERS = {
 }
 
 
+def _plan(rank, world_size, words):
+    """Exit status and what was printed."""
+    from ds_zoadamu.plan.__main__ import main
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        return main(list(words)), printed.getvalue()
+
+
 @pytest.mark.parametrize("section, layers, batch, seq", [(None, 2, 4, 256), (MEZO_DEFAULT_GATHERS, 12, 1, 64)])
 def test_a_rehearsal_holds_what_was_planned(tmp_path, section, layers, batch, seq):
-    plan = ["-m", "ds_zoadamu.plan", "--model", "opt-125m", "--gpus", "2", "--dtype", "fp32"]
-    plan += ["--batch", str(batch), "--seq", str(seq)]
+    words = ["--model", "opt-125m", "--gpus", "2", "--dtype", "fp32", "--batch", str(batch), "--seq", str(seq)]
     if section is not None:
         (tmp_path / "ds.json").write_text(json.dumps(section))
-        plan += ["--config", str(tmp_path / "ds.json")]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    done = subprocess.run(
-        [*launcher, *plan, "--rehearse", "--rehearse-layers", str(layers)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=HANG,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr  # weights and momentum, to the byte, on both ranks
-    planned, measured = map(float, re.search(r"^peak +([\d.]+) +([\d.]+)", done.stdout, re.MULTILINE).groups())
-    assert 0.85 < measured / planned < 1.15
+        words += ["--config", str(tmp_path / "ds.json")]
+    (status, printed), (other, _) = run_ranks(2, _plan, [*words, "--rehearse", "--rehearse-layers", str(layers)])
+    assert (status, other) == (0, 0), printed  # weights and momentum, to the byte, on both ranks
+    planned, measured = map(float, re.search(r"^peak +([\d.]+) +([\d.]+)", printed, re.MULTILINE).groups())
+    assert 0.85 < measured / planned < 1.15, printed
 
 
 def test_a_rehearsal_of_a_rule_of_ones_own_holds_what_was_planned(tmp_path):
@@ -231,13 +234,8 @@ def test_a_rehearsal_of_a_rule_of_ones_own_holds_what_was_planned(tmp_path):
     sections = {"optimizer": rule, "bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
     (tmp_path / "ds.json").write_text(json.dumps(sections))
     plan = ["plan", "--model", "opt-125m", "--config", str(tmp_path / "ds.json"), "--batch", "1", "--seq", "8"]
-    command = [sys.executable, "-m", "ds_zoadamu.cli", "--import", "tests.helpers.own_rule", *plan]
-    done = subprocess.run(
-        [*command, "--rehearse", "--rehearse-layers", "1"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())},
-        capture_output=True, text=True, timeout=HANG,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    words = ["--import", "tests.helpers.own_rule", *plan, "--rehearse", "--rehearse-layers", "1"]
+    done = commands.run(tmp_path / "output", "-m", "ds_zoadamu.cli", *words, MASTER_PORT=str(free_port()))
     planned, held = re.search(r"^momentum +([\d.]+) +([\d.]+)$", done.stdout, re.MULTILINE).groups()
     # 52322 x 768 (embeddings), one layer of 12 x 768^2 + 13 x 768, 2 x 768; 4 + 1 bytes each.
     assert planned == held == f"{(52_322 * 768 + 12 * 768**2 + 13 * 768 + 2 * 768) * 5 / 1e9:.6f}"

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ds_zoadamu.tasks import SST2, candidate_scores
+from tests.helpers import commands
 from tests.helpers.harness import HANG, free_port, run_ranks, still_running
 from tests.helpers.tiny_lm import make_tokenizer, save_model, write_data
 
@@ -189,11 +190,8 @@ def test_evaluate_agrees_with_the_run(run, data, tmp_path):
     on_ranks("evaluate.py", *arguments, "--output_file", tmp_path / "accuracy.json")
     figures = json.loads((tmp_path / "accuracy.json").read_text())
     assert (figures["accuracy"], figures["num_examples"]) == (expected, 21)
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"}
-    environment.pop("WORLD_SIZE", None)
-    script = [sys.executable, str(REPOSITORY / "launch" / "evaluate.py"), *map(str, arguments)]
-    alone = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=HANG)
-    assert f"accuracy={expected:.4f}" in succeed(alone).stdout
+    alone = commands.run(tmp_path / "alone", REPOSITORY / "launch" / "evaluate.py", *arguments, DS_ACCELERATOR="cpu")
+    assert f"accuracy={expected:.4f}" in alone.stdout
 
 
 def test_when_one_rank_is_killed_the_others_end(model, data, tmp_path):
@@ -222,10 +220,12 @@ def snapshot(folder):
     return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def test_bad_input_under_the_launcher(model, data, tmp_path):
-    process = launch("finetune.py", *finetune_arguments(model, data, tmp_path / "out"), "--num_train", "60")
-    assert process.returncode != 0
-    assert "too few examples" in process.stderr and "Traceback" not in process.stderr
+def test_bad_input_as_a_command_on_two_ranks(model, data, tmp_path):
+    words = [REPOSITORY / "launch" / "finetune.py", *finetune_arguments(model, data, tmp_path / "out"), "--num_train", "60"]
+    ranks = commands.launched(tmp_path / "output", 2, *words, DS_ACCELERATOR="cpu")
+    assert [rank.wait() for rank in ranks] == [2, 2]
+    first, second = (rank.stderr for rank in ranks)
+    assert "too few examples" in first and "Traceback" not in first + second and "too few examples" not in second
     assert not (tmp_path / "out").exists()
 
 

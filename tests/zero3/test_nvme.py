@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import deepspeed
@@ -17,7 +15,8 @@ import ds_zoadamu
 from ds_zoadamu.durability.digest import weights_digest
 from ds_zoadamu.zero3 import nvme
 
-from ..helpers.harness import HANG, free_port, run_ranks
+from ..helpers import commands
+from ..helpers.harness import free_port, run_ranks
 from ..helpers.jobs import as_bytes, config, engine_for, my_share, whole_model
 
 pytestmark = [pytest.mark.ranks, pytest.mark.nvme]
@@ -279,11 +278,9 @@ def test_a_rehearsal_runs_on_nvme(drive):
     zero = {"stage": 3, **zero_section("nvme", drive, buffer_count=4, buffer_size=40_000_000)}
     optimizer = {"type": "ZOAdaMU", "params": {"lr": 1e-6, "total_steps": 9}}
     path.write_text(json.dumps({"zero_optimization": zero, "optimizer": optimizer, "bf16": {"enabled": True}}))
-    command = ["ds_zoadamu.plan", "--model", "opt-125m", "--config", path, "--batch", "1", "--seq", "8", "--rehearse"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-m", *command, "--rehearse-layers", "1"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG)
-    assert done.returncode == 0, done.stderr  # 0: weights and momentum are those planned, to the byte
+    words = ["--model", "opt-125m", "--config", path, "--batch", "1", "--seq", "8", "--rehearse", "--rehearse-layers", "1"]
+    # Status 0: weights and momentum are those planned, to the byte.
+    done = commands.run(drive / "output", "-m", "ds_zoadamu.plan", *words, MASTER_PORT=str(free_port()))
     assert "rehearsal: 2 steps" in done.stdout
     assert len(list(drive.rglob("*.swp"))) >= 8  # two embeddings and the six matrices of a layer
 
