@@ -80,4 +80,6 @@ def on_device(batch: dict) -> dict:
 
 def _keeps_logits(module) -> bool:
     """Whether the model makes the logits of given positions only (most of Transformers' causal models do)."""
-    return "logits_to_keep" in inspect.signature(getattr(module, "module", module).forward).parameters
+    module = getattr(module, "module", module)
+    model = module.get_base_model() if hasattr(module, "get_base_model") else module  # of PEFT, which hands arguments on
+    return "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -10,11 +10,12 @@ import deepspeed
 
 from ds_zoadamu.tasks import OBJECTIVES, SCORES, TASKS, InputError, TaskData, label_words_from, load_task
 from ds_zoadamu.tasks.objectives import WITHOUT_GRADIENT
+from ds_zoadamu.training.tuning import add_tuning_arguments
 
 _POSITIVE = (
     "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "per_device_eval_batch_size",
     "save_total_limit", "journal_fsync_every", "profile_steps", "num_train", "num_dev", "num_test", "ranks", "threads",
-    "trial_steps",
+    "trial_steps", "lora_rank", "prefix_tokens", "demonstrations",
 )  # fmt: skip
 
 
@@ -112,7 +113,9 @@ def finetune_parser() -> argparse.ArgumentParser:
         seed=(0, "of data order and perturbations"),
     )
     group.add_argument("--max_steps", type=int, required=True, help="optimizer steps")
-    usual = "default: 5e-5 for AdamW, 1e-6 for a zeroth-order optimizer; small models take more, see --find_lr"
+    usual = (
+        "default: 5e-5 for AdamW, 1e-6 for a zeroth-order optimizer of all parameters; small models take more, see --find_lr"
+    )
     add_options(
         group,
         float,
@@ -122,6 +125,7 @@ def finetune_parser() -> argparse.ArgumentParser:
         max_grad_norm=(None, "gradient_clipping, with backward passes only (default: 1.0)"),
     )
     add_options(group, int, warmup_steps=(None, "of the JSON's scheduler (default: 0)"))
+    add_tuning_arguments(parser)
     _add_output_arguments(parser)
     return deepspeed.add_config_arguments(parser)
 
@@ -149,8 +153,9 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
         find_lr="instead of a full run, try each pair of --find_lr_values and --find_eps_values for --max_steps steps from the "
         "same weights, with the schedule of a run of that length, and write find_lr.json, best development loss first",
     )
-    group.add_argument("--find_lr_values", type=float, nargs="+", metavar="LR", default=[1e-6, 3e-6, 1e-5, 3e-5, 1e-4])
-    group.add_argument("--find_eps_values", type=float, nargs="+", metavar="EPS", default=[1e-3])
+    grids = "default: five around the usual lr of the way of tuning", "default: the way of tuning's usual zo_eps"
+    for name, metavar, text in zip(("find_lr_values", "find_eps_values"), ("LR", "EPS"), grids, strict=True):
+        group.add_argument(f"--{name}", type=float, nargs="+", metavar=metavar, help=text)
     measured = "instead of a full run, measure so many steps (time, its parts, collectives, memory) and write profile.json"
     add_options(parser.add_argument_group("profile"), int, profile_steps=(None, measured))
 
@@ -180,7 +185,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise InputError(f"--{name} must be at least 1, got {value}")
-    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "save_steps"):
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "save_steps", "lora_alpha"):
         value = getattr(args, name, None)
         if value is not None and not 0 <= value < float("inf"):
             raise InputError(f"--{name} must be a finite number of at least 0, got {value}")
