@@ -26,15 +26,16 @@ def write_adapter(model: Any, folder: Path, writes: bool) -> None:
 
     adapter = model.active_adapter
     config, tensors = model.peft_config[adapter], {}
-    if config.peft_type == peft.PeftType.LORA:
+    if _is_stored_plainly(config):
         for key, parameter in _parameters_in_file(model).items():
             with deepspeed.zero.GatheredParameters([parameter]):
                 if writes:
                     tensors[key] = parameter.detach().to("cpu", copy=True).contiguous()
     else:  # what is stored may be made of several parameters
         with deepspeed.zero.GatheredParameters([p for name, p in model.named_parameters() if _is_adapter(name, p, adapter)]):
+            # On all ranks: a module that runs on one alone would make their gathers differ.
+            stored = peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
             if writes:
-                stored = peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
                 tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in stored.items()}
     with collective.on_all_ranks(OSError):
         if writes:
@@ -83,6 +84,11 @@ def merge(model: Any) -> torch.nn.Module:
             with deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=0):
                 module.merge()
     return model.unload()
+
+
+def _is_stored_plainly(config: Any) -> bool:
+    """Whether each tensor in a file is a parameter."""
+    return config.peft_type.value == "LORA" or (config.peft_type.value == "PREFIX_TUNING" and not config.prefix_projection)
 
 
 def _is_adapter(name: str, parameter: torch.nn.Parameter, adapter: str) -> bool:

@@ -1,7 +1,7 @@
 """PEFT adapters on models whose parameters are partitioned: put on, and begun.
 
-A prefix begins with the keys and values that real tokens have in the model, as in Li and Liang (2021) and MeZO's released scripts. For them
-the model runs once before there is an engine, with each module's parameters gathered for its turn.
+A prefix begins with the keys and values that real tokens have in the model, as in Li and Liang (2021) and MeZO's released
+scripts. For them the model runs once before there is an engine, with each module's parameters gathered for its turn.
 """
 
 from collections.abc import Iterator, Sequence

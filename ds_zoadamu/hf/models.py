@@ -195,8 +195,8 @@ def _groups_in_files(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]])
 def load_weights(engine, directory: str | Path) -> None:
     """Overwrites the weights of an engine's model with those of a folder that `save_pretrained` wrote for the same model.
 
-    Of a model that PEFT has wrapped it is the adapter's. Rank 0 reads one parameter at a time and shares it. The optimizer's state is left alone: meant for evaluating a kept
-    model or for starting again. Call it on all ranks.
+    Of a model that PEFT has wrapped it is the adapter's. Rank 0 reads one parameter at a time and shares it. The optimizer's
+    state is left alone: meant for evaluating a kept model or for starting again. Call it on all ranks.
 
     Raises:
         ValueError: on all ranks, before a weight is changed: a parameter is missing in the folder or has another shape there,
