@@ -50,7 +50,7 @@ def write_adapter(model: Any, folder: Path, writes: bool) -> None:
                 raise OSError(f"{folder / FILE} cannot be written: {error}") from error
 
 
-def read_adapter(model: Any, folder: Path, reads: bool) -> None:
+def load_adapter(model: Any, folder: Path, reads: bool) -> None:
     """Overwrite the active adapter with that of a folder that `write_adapter` wrote. On all ranks, of which one ``reads``.
 
     Raises ValueError on all of them before a weight is changed: a tensor is missing there or has another shape.

@@ -12,21 +12,10 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from ..config.adapters import MISFITS, require_peft, with_adapter
 from ..distributed import collective
 from ..errors import ConfigError
 from ..zero3.hf import zero3_known
-
-_MISFITS = (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError)
-"""What PEFT raises where an adapter does not fit a model."""
-
-
-def require_peft(what: str) -> Any:
-    """The module `peft`. Raises ConfigError, with what needs it, where it is not installed."""
-    try:
-        import peft
-    except ImportError as error:
-        raise ConfigError(f'{what} needs peft; install it with: pip install "ds_zoadamu[peft]"') from error
-    return peft
 
 
 def task_type_of(model: torch.nn.Module) -> str | None:
@@ -34,25 +23,6 @@ def task_type_of(model: torch.nn.Module) -> str | None:
     if model.config.is_encoder_decoder:
         return "SEQ_2_SEQ_LM"
     return "CAUSAL_LM" if model.can_generate() else None
-
-
-def wrapped(model: torch.nn.Module, adapter: Any, dtype: torch.dtype) -> torch.nn.Module:
-    """A model wrapped by PEFT, everything but the adapter frozen, and the adapter in ``dtype``.
-
-    PEFT would keep a 16-bit model's adapter in fp32; DeepSpeed casts it where it casts the model. Raises ConfigError for an
-    adapter that does not fit the model.
-    """
-    try:
-        made = require_peft("an adapter").get_peft_model(model, adapter, autocast_adapter_dtype=False)
-    except _MISFITS as error:
-        message = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"a {adapter.peft_type.value} adapter cannot be put on this model: {message}") from error
-    trained = [p for p in made.parameters() if p.requires_grad]
-    if not trained:
-        raise ConfigError(f"a {adapter.peft_type.value} adapter leaves nothing to train in this model")
-    for param in trained:
-        param.data = param.data.to(dtype)
-    return made
 
 
 def adapted(model: torch.nn.Module, adapter: Any, *, seed: int, tokens: Sequence[int] = ()) -> torch.nn.Module:
@@ -72,7 +42,7 @@ def adapted(model: torch.nn.Module, adapter: Any, *, seed: int, tokens: Sequence
         with collective.on_all_ranks(ConfigError):
             with zero3_known(model.hf_deepspeed_config), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                made = wrapped(model, adapter, dtype)
+                made = with_adapter(model, adapter, dtype)
             if start is not None:
                 _begin_with(made, start)
     return made
@@ -88,7 +58,7 @@ def loaded(model: torch.nn.Module, folder: str) -> torch.nn.Module:
         try:
             with zero3_known(model.hf_deepspeed_config):
                 made = peft.PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
-        except (OSError, *_MISFITS) as error:
+        except (OSError, *MISFITS) as error:
             message = (str(error) or type(error).__name__).splitlines()[0]
             raise ConfigError(f"the adapter of {folder!r} cannot be put on this model: {message}") from error
         for param in made.parameters():

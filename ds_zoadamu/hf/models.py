@@ -28,7 +28,7 @@ from ds_zoadamu.errors import ConfigError
 from ds_zoadamu.files import folders
 from ds_zoadamu.files.hf_names import FileNames, Group
 from ds_zoadamu.files.json_files import read_json
-from ds_zoadamu.hf.adapter_files import is_adapted, read_adapter, write_adapter
+from ds_zoadamu.hf.adapter_files import is_adapted, load_adapter, write_adapter
 from ds_zoadamu.zero3 import agreement, nvme
 from ds_zoadamu.zero3 import hf as hf_zero3
 from ds_zoadamu.zero3.partition import whole_shape
@@ -213,7 +213,7 @@ def load_weights(engine, directory: str | Path) -> None:
     if is_adapted(engine.module):
         with collective.together("load_weights"):
             _release_gathered(engine)
-            read_adapter(engine.module, directory, reads)
+            load_adapter(engine.module, directory, reads)
         return
     with collective.together("load_weights"), ExitStack() as opened:
         with collective.on_all_ranks(ValueError) as made:

@@ -171,6 +171,17 @@ def evaluate_parser() -> argparse.ArgumentParser:
     )
     add_options(parser, int, num_test=(None, "so many examples, drawn from the split (default: all)"))
     add_options(parser, str, output_file=(None, "also write the figures to this JSON file"))
+    group = parser.add_argument_group("what the model is given beside an example (default: nothing, zero-shot)")
+    add_options(
+        group,
+        int,
+        demonstrations=(None, "so many training rows with their answers before each prompt, drawn anew for each"),
+        num_train=(None, "examples that --linear_probing fits (default: what is there, up to 1000, as finetune draws them)"),
+        seed=(0, "of the draw of demonstrations, or of the examples of --linear_probing"),
+    )
+    probing = "fit rows of the vocabulary matrix to training examples by logistic regression (needs scikit-learn)"
+    add_switches(group, linear_probing=probing)
+    add_options(group, str, adapter=(None, "folder of a LoRA or prefix adapter in PEFT's format, for this model (needs peft)"))
     add_switches(parser, overwrite_output_file="replace --output_file")
     return deepspeed.add_config_arguments(parser)
 

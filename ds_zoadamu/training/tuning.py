@@ -13,9 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from ds_zoadamu.config.adapters import read_adapter, require_peft, with_adapter
 from ds_zoadamu.config.sections import value_at
 from ds_zoadamu.config.settings import zeroth_order_type
-from ds_zoadamu.errors import ConfigError, shown
+from ds_zoadamu.errors import shown
 from ds_zoadamu.hf import adapters
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.output import INITIAL
@@ -48,14 +49,16 @@ class Tuning:
     """What of a model is trained.
 
     Attributes:
-        name: "full", "lora" or "prefix".
+        name: "full", "lora" or "prefix"; PEFT's name of an adapter that is there.
         adapter: PEFT's configuration; None: all parameters are trained.
         settings: as results have them.
+        folder: of an adapter that is there.
     """
 
     name: str = "full"
     adapter: Any = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    folder: str | None = None
 
     @property
     def usual(self) -> Usual:
@@ -103,6 +106,10 @@ class Tuning:
         tokens = real_tokens(tokenizer, model.config.get_text_config().vocab_size, self.num_tokens, seed)
         return adapters.adapted(model, copy.deepcopy(self.adapter), seed=seed, tokens=tokens)
 
+    def loaded(self, model: torch.nn.Module) -> torch.nn.Module:
+        """A partitioned model with the adapter of `folder`, if any. On all ranks. Raises ConfigError."""
+        return model if self.folder is None else adapters.loaded(model, self.folder)
+
 
 def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
     """--lora, --prefix and their options."""
@@ -128,12 +135,12 @@ def tuning_from(args: Namespace, config: Any) -> Tuning:
     """The way of tuning that arguments ask for, tried on a model without weights.
 
     Args:
-        args: of `finetune_parser`; of others, which train nothing, for what they have.
+        args: of `finetune_parser` or `evaluate_parser`.
         config: of the Transformers model.
 
     Raises:
-        InputError: options that do not go together, or an adapter that does not fit the model.
-        ConfigError: peft is missing.
+        InputError: options that do not go together; layers that the model does not have.
+        ConfigError: peft is missing; an adapter that does not fit the model.
     """
     name = next((way for way in _EACH if getattr(args, way, False)), "full")
     for way, options in _EACH.items():
@@ -143,9 +150,12 @@ def tuning_from(args: Namespace, config: Any) -> Tuning:
     if getattr(args, "merge", False) and name != "lora":
         why = "keys and values before a text are no weights of the model" if name == "prefix" else "there is nothing to merge"
         raise InputError(f"--merge goes with --lora: {why}; leave it out")
+    if (folder := getattr(args, "adapter", None)) is not None:
+        adapter = read_adapter(folder)
+        return Tuning(name=adapter.peft_type.value.lower(), adapter=adapter, settings={"adapter": folder}, folder=folder)
     if name == "full":
         return Tuning()
-    peft = adapters.require_peft(f"--{name}")
+    peft = require_peft(f"--{name}")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
     kind = adapters.task_type_of(model)
@@ -156,10 +166,7 @@ def tuning_from(args: Namespace, config: Any) -> Tuning:
         rank, alpha = args.lora_rank or 8, args.lora_alpha or 16.0
         adapter = peft.LoraConfig(task_type=kind, r=rank, lora_alpha=alpha, target_modules=_targets(args, model))
         settings = {"lora_rank": rank, "lora_alpha": alpha, "lora_target_modules": sorted(adapter.target_modules)}
-    try:
-        adapters.wrapped(model, copy.deepcopy(adapter), torch.float32)
-    except ConfigError as error:
-        raise InputError(f"--{name}: {error}") from error
+    with_adapter(model, copy.deepcopy(adapter), torch.float32, f"--{name}")
     return Tuning(name=name, adapter=adapter, settings=settings)
 
 
