@@ -57,7 +57,8 @@ def loaded(model: torch.nn.Module, folder: str) -> torch.nn.Module:
     with collective.together("loaded"), collective.on_all_ranks(ConfigError):
         try:
             with zero3_known(model.hf_deepspeed_config):
-                made = peft.PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
+                # Else PEFT would read a prefix past its module, where nobody gathers it.
+                made = peft.PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=False)
         except (OSError, *MISFITS) as error:
             message = (str(error) or type(error).__name__).splitlines()[0]
             raise ConfigError(f"the adapter of {folder!r} cannot be put on this model: {message}") from error

@@ -66,14 +66,18 @@ class _LineEnd(StoppingCriteria):
 @contextmanager
 def _plainly(model, longest: int, pad: int, ends: Iterable[int]) -> Iterator[None]:
     """Inside, the model generates greedily whatever its folder says: penalties and samplers would be another rule."""
+    models = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]  # PEFT's may have either
     own = model.generation_config
-    model.generation_config = GenerationConfig(
+    plain = GenerationConfig(
         max_new_tokens=longest, do_sample=False, num_beams=1, eos_token_id=sorted(ends) or None, pad_token_id=pad
     )
     try:
+        for each in models:
+            each.generation_config = plain
         yield
     finally:
-        model.generation_config = own
+        for each in models:
+            each.generation_config = own
 
 
 def _as_list(value: int | list[int] | None) -> list[int]:
