@@ -18,11 +18,11 @@ from ..errors import ConfigError
 from ..zero3.hf import zero3_known
 
 
-def task_type_of(model: torch.nn.Module) -> str | None:
-    """PEFT's name for what a Transformers model does; None for those, such as masked models, that it wraps without one."""
+def task_type_of(model: torch.nn.Module) -> str:
+    """PEFT's name for what a Transformers model does; of masked models the one under which PEFT hands all arguments on."""
     if model.config.is_encoder_decoder:
         return "SEQ_2_SEQ_LM"
-    return "CAUSAL_LM" if model.can_generate() else None
+    return "CAUSAL_LM" if model.can_generate() else "FEATURE_EXTRACTION"
 
 
 def adapted(model: torch.nn.Module, adapter: Any, *, seed: int, tokens: Sequence[int] = ()) -> torch.nn.Module:
@@ -87,7 +87,8 @@ def _keys_and_values(model: torch.nn.Module, tokens: Sequence[int]) -> torch.Ten
     if model.config.is_encoder_decoder:
         inputs["input_ids"] = ids
     with torch.no_grad(), _gathering(model):
-        cache = model(**inputs, use_cache=True).past_key_values
+        output = model(**inputs, use_cache=True)
+    cache = output["cache"] if "cache" in output else output.past_key_values  # newer, older Transformers
     cache = getattr(cache, "self_attention_cache", cache)
     layers = getattr(cache, "layers", None)
     if not layers or any(getattr(layer, "keys", None) is None for layer in layers):
