@@ -39,8 +39,9 @@ def with_adapter(module: torch.nn.Module, adapter: Any, dtype: torch.dtype, opti
     PEFT would keep a 16-bit model's adapter in fp32; DeepSpeed casts it where it casts the model. Raises ConfigError for an
     adapter that does not fit the model, with the ``option`` that asks for it.
     """
+    peft = require_peft(option)
     try:
-        wrapped = require_peft(option).get_peft_model(module, adapter, autocast_adapter_dtype=False)
+        wrapped = peft.get_peft_model(module, adapter, autocast_adapter_dtype=False)
     except MISFITS as error:
         message = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{option}: a {adapter.peft_type.value} adapter cannot be put on this model: {message}") from error

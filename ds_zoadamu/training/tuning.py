@@ -103,7 +103,8 @@ class Tuning:
         """A partitioned model as it is trained. On all ranks. Raises ConfigError."""
         if self.adapter is None:
             return model
-        tokens = real_tokens(tokenizer, model.config.get_text_config().vocab_size, self.num_tokens, seed)
+        vocab_size, count = model.config.get_text_config().vocab_size, self.num_tokens
+        tokens = real_tokens(tokenizer, vocab_size, count, seed) if count else ()
         return adapters.adapted(model, copy.deepcopy(self.adapter), seed=seed, tokens=tokens)
 
     def loaded(self, model: torch.nn.Module) -> torch.nn.Module:
@@ -163,7 +164,9 @@ def tuning_from(args: Namespace, config: Any) -> Tuning:
         count = 5 if args.prefix_tokens is None else args.prefix_tokens
         adapter, settings = peft.PrefixTuningConfig(task_type=kind, num_virtual_tokens=count), {"prefix_tokens": count}
     else:
-        rank, alpha = args.lora_rank or 8, args.lora_alpha or 16.0
+        rank, alpha = (default if given is None else given for given, default in ((args.lora_rank, 8), (args.lora_alpha, 16.0)))
+        if alpha == 0:
+            raise InputError("--lora_alpha must be above 0, got 0: the additions would have no effect")
         adapter = peft.LoraConfig(task_type=kind, r=rank, lora_alpha=alpha, target_modules=_targets(args, model))
         settings = {"lora_rank": rank, "lora_alpha": alpha, "lora_target_modules": sorted(adapter.target_modules)}
     with_adapter(model, copy.deepcopy(adapter), torch.float32, f"--{name}")
