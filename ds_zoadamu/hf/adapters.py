@@ -57,11 +57,12 @@ def loaded(model: torch.nn.Module, folder: str) -> torch.nn.Module:
     with collective.together("loaded"), collective.on_all_ranks(ConfigError):
         try:
             with zero3_known(model.hf_deepspeed_config):
-                # Else PEFT would read a prefix past its module, where nobody gathers it.
-                made = peft.PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=False)
+                made = peft.PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
         except (OSError, *MISFITS) as error:
             message = (str(error) or type(error).__name__).splitlines()[0]
             raise ConfigError(f"the adapter of {folder!r} cannot be put on this model: {message}") from error
+        for config in made.peft_config.values():
+            config.inference_mode = False  # in which PEFT reads a prefix past its module, where nobody gathers it
         for param in made.parameters():
             if not hasattr(param, "ds_id"):
                 param.data = param.data.to(dtype)

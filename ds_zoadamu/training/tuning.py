@@ -83,9 +83,13 @@ class Tuning:
         return {"tuning": self.name, **self.settings}
 
     def room_left(self, config: Any) -> Any:
-        """A model's configuration with the positions that are left for texts."""
+        """A model's configuration with the positions that are left for texts. Raises InputError where there are none."""
         if (positions := getattr(config, "max_position_embeddings", None)) is None or not self.num_tokens:
             return config
+        if positions <= self.num_tokens:
+            raise InputError(
+                f"a prefix of {self.num_tokens} tokens leaves no room for texts: the model has {positions} positions"
+            )
         config = copy.copy(config)
         config.max_position_embeddings = positions - self.num_tokens
         return config

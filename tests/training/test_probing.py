@@ -24,9 +24,9 @@ ASKED = {
     "demonstrations": ("sst2", "--demonstrations", "3"),
     "another seed": ("sst2", "--demonstrations", "3", "--seed", "1"),
     "probing": ("sst2", "--linear_probing", "--num_train", "24"),
-    "probing cb": ("cb", "--linear_probing"),
-    "probing copa": ("copa", "--linear_probing"),
-    "probing answers": ("squad", "--linear_probing"),
+    "probing cb": ("cb", "--linear_probing", "--num_train", "12"),
+    "probing copa": ("copa", "--linear_probing", "--num_train", "8"),
+    "probing answers": ("squad", "--linear_probing", "--num_train", "8"),
     "demonstrations of answers": ("squad", "--demonstrations", "2"),
 }
 
