@@ -1,8 +1,10 @@
 """Greedy generation in micro-batches, with all ranks in step."""
 
+import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from deepspeed import comm as dist
@@ -35,16 +37,34 @@ def generate(model, tokenizer, contexts: Sequence[Sequence[int]], longest: int, 
     ends = {token for config in (model.generation_config, tokenizer) for token in _as_list(config.eos_token_id)}
     line_end = _LineEnd(tokenizer)
     with torch.no_grad(), _plainly(model, longest, pad, ends):
-        found = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
+        writer, inputs = _inputs(model, ids.to(device), mask.to(device))
+        found = writer.generate(
+            **inputs,
             stopping_criteria=StoppingCriteriaList([line_end]),
             synced_gpus=dist.is_initialized() and dist.get_world_size() > 1,
         )
     # Behind its end a row is filled with the padding token, which need not be a special one.
-    rows = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in found[:, width:].tolist()]
+    rows = [
+        list(itertools.takewhile(lambda token: token not in ends, row))
+        for row in found[:, inputs["input_ids"].shape[1] :].tolist()
+    ]
     rows = [row[: 1 + next((at for at, token in enumerate(row) if line_end.is_one(token)), len(row))] for row in rows]
     return [text.partition("\n")[0].strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+
+def _inputs(model, ids: torch.Tensor, mask: torch.Tensor) -> tuple[Any, dict[str, Any]]:
+    """Which model generates, and from what: of PEFT's prefix the model within, behind keys and values that it has already.
+
+    PEFT 0.21 looks for the model's cache under a name that Transformers 5.24 has changed, finds none, and puts the prefix before
+    every new token anew, in the place of all that was read.
+    """
+    config = getattr(model, "active_peft_config", None)
+    if config is None or config.peft_type != "PREFIX_TUNING":
+        return model, {"input_ids": ids, "attention_mask": mask}
+    count, base = config.num_virtual_tokens, model.get_base_model()
+    name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+    ids, mask = (torch.nn.functional.pad(part, (count, 0), value=1) for part in (ids, mask))  # any ids: they are not read
+    return base, {"input_ids": ids, "attention_mask": mask, name: model.get_prompt(len(ids))}
 
 
 class _LineEnd(StoppingCriteria):
