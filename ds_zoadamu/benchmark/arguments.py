@@ -30,8 +30,8 @@ def benchmark_parser() -> argparse.ArgumentParser:
         "--contenders",
         nargs="*",
         metavar="NAME",
-        help="which of --configs and of the built-in ones: zoadamu-fp32, -bf16, -fp16, -int8, -replay, mezo, adamw, plain-mezo "
-        "(default: --configs and plain-mezo; without --configs all built-in ones)",
+        help="which of --configs and of the built-in ones: zoadamu-fp32, -bf16, -fp16, -int8, -replay, mezo, adamw, "
+        "plain-mezo, lomo (default: --configs and plain-mezo; without --configs all built-in ones but lomo)",
     )
     threads = (None, "CPU threads a rank; plain-mezo gets those of all (default: cores / ranks)")
     add_options(group, int, ranks=(2, "of every contender but plain-mezo"), threads=threads)

@@ -1,4 +1,4 @@
-"""Who takes part: DeepSpeed JSONs by name, and the plain MeZO loop."""
+"""Who takes part: DeepSpeed JSONs by name, the plain MeZO loop, and LOMO."""
 
 import copy
 import re
@@ -15,24 +15,34 @@ from ds_zoadamu.rules import RULES
 from ds_zoadamu.rules.zo_adamu import MOMENTUM_DTYPES
 from ds_zoadamu.tasks import InputError
 
-PLAIN = "plain-mezo"
+PLAIN, LOMO = "plain-mezo", "lomo"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A name and the DeepSpeed JSON behind it; None is the plain MeZO loop, which needs none."""
+    """A name and the DeepSpeed JSON behind it; None for the plain MeZO loop and for LOMO, which need none."""
 
     name: str
     config: dict | None
 
     @property
     def plain(self) -> bool:
-        return self.config is None
+        return self.config is None and self.name == PLAIN
 
     @property
     def zeroth_order(self) -> bool:
-        return self.config is None or zeroth_order_type(self.config) is not None
+        return self.plain or (self.config is not None and zeroth_order_type(self.config) is not None)
+
+    @property
+    def optimizer(self) -> str:
+        """What reports call it."""
+        return {PLAIN: "plain MeZO", LOMO: "LOMO"}[self.name] if self.config is None else self.config["optimizer"]["type"]
+
+    @property
+    def command(self) -> str:
+        """The module that runs it."""
+        return f"ds_zoadamu.training.{'finetune' if self.config is not None else 'plain' if self.plain else 'lomo'}_command"
 
 
 def choose_contenders(args: Namespace, configs: Path) -> list[Contender]:
@@ -48,7 +58,7 @@ def choose_contenders(args: Namespace, configs: Path) -> list[Contender]:
     if args.contenders is None and args.configs is not None:
         names = [*given, PLAIN]
     else:
-        names = list(_built_in(configs)) if args.contenders is None else args.contenders
+        names = [name for name in _built_in(configs) if name != LOMO] if args.contenders is None else args.contenders
     if not names:
         raise InputError("--contenders is empty; name at least one, or leave it out for all")
     if len(set(names)) < len(names):
@@ -70,7 +80,7 @@ def _given(entries: list[str] | None) -> dict[str, dict]:
         name, separator, path = entry.partition("=")
         if not separator or not _NAME.fullmatch(name):
             raise InputError(f"--configs {entry!r}: write NAME=FILE, NAME of letters, digits, '.', '_' and '-'")
-        if name in found or name == PLAIN:
+        if name in found or name in (PLAIN, LOMO):
             raise InputError(f"--configs: the name {name!r} is taken; give another")
         found[name] = read_config(path)
     return found
@@ -85,12 +95,12 @@ def _built_in(folder: Path) -> dict[str, dict | None]:
     contenders["mezo"] = read_config(folder / "cpu-small_mezo.json")
     adamw = read_config(folder / "cpu-small_adamw.json")
     contenders["adamw"] = {**adamw, "scheduler": zoadamu["scheduler"]}  # a decaying lr helps it as well
-    return {**contenders, PLAIN: None}
+    return {**contenders, PLAIN: None, LOMO: None}
 
 
 def _checked(contender: Contender) -> Contender:
     """Raises InputError for an optimizer that nobody knows or whose settings would not follow the benchmark's."""
-    if contender.plain:
+    if contender.config is None:
         return contender
     name, config = contender.name, contender.config
     section = config.get("optimizer")

@@ -51,7 +51,7 @@ def benchmark(args: Namespace) -> int:
         "profile_steps": args.profile_steps,
     }
     with locked(output):
-        claim_folder(output, settings, {c.name: c.config for c in contenders if not c.plain})
+        claim_folder(output, settings, {c.name: c.config for c in contenders if c.config is not None})
         phases = Phases(args, runner, items, metric, lambda text: print(text, flush=True))
         results = {
             "date": datetime.date.today().isoformat(),
@@ -74,7 +74,7 @@ def _run_all(args: Namespace, phases: Phases, contenders: list[Contender], grids
     entries = {}
     for c in contenders:
         profile = profiles[c.name]
-        entry = {"optimizer": c.config["optimizer"]["type"] if c.config else "plain MeZO", "config": c.config}
+        entry = {"optimizer": c.optimizer, "config": c.config}
         entry |= {"status": profile.status, "reason": profile.reason, "grid": [vars(point) for point in grids[c.name]]}
         if profile.status == FINISHED:
             point, trials = searches[c.name]

@@ -63,13 +63,15 @@ class Runner:
             words += ["--gradient_accumulation_steps", str(self._batch["gradient_accumulation_steps"] * ranks)]
             words += [] if self._batch["precision"] == "fp32" else [f"--{self._batch['precision']}"]
             ranks, threads = 1, threads * ranks
+        elif contender.config is None:
+            words = shared_arguments(args)
         else:
             words = [*shared_arguments(args), "--deepspeed", "--deepspeed_config", str(self.config_path(contender))]
             words += ["--save_steps", "0"]
         words += [*point.arguments, "--max_steps", str(steps), "--seed", str(seed), *more]
         name = kind if kind == "profile" else f"{kind}-{point.label}-steps{steps}-seed{seed}"
-        module = f"ds_zoadamu.training.{'plain' if contender.plain else 'finetune'}_command"
-        return Run(contender, self.output / "runs" / contender.name / name, module, tuple(words), ranks, threads)
+        folder = self.output / "runs" / contender.name / name
+        return Run(contender, folder, contender.command, tuple(words), ranks, threads)
 
     def config_path(self, contender: Contender) -> Path:
         """Where the benchmark keeps its copy of a contender's JSON."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from deepspeed.accelerator import get_accelerator
 
 from ds_zoadamu.benchmark.arguments import shared_arguments
-from ds_zoadamu.benchmark.contenders import Contender
+from ds_zoadamu.benchmark.contenders import LOMO, Contender
 from ds_zoadamu.benchmark.grid import Point
 from ds_zoadamu.config import Config, load
 from ds_zoadamu.config.auto import DEFAULT_MICRO_BATCH_SIZE
@@ -15,6 +15,7 @@ from ds_zoadamu.config.settings import check_precision
 from ds_zoadamu.errors import ConfigError
 from ds_zoadamu.tasks import InputError, Metric
 from ds_zoadamu.training.arguments import finetune_parser
+from ds_zoadamu.training.lomo import check_lomo
 from ds_zoadamu.training.plan import ModelInput, check_gradient, encode_splits, read_model_input
 
 _EQUAL = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "precision")
@@ -33,8 +34,10 @@ def check_settings(args: Namespace, contenders: Sequence[Contender], grids: dict
     model_input = read_model_input(run_args)
     metric = model_input.task.main_metric
     _check_target(args.target, metric)
-    filled = {c.name: _filled(args, c, grids[c.name], model_input) for c in contenders if not c.plain}
+    filled = {c.name: _filled(args, c, grids[c.name], model_input) for c in contenders if c.config is not None}
     batch = _equal({name: _batch_settings(config) for name, config in filled.items()}) or _plain_batch(args)
+    if any(c.name == LOMO for c in contenders):
+        check_lomo(batch["gradient_accumulation_steps"], batch["precision"], model_input.task)
     plan = encode_splits(finetune_args(args, max_steps=1, seed=args.seeds[0]), None, model_input)
     if batch["train_batch_size"] > plan.num_examples["train"]:
         raise InputError(
@@ -104,7 +107,7 @@ def _equal(settings: dict[str, dict]) -> dict | None:
 
 
 def _plain_batch(args: Namespace) -> dict:
-    """Where the plain loop is alone."""
+    """Where no contender has a JSON."""
     micro, accumulation = args.per_device_train_batch_size or DEFAULT_MICRO_BATCH_SIZE, args.gradient_accumulation_steps or 1
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     return dict(zip(_EQUAL, (micro * accumulation * args.ranks, micro, accumulation, precision), strict=True))

@@ -95,14 +95,14 @@ def _fill_optimizer(filler: "_Filler", zeroth_order: bool) -> None:
     default_lr = DEFAULT_ZEROTH_ORDER_LEARNING_RATE if zeroth_order else DEFAULT_LEARNING_RATE
     filler.fill("optimizer.params.lr", default_lr, "learning_rate")
     filler.fill("optimizer.params.weight_decay", 0.0, "weight_decay")
+    filler.fill("optimizer.params.betas", [0.9, 0.999])
+    filler.fill("optimizer.params.eps", 1e-8)
     if zeroth_order:
         filler.fill("optimizer.params.zo_eps", 1e-3, "zo_eps")
         filler.fill("optimizer.params.total_steps", filler.given.get("max_steps"))
         filler.fill("optimizer.params.seed", filler.given.get("seed"))
         filler.fill("gradient_clipping", 0.0)
     else:
-        filler.fill("optimizer.params.betas", [0.9, 0.999])
-        filler.fill("optimizer.params.eps", 1e-8)
         filler.fill("gradient_clipping", 1.0, "max_grad_norm")
 
 

@@ -74,7 +74,7 @@ def _horner(x: torch.Tensor, coefficients: tuple[float, ...]) -> torch.Tensor:
     return y
 
 
-def _sqrt(x: torch.Tensor) -> torch.Tensor:
+def sqrt(x: torch.Tensor) -> torch.Tensor:
     """The square root of fp32, correctly rounded on every device.
 
     torch.sqrt in fp32 is not: with MKL it is off by one bit in 0.6 % of the results. An fp64 root that is off by as much as
@@ -118,7 +118,7 @@ def noise_and_bits(
     second = torch.stack((words[1], words[3]), 1).reshape(-1)
     offset = start & 1
     first, second = first[offset : offset + stop - start], second[offset : offset + stop - start]
-    radius = _sqrt(log_uniform(first >> 8) * -2.0)
+    radius = sqrt(log_uniform(first >> 8) * -2.0)
     sin, cos = sincos_turn(second >> 8)
     w = ((first & 0xFF) << 8 | (second & 0xFF)).to(torch.int32)
     return radius * cos, radius * sin, w
@@ -251,7 +251,7 @@ def update_(
         m, v, w = advance(stored, direction, key, lo, hi, weight.device)
         if write_weight:
             x = weight[part].to(torch.float32)
-            g = m / _sqrt(v + sigma) if normalize else m
+            g = m / sqrt(v + sigma) if normalize else m
             weight[part] = round_to(x - (g * lr_grad + x * lr_decay), weight.dtype, rounding, w)
         if stored is not None:
             _store_momentum(stored, m, direction.encode_scale, w)

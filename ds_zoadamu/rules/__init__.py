@@ -5,9 +5,13 @@ from .options import RuleConfig
 from .registry import RULES, import_modules, make_rule, origin, register
 from .rule import Elements, Evaluation, Rule, Storage, Update
 from .zo_adamu import ZOAdaMU, ZOAdaMUConfig
+from .zo_adamu_gradient import ZOAdaMUGradient
+from .zo_adaptive import ZOAdaptive
 
 register(ZOAdaMU)
 register(MeZO)
+register(ZOAdaptive)
+register(ZOAdaMUGradient)
 
 __all__ = [
     "RULES",
@@ -20,6 +24,8 @@ __all__ = [
     "Update",
     "ZOAdaMU",
     "ZOAdaMUConfig",
+    "ZOAdaMUGradient",
+    "ZOAdaptive",
     "import_modules",
     "make_rule",
     "origin",

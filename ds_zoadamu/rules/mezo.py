@@ -1,6 +1,7 @@
 """MeZO: stochastic gradient descent along a random direction, without state."""
 
-from ..kernels.types import Recurrence, StepScalars
+from ..kernels.types import Recurrence
+from .moments import recurrence
 from .options import RuleConfig
 from .rule import Rule, Scalars
 
@@ -21,14 +22,4 @@ class MeZO(Rule):
     config_class = RuleConfig
 
     def direction(self, step: int, scalars: Scalars = ()) -> Recurrence:
-        # beta1 = 1 leaves m_t = xi1.
-        step_scalars = StepScalars(
-            step=step,
-            sqrt_alpha=1.0,
-            sqrt_one_minus_alpha=0.0,
-            beta1=1.0,
-            one_minus_beta1=0.0,
-            beta2=1.0,
-            one_minus_beta2=0.0,
-        )
-        return Recurrence(steps=(step_scalars,))
+        return recurrence(step)

@@ -8,13 +8,12 @@ import torch
 
 from ..errors import ConfigError, shown
 from ..kernels.types import Recurrence, fp32
+from .moments import INT8_RANGE, TORCH_DTYPES
 from .options import MAX_STEP, RuleConfig, choice, integer, number, option, optional, parse_fields
 from .rule import Rule, Scalars, Storage
 from .schedules import Schedule
 
-MOMENTUM_DTYPES = ("fp32", "bf16", "fp16", "int8", "replay")
-_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
-_INT8_RANGE = 6.0  # standard deviations of m_t that 127 units of int8 momentum span
+MOMENTUM_DTYPES = (*TORCH_DTYPES, "replay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +38,10 @@ class MomentumConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZOAdaMUConfig(RuleConfig):
-    """Every option of the ZO-AdaMU rule, with the defaults of the paper's Figure 1 schedule for a run of ``total_steps``.
+class AnnealedConfig(RuleConfig):
+    """The options of a rule with ZO-AdaMU's schedule: defaults of the paper's Figure 1 for a run of ``total_steps``.
 
-    constant_beta1: None to anneal beta1; a number keeps it there at all steps, 1.0 for a perturbation without momentum.
+    constant_beta1: None to anneal beta1; a number keeps it there at all steps, 1.0 for no momentum.
     """
 
     total_steps: int = option(integer(1, MAX_STEP))
@@ -57,7 +56,6 @@ class ZOAdaMUConfig(RuleConfig):
     constant_beta1: float | None = option(
         optional(number(1e-6, 1.0, why="the first perturbations are zo_eps x beta1")), default=None
     )
-    momentum: MomentumConfig = option(MomentumConfig.parse, default_factory=MomentumConfig)
 
     @property
     def schedule(self) -> Schedule:
@@ -76,6 +74,13 @@ class ZOAdaMUConfig(RuleConfig):
                 f"(defaults for total_steps {total}: {total // 6}, {2 * total // 3}, {total})"
             )
         return values | {"t1": t1, "t2": t2, "t3": t3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZOAdaMUConfig(AnnealedConfig):
+    """Every option of the ZO-AdaMU rule."""
+
+    momentum: MomentumConfig = option(MomentumConfig.parse, default_factory=MomentumConfig)
 
     def check(self, where: str) -> None:
         super().check(where)
@@ -136,12 +141,12 @@ class ZOAdaMU(Rule):
             return Recurrence(steps=(schedule.scalars(step),))
         return Recurrence(
             steps=(schedule.scalars(step),),
-            decode_scale=fp32(_INT8_RANGE * schedule.momentum_std(step - 1) / 127.0),
-            encode_scale=fp32(127.0 / (_INT8_RANGE * schedule.momentum_std(step))),
+            decode_scale=fp32(INT8_RANGE * schedule.momentum_std(step - 1) / 127.0),
+            encode_scale=fp32(127.0 / (INT8_RANGE * schedule.momentum_std(step))),
         )
 
     def momentum_dtype(self, weight_dtype: torch.dtype) -> torch.dtype | None:
-        return _TORCH_DTYPES.get(self.config.momentum.dtype)
+        return TORCH_DTYPES.get(self.config.momentum.dtype)
 
     def storage(self, weight_dtype: torch.dtype) -> str:
         return self.config.momentum.dtype

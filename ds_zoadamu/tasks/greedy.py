@@ -55,8 +55,8 @@ def generate(model, tokenizer, contexts: Sequence[Sequence[int]], longest: int, 
 def _inputs(model, ids: torch.Tensor, mask: torch.Tensor) -> tuple[Any, dict[str, Any]]:
     """Which model generates, and from what: of PEFT's prefix the model within, behind keys and values that it has already.
 
-    PEFT 0.21 looks for the model's cache under a name that Transformers 5.24 has changed, finds none, and puts the prefix before
-    every new token anew, in the place of all that was read.
+    PEFT 0.21 looks for the model's cache under a name that Transformers 5.24 has changed, finds none, and puts the prefix
+    before every new token anew, in the place of all that was read.
     """
     config = getattr(model, "active_peft_config", None)
     if config is None or config.peft_type != "PREFIX_TUNING":

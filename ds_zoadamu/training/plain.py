@@ -34,8 +34,7 @@ def make_plain_plan(args: Namespace) -> Plan:
     if args.weight_decay:
         raise InputError(f"--weight_decay {args.weight_decay}: the plain MeZO loop has none; leave it out")
     model_input = read_model_input(args)
-    if model_input.tuning.adapter is not None:
-        raise InputError(f"--{model_input.tuning.name}: the plain MeZO loop trains all parameters; leave it out")
+    model_input.tuning.require_full("the plain MeZO loop")
     return encode_splits(args, None, model_input)
 
 

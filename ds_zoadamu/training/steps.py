@@ -123,15 +123,15 @@ def about(plan: Plan, stepper: Stepper) -> dict:
     }
 
 
-class _Partitioned:
-    """An engine on ZeRO-3 partitions."""
+class Partitioned:
+    """What `Stepper`s with an engine on ZeRO-3 partitions have in common."""
 
     durable: ZerothOrderEngine | None = None
 
     def __init__(self, plan: Plan, engine, dataloader):
         self.optimizer, self.engine, self.model = plan.config.optimizer, engine, engine.module
         self._plan, self._batches = plan, repeat(dataloader)
-        self.load, self.stored_bytes = partial(load_weights, engine), partial(stored_bytes, engine)
+        self.load = partial(load_weights, engine)
         self.nonfinite_parameter, self.close = partial(nonfinite_parameter, engine.module), engine.destroy
 
     @property
@@ -145,11 +145,14 @@ class _Partitioned:
         merged = SimpleNamespace(module=merge(self.model))
         save_pretrained(merged, folder, self._plan.tokenizer, self._plan.args.max_shard_size, overwrite=True)
 
+    def stored_bytes(self) -> dict[str, int]:
+        return stored_bytes(self.engine)
+
     def sections(self) -> list[Section]:
         return [(*GATHER, "gather")]
 
 
-class _ForwardOnly(_Partitioned):
+class _ForwardOnly(Partitioned):
     def __init__(self, plan: Plan, engine, dataloader):
         super().__init__(plan, engine, dataloader)
         self.durable = engine
@@ -172,7 +175,7 @@ class _ForwardOnly(_Partitioned):
         ]
 
 
-class _WithBackward(_Partitioned):
+class _WithBackward(Partitioned):
     """DeepSpeed's own optimizers, for comparison and pre-training; sees the same micro-batches in the same order."""
 
     passes_a_step = {"forward": 1, "backward": 1}

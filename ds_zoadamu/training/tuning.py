@@ -70,6 +70,11 @@ class Tuning:
         """Positions that a prefix takes of the model's."""
         return getattr(self.adapter, "num_virtual_tokens", 0)
 
+    def require_full(self, who: str) -> None:
+        """Raises InputError, naming who trains all parameters, where an adapter is asked for."""
+        if self.adapter is not None:
+            raise InputError(f"--{self.name}: {who} trains all parameters; leave it out")
+
     def base(self, output: Path) -> Path | None:
         """The folder of what a journal's run begins with, where that is not the model itself."""
         return None if self.adapter is None else output / INITIAL

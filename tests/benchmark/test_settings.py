@@ -14,6 +14,7 @@ from ds_zoadamu.benchmark.main import benchmark
 from ds_zoadamu.benchmark.settings import check_settings
 from ds_zoadamu.errors import ConfigError
 from ds_zoadamu.tasks import InputError
+from ds_zoadamu.training import lomo
 from tests.helpers.tiny_lm import save_model, write_data
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +61,29 @@ def test_given_configs_stand_beside_the_plain_loop_alone(tiny):
     assert [c.name for c in choose_contenders(chosen, CONFIGS)] == ["adamw", "mine"]
 
 
+def test_lomo_takes_part_where_it_is_named_and_can_do_what_is_asked(tiny, monkeypatch):
+    def settings(words):
+        args = arguments(tiny, f"--max_steps 400 --contenders lomo plain-mezo {words}")
+        contenders = choose_contenders(args, CONFIGS)
+        assert [(c.optimizer, c.zeroth_order, c.config) for c in contenders] == [
+            ("LOMO", False, None),
+            ("plain MeZO", True, None),
+        ]
+        return check_settings(args, contenders, make_grids(args, contenders))[0]["batch"]
+
+    monkeypatch.setattr(lomo, "PACKAGE", "no_such_package")
+    with pytest.raises(InputError, match="lomo-optim, which is not installed: pip install --no-deps lomo-optim"):
+        settings("")
+    monkeypatch.setattr(lomo, "PACKAGE", "json")  # whatever is there
+    assert settings("--bf16 --ranks 2")["train_batch_size"] == 16
+    with pytest.raises(InputError, match="gradient_accumulation_steps is 2; .* must be 1"):
+        settings("--gradient_accumulation_steps 2")
+    with pytest.raises(InputError, match="fp16: LOMO .* take bf16 or fp32"):
+        settings("--fp16")
+    with pytest.raises(InputError, match="--objective accuracy has no gradient, and LOMO needs one"):
+        settings("--objective accuracy")
+
+
 def test_grids_by_name_pattern_have_as_many_trials_for_all(tiny):
     args = arguments(
         tiny, "--max_steps 400 --contenders adamw mezo plain-mezo --lr_grid 1e-4,1e-3 adamw=1,2,3,4 --zo_eps_grid 1e-3,1e-2"
@@ -99,7 +123,7 @@ REFUSED = {
     "--max_steps 400 --contenders mezo mezo": "names one twice",
     "--max_steps 400 --configs {tiny}/small.json": "write NAME=FILE",
     "--max_steps 400 --configs a={tiny}/nowhere.json": "cannot be read",
-    "--max_steps 400 --configs a={tiny}/sgd.json": "a: optimizer.type is 'SGD'; known: ZOAdaMU, MeZO, adagrad, adam",
+    "--max_steps 400 --configs a={tiny}/sgd.json": "a: optimizer.type is 'SGD'; known: ZOAdaMU, MeZO, ZOAdaptive, ",
     "--max_steps 400 --configs a={tiny}/stage2.json": "a: zero_optimization.stage is 2; set it to 3",
     "--max_steps 400 --configs a={tiny}/seeded.json": "a: optimizer.params.seed is 5, the benchmark gives every run its own",
     "--max_steps 400 --configs a={tiny}/unclipped.json": "a: gradient_clipping is missing",

@@ -26,6 +26,7 @@ from ..helpers.models import OddModel, tiny_opt
 pytestmark = pytest.mark.ranks
 
 STEPS = 9
+ADAPTIVE = {"rule": "ZOAdaptive", "momentum": "int8", "schedule": "amsgrad", "momentum_on": "gradient"}
 MODES = {
     f"{momentum}-{dtype}": {"momentum": momentum, "dtype": dtype}
     for momentum in ("fp32", "bf16", "int8", "replay")
@@ -36,6 +37,9 @@ MODES = {
     "int8-bf16-2": {"momentum": "int8", "dtype": "bf16", "num_perturbations": 2},
     "replay-fp32-2": {"momentum": "replay", "dtype": "fp32", "num_perturbations": 2},
     "no-momentum": {"momentum": "int8", "dtype": "fp32", "constant_beta1": 1.0},
+    "adamu-gradient": {"rule": "ZOAdaMUGradient", "momentum": "bf16", "dtype": "bf16"},
+    "adam-gradient-2": ADAPTIVE | {"momentum": "bf16", "dtype": "bf16", "schedule": "adam", "num_perturbations": 2},
+    "amsgrad-2": ADAPTIVE | {"dtype": "bf16", "momentum_on": "perturbation", "num_perturbations": 2},
 }
 
 

@@ -1,4 +1,5 @@
-"""ZO-AdaMU in plain fp64 NumPy, written from the published formulas, independent of the library: what the tests compare with.
+"""ZO-AdaMU and its rivals in plain fp64 NumPy, written from the published formulas, independent of the library: what the tests
+compare with.
 
 Random words are exact (uint64 arithmetic); everything after them is fp64 with NumPy's own log, sin, cos and sqrt, so a
 difference from the library beyond fp32 rounding is an error of one of the two.
@@ -96,3 +97,56 @@ def zo_adamu_step64(theta, m, g: float, t: int, hyper: Hyper64, key, start: int 
     theta = np.asarray(theta, dtype=np.float64)
     m_t, v = direction64(m, t, *hyper.scalars(t), key, start)
     return theta - hyper.lr * (g * m_t / np.sqrt(v + hyper.sigma) + hyper.weight_decay * theta), m_t
+
+
+@dataclass(frozen=True)
+class Adaptive64:
+    """Hyper-parameters of a run with the moments of a first-order optimizer. ``schedule``: adam, adamw, adamax or amsgrad."""
+
+    schedule: str
+    lr: float
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+    def step(self, state: dict, x, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(m^, the denominator) of the sequence's element x, its ``count``-th; ``state`` (begun empty) becomes this step's."""
+        x = np.asarray(x, dtype=np.float64)
+        state["m"] = self.beta1 * state.get("m", 0.0) + (1.0 - self.beta1) * x
+        m = state["m"] / (1.0 - self.beta1**count)
+        if self.schedule == "adamax":
+            state["u"] = np.maximum(self.beta2 * state.get("u", 0.0), np.abs(x) + self.eps)
+            return m, state["u"]
+        state["v"] = self.beta2 * state.get("v", 0.0) + (1.0 - self.beta2) * x * x
+        v = state["v"]
+        if self.schedule == "amsgrad":
+            v = state["largest"] = np.maximum(state.get("largest", 0.0), v)
+        return m, np.sqrt(v / (1.0 - self.beta2**count)) + self.eps
+
+
+def zo_adaptive_step64(theta, states: list[dict], grads, t: int, count: int, hyper: Adaptive64, keys, on_gradient: bool):
+    """theta (fp64, flat indices from 0) after step t with these projected gradients, one a key; ``count``: the steps, with
+    this one, whose gradient the moments took. ``states``: one dictionary a key, or one on the gradient, changed."""
+    theta = np.asarray(theta, dtype=np.float64)
+    noises = [noise64(key, t, 0, theta.size)[0] for key in keys]
+    l2, decoupled = (0.0, hyper.weight_decay) if hyper.schedule == "adamw" else (hyper.weight_decay, 0.0)
+    if on_gradient:
+        gradient = sum(g * xi for g, xi in zip(grads, noises, strict=True)) / len(keys)
+        m, denominator = hyper.step(states[0], gradient + l2 * theta, count)
+        change = m / denominator
+    else:
+        change = np.zeros_like(theta)
+        for state, g, xi in zip(states, grads, noises, strict=True):
+            m, denominator = hyper.step(state, xi, t)
+            change += (g * m + l2 * theta) / denominator / len(keys)
+    return theta - hyper.lr * (change + decoupled * theta)
+
+
+def zo_adamu_gradient_step64(theta, m, g: float, t: int, hyper: Hyper64, key) -> tuple[np.ndarray, np.ndarray]:
+    """One step of ZO-AdaMU's formulas with the gradient g xi1 in the place of the noise, alpha = 1: the new (theta, m)."""
+    theta, m = np.asarray(theta, dtype=np.float64), np.asarray(m, dtype=np.float64)
+    _, beta1, beta2 = hyper.scalars(t)
+    gradient = g * noise64(key, t, 0, theta.size)[0]
+    new, v = beta1 * gradient + (1.0 - beta1) * m, beta2 * gradient**2 + (1.0 - beta2) * m**2
+    return theta - hyper.lr * (new / np.sqrt(v + hyper.sigma) + hyper.weight_decay * theta), new

@@ -35,8 +35,9 @@ def config(
     if momentum == "replay":
         storage |= {"window_tolerance": 0.05, "max_window": 200}
     params = options(momentum=storage, **changes)
-    if rule == "MeZO":
-        params = {key: value for key, value in params.items() if key not in ("momentum", "total_steps", "t1", "t2", "t3")}
+    from ds_zoadamu.rules import RULES
+
+    params = {key: value for key, value in params.items() if key in RULES[rule].config_class.names()}
     result = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": accumulation,

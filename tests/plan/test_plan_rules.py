@@ -15,7 +15,7 @@ from ds_zoadamu.plan.memory import Model, plan_memory
 from ds_zoadamu.plan.models import opt_config
 from ds_zoadamu.plan.sizes import momentum_bytes, state_bytes
 from ds_zoadamu.plan.step_time import HARDWARE, estimate_step
-from ds_zoadamu.rules import RULES, MeZO, Rule, ZOAdaMU, import_modules, make_rule
+from ds_zoadamu.rules import RULES, MeZO, Rule, ZOAdaMU, ZOAdaptive, import_modules, make_rule
 from ds_zoadamu.rules.schedules import Schedule
 
 OPT_125M = 125_239_296
@@ -119,6 +119,14 @@ def test_the_choice_sees_every_momentum(capsys, tmp_path):
     kept = json_file(tmp_path / "kept.json", num_perturbations=8, momentum={"dtype": "int8"})
     status, out, _ = run(capsys, "--config", kept, "--gpu-memory", "0.8")
     assert status == 3 and "it fits with num_perturbations 1" in out
+
+
+def test_moments_of_first_order_optimizers_are_counted_as_they_are_stored(opt):
+    def stored(**options) -> int:
+        return plan(opt, ZOAdaptive(lr=1e-6, num_perturbations=2, **options)).momentum * 2 // OPT_125M
+
+    assert stored(schedule="amsgrad", momentum_on="gradient", momentum={"dtype": "bf16"}) == 2 + 4 + 4
+    assert stored(schedule="adam", momentum_on="perturbation", momentum={"dtype": "int8"}) == 2 * (1 + 4)
 
 
 # --- a constant beta1 ---------------------------------------------------------------------------------------------------------

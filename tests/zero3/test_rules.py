@@ -10,7 +10,15 @@ import torch
 
 import ds_zoadamu
 from ds_zoadamu.rules import Elements, Update, ZOAdaMU
-from tests.helpers.reference_numpy import Hyper64, direction64, noise64, zo_adamu_step64
+from tests.helpers.reference_numpy import (
+    Adaptive64,
+    Hyper64,
+    direction64,
+    noise64,
+    zo_adamu_gradient_step64,
+    zo_adamu_step64,
+    zo_adaptive_step64,
+)
 
 from ..helpers import runs
 from ..helpers.harness import run_ranks
@@ -52,8 +60,11 @@ def _key(name: str, direction: int) -> tuple[int, int]:
     return parameter_key(SEED, name, direction)
 
 
-def _expected(theta0: np.ndarray, name: str, update) -> np.ndarray:
-    """theta after GIVEN where ``update(theta, step, grads)`` is the step's mean update, without decay."""
+def _expected(theta0: np.ndarray, name: str, rule: str, count: int, options: dict) -> np.ndarray:
+    """theta after GIVEN."""
+    if rule in WHOLE_STEPS:
+        return WHOLE_STEPS[rule](theta0, name, count, options)
+    update = _mezo(name, count) if rule == "MeZO" else _zo_adamu(name, count, options.get("constant_beta1"))
     theta = theta0.copy()
     for step, grads in enumerate(GIVEN, 1):
         theta = theta - LR * (update(theta, step, grads) + DECAY * theta)
@@ -83,6 +94,31 @@ def _zo_adamu(name: str, count: int, constant_beta1: float | None):
     return update
 
 
+def _zo_adaptive(theta, name: str, count: int, options: dict):
+    on_gradient = options["momentum_on"] == "gradient"
+    hyper, states = Adaptive64(options["schedule"], LR, DECAY), [{} for _ in range(1 if on_gradient else count)]
+    for step, grads in enumerate(GIVEN, 1):
+        keys = [_key(name, q) for q in range(count)]
+        theta = zo_adaptive_step64(theta, states, grads[:count], step, step, hyper, keys, on_gradient)
+    return theta
+
+
+def _zo_adamu_gradient(theta, name: str, count: int, options: dict):
+    m = np.zeros(theta.size)
+    for step, grads in enumerate(GIVEN, 1):
+        theta, m = zo_adamu_gradient_step64(
+            theta, m, grads[0], step, Hyper64(**TIMES, lr=LR, weight_decay=DECAY), _key(name, 0)
+        )
+    return theta
+
+
+WHOLE_STEPS = {"ZOAdaptive": _zo_adaptive, "ZOAdaMUGradient": _zo_adamu_gradient}
+"""References that take the whole step, decay included."""
+SCHEDULES = [
+    {"schedule": schedule, "momentum_on": on}
+    for schedule in ("adam", "adamw", "adamax", "amsgrad")
+    for on in ("perturbation", "gradient")
+]
 ZO_ADAMU = {"total_steps": 30, "momentum": {"dtype": "fp32"}, **TIMES}
 CASES = {
     "MeZO": ("MeZO", 1, {}),
@@ -90,7 +126,8 @@ CASES = {
     "ZOAdaMU, 2 perturbations": ("ZOAdaMU", 2, ZO_ADAMU),
     "ZOAdaMU without momentum": ("ZOAdaMU", 1, ZO_ADAMU | {"constant_beta1": 1.0}),
     "ZOAdaMU with beta1 0.3": ("ZOAdaMU", 1, ZO_ADAMU | {"constant_beta1": 0.3}),
-}
+    "ZOAdaMU on the gradient": ("ZOAdaMUGradient", 1, ZO_ADAMU),
+} | {f"{options['schedule']} on the {options['momentum_on']}": ("ZOAdaptive", 2, options) for options in SCHEDULES}
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
@@ -109,8 +146,7 @@ def test_displacement_with_given_projected_gradients(case, given):
             if name == "frozen.weight":
                 assert np.array_equal(found[name], theta0)
                 continue
-            update = _mezo(name, count) if rule == "MeZO" else _zo_adamu(name, count, options.get("constant_beta1"))
-            expected = _expected(theta0, name, update)
+            expected = _expected(theta0, name, rule, count, options)
             square += np.sum((found[name] - expected) ** 2)
             total += np.sum((expected - theta0) ** 2)
         # fp32 rounds theta once a perturbation and step, by at most 2^-24 |theta|.
@@ -121,13 +157,16 @@ def _own_all(rank, world_size):
     return [_own(rank, world_size, *case) for case in OWN]
 
 
-def _own(rank, world_size, rule, count, momentum):
-    """(projected gradients, weights) of a whole run in bf16, and what it stores beside the weights."""
+def _own(rank, world_size, rule, count, momentum, schedule=None, on=None):
+    """(projected gradients, weights) of a whole run in bf16, and what it stores beside the weights; on 2 ranks the weights are
+    offloaded."""
     accumulation = 4 // world_size
     params = {"lr": LR, "zo_eps": 1e-2, "seed": SEED, "num_perturbations": count}
-    if rule == "ZOAdaMU":
-        params |= {"total_steps": 30, "momentum": {"dtype": momentum}, **TIMES}
-    settings = config(world_size, accumulation, bf16={"enabled": True})
+    if rule != "MeZO":
+        params |= {"momentum": {"dtype": momentum}}
+        params |= {"schedule": schedule, "momentum_on": on} if schedule else {"total_steps": 30, **TIMES}
+    zero = {"offload_param": {"device": "cpu"}} if world_size == 2 and schedule else None
+    settings = config(world_size, accumulation, zero=zero, bf16={"enabled": True})
     settings["optimizer"] = {"type": rule, "params": params}
     engine = engine_for(OddModel(torch.bfloat16), settings)
     batches, grads = odd_batches(9 * 4), []
@@ -140,7 +179,17 @@ def _own(rank, world_size, rule, count, momentum):
     return grads, weights, held / numel
 
 
-OWN = {("MeZO", 1, None): 0, ("MeZO", 3, None): 0, ("ZOAdaMU", 2, "int8"): 2, ("ZOAdaMU", 2, "replay"): 0}
+OWN = {
+    ("MeZO", 1, None): 0,
+    ("MeZO", 3, None): 0,
+    ("ZOAdaMU", 2, "int8"): 2,
+    ("ZOAdaMU", 2, "replay"): 0,
+    ("ZOAdaMUGradient", 2, "bf16"): 2,
+    ("ZOAdaptive", 1, "int8", "adamw", "perturbation"): 5,
+    ("ZOAdaptive", 2, "fp32", "amsgrad", "perturbation"): 24,
+    ("ZOAdaptive", 2, "bf16", "adam", "gradient"): 6,
+    ("ZOAdaptive", 1, "fp32", "adamax", "gradient"): 8,
+}
 """Bytes an element that are stored beside the weights, by rule, perturbations a step and momentum."""
 
 
@@ -152,7 +201,7 @@ def own():
 
 @pytest.mark.parametrize("case", OWN, ids=str)
 def test_a_run_is_bit_identical_on_1_2_and_4_ranks(own, case):
-    (_, count, _), number = case, list(OWN).index(case)
+    count, number = case[1], list(OWN).index(case)
     expected = own[0][number]
     assert expected[2] == OWN[case]
     assert all(len(grads) == len(set(grads)) == count for grads in expected[0])  # no direction is another's copy
@@ -204,6 +253,9 @@ def test_one_loss_that_is_not_finite_skips_the_whole_step():
     assert run_ranks(2, _skips) == [(True, 1, True, 4)] * 2
 
 
+ADAM_ON_GRADIENT = {"rule": "ZOAdaptive", "schedule": "adam", "momentum_on": "gradient"}
+
+
 def _resumed(rank, world_size, folder, settings):
     whole = runs.run(rank, world_size, None, 8, **settings)
     runs.run(rank, world_size, folder, 5, save_every=2, **settings)
@@ -212,8 +264,12 @@ def _resumed(rank, world_size, folder, settings):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"rule": "MeZO", "dtype": "bf16"}, {"momentum": "bf16", "dtype": "bf16", "num_perturbations": 2, "bad_steps": (3,)}],
-    ids=["MeZO", "two perturbations"],
+    [
+        {"rule": "MeZO", "dtype": "bf16"},
+        {"momentum": "bf16", "dtype": "bf16", "num_perturbations": 2, "bad_steps": (3,)},
+        ADAM_ON_GRADIENT | {"momentum": "bf16", "dtype": "bf16", "bad_steps": (3, 7)},
+    ],
+    ids=["MeZO", "two perturbations", "adam on the gradient"],
 )
 def test_checkpoint_and_journal_bring_back_every_momentum(tmp_path, settings):
     for whole, resumed in run_ranks(2, _resumed, str(tmp_path), settings):
@@ -256,7 +312,10 @@ def _own_rule(rank, world_size, folder):
     engine.close_journal()
     rebuilt = replay(folder, f"{folder}/journal.jsonl", f"{folder}/out", show_progress=False).sha256
     del RULES["SignSPSA"]
-    with pytest.raises(ds_zoadamu.ReplayError, match=rf"rule 'SignSPSA'; known here: ZOAdaMU, MeZO; import '{__name__}' first"):
+    with pytest.raises(
+        ds_zoadamu.ReplayError,
+        match=rf"rule 'SignSPSA'; known here: ZOAdaMU, MeZO, .*; import '{__name__}' first",
+    ):
         replay(folder, f"{folder}/journal.jsonl", f"{folder}/again", show_progress=False)
     return ds_zoadamu.weights_digest(engine), rebuilt, as_bytes(whole_model(engine))
 
