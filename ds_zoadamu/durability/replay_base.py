@@ -198,6 +198,8 @@ def _conversions(folder: Path, model_class: str | None, shapes: dict[str, tuple]
 def _names_in_files(name: str, stored: dict[str, Tensor]) -> Iterator[str]:
     """The names under which a parameter may be stored: its own; PEFT's, without the adapter's name; with or without the model's
     prefix."""
+    if re.fullmatch(r"prompt_encoder\.[^.]+\.embedding\.weight", name):  # PEFT's name for what such an encoder makes
+        yield "prompt_embeddings"
     peft = re.sub(r"\.modules_to_save\.[^.]+\.", ".", re.sub(r"\.(lora_[A-Za-z_]+)\.[^.]+", r".\1", name))
     for candidate in dict.fromkeys((name, peft)):
         yield candidate

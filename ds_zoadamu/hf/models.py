@@ -31,6 +31,7 @@ from ds_zoadamu.errors import ConfigError
 from ds_zoadamu.files import folders
 from ds_zoadamu.files.hf_names import FileNames, Group
 from ds_zoadamu.files.json_files import read_json
+from ds_zoadamu.hf.adapter_files import is_adapted, load_adapter, write_adapter
 from ds_zoadamu.hf.kinds import model_kind
 from ds_zoadamu.hf.loading import shown_loading
 from ds_zoadamu.zero3 import agreement, nvme
@@ -110,7 +111,8 @@ def _loaded(given: dict, model_info: PretrainedConfig | None) -> Config:
 def save_pretrained(
     engine, directory: str | Path, tokenizer=None, max_shard_size: str = "5GB", *, overwrite: bool = False
 ) -> None:
-    """Writes an engine's model as Transformers' `from_pretrained(directory)` reads it.
+    """Writes an engine's model as Transformers' `from_pretrained(directory)` reads it; of a model that PEFT has wrapped the
+    adapter alone, as `PeftModel.from_pretrained(model, directory)` reads it.
 
     Parameters are gathered one by one on all ranks; rank 0 collects them in files as Transformers makes them, of at most
     `max_shard_size` (a single larger parameter has a larger file of its own), and holds no more than one such file's bytes at a
@@ -120,7 +122,7 @@ def save_pretrained(
     in the middle of replacing one, the older is in `.NAME.old`, and the next call puts it back before it does anything else.
 
     Args:
-        engine: a DeepSpeed engine (or anything with a `module` that is a `PreTrainedModel`).
+        engine: a DeepSpeed engine (or anything with a `module` that is a `PreTrainedModel` or a `PeftModel`).
         directory: where to write; its parents are made. A link to a folder stays one.
         tokenizer: saved too, if given.
         max_shard_size: bytes with a unit, for example "500MB" (decimal units, as in Transformers).
@@ -135,7 +137,8 @@ def save_pretrained(
     with collective.together("save_pretrained"):
         with collective.on_all_ranks(OSError):
             model, limit = engine.module, _parse_size(max_shard_size)
-            if not isinstance(model, PreTrainedModel):
+            adapted = is_adapted(model)
+            if not isinstance(model, PreTrainedModel) and not adapted:
                 raise TypeError(
                     f"save_pretrained: the engine's module is a {type(model).__name__}, not a Transformers PreTrainedModel"
                 )
@@ -147,9 +150,12 @@ def save_pretrained(
         try:
             with collective.on_all_ranks(OSError):
                 if writes:
-                    _begin(temporary, model, tokenizer)
+                    _begin(temporary, None if adapted else model, tokenizer)
             _release_gathered(engine)
-            _write_tensors(model, temporary, limit, writes)
+            if adapted:
+                write_adapter(model, temporary, writes)
+            else:
+                _write_tensors(model, temporary, limit, writes)
             with collective.on_all_ranks(OSError):
                 if writes:
                     folders.replace(temporary, directory, _aside(directory))
@@ -161,12 +167,13 @@ def save_pretrained(
             raise
 
 
-def _begin(folder: Path, model: PreTrainedModel, tokenizer) -> None:
+def _begin(folder: Path, model: PreTrainedModel | None, tokenizer) -> None:
     """Makes a new folder with everything but the weights."""
     folders.remove(folder)
     folder.mkdir(parents=True)
-    model.config.save_pretrained(folder)
-    if model.can_generate():
+    if model is not None:
+        model.config.save_pretrained(folder)
+    if model is not None and model.can_generate():
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -216,8 +223,8 @@ def _groups_in_files(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]])
 def load_weights(engine, directory: str | Path) -> None:
     """Overwrites the weights of an engine's model with those of a folder that `save_pretrained` wrote for the same model.
 
-    Rank 0 reads one parameter at a time and shares it. The optimizer's state is left alone: meant for evaluating a kept
-    model or for starting again. Call it on all ranks.
+    Of a model that PEFT has wrapped it is the adapter's. Rank 0 reads one parameter at a time and shares it. The optimizer's
+    state is left alone: meant for evaluating a kept model or for starting again. Call it on all ranks.
 
     Raises:
         ValueError: on all ranks, before a weight is changed: a parameter is missing in the folder or has another shape there,
@@ -231,6 +238,11 @@ def load_weights(engine, directory: str | Path) -> None:
         )
     engine.frozen_sha256s = None  # to be hashed anew
     directory, reads = Path(directory), collective.rank() == 0
+    if is_adapted(engine.module):
+        with collective.together("load_weights"):
+            _release_gathered(engine)
+            load_adapter(engine.module, directory, reads)
+        return
     with collective.together("load_weights"), ExitStack() as opened:
         with collective.on_all_ranks(ValueError) as made:
             stored, groups, files = _stored_names(engine.module), [], {}

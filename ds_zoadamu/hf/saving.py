@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from ..distributed import collective
+from .adapter_files import is_adapted
 from .models import save_pretrained
 
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
@@ -26,7 +27,7 @@ def save_for_trainer(engine: Any, model: torch.nn.Module, directory: str | Path,
     directory, writes = Path(directory).absolute(), collective.rank() == 0
     beside = directory.with_name(f".{directory.name}.saving")
     with collective.together("save_model"):
-        if isinstance(model, PreTrainedModel):
+        if isinstance(model, PreTrainedModel) or is_adapted(model):
             save_pretrained(engine or SimpleNamespace(module=model), beside, overwrite=True)
         else:
             _save_parts(model, beside)
@@ -40,24 +41,17 @@ def save_for_trainer(engine: Any, model: torch.nn.Module, directory: str | Path,
 
 
 def _save_parts(model: torch.nn.Module, folder: Path) -> None:
-    """The adapters of a PEFT model, with its configuration; of any other module all tensors in one file."""
-    writes, adapters = collective.rank() == 0, getattr(model, "peft_config", None)
+    """All tensors of a module in one file."""
+    writes = collective.rank() == 0
     with collective.on_all_ranks(OSError):
         if writes:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-    parameters = [p for name, p in model.named_parameters() if adapters is None or _is_adapters(name, p, adapters)]
-    with deepspeed.zero.GatheredParameters(parameters):
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
         with collective.on_all_ranks(OSError):
-            if writes and adapters is not None:
-                model.save_pretrained(folder)
-            elif writes:
+            if writes:
                 tensors = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
                 save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _is_adapters(name: str, parameter: torch.nn.Parameter, adapters: dict) -> bool:
-    return parameter.requires_grad or any(adapter in name.split(".") for adapter in adapters)
 
 
 def _move(source: Path, directory: Path) -> None:

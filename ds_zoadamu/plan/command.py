@@ -3,11 +3,11 @@
 import argparse
 import math
 
+from ..config.adapters import read_adapter
 from ..config.sections import value_at
 from ..config.settings import read_config
 from ..distributed.start import launched_rank
 from ..errors import ConfigError
-from .adapters import read_adapter
 from .choose import Choice, Request, choose
 from .configs import load_for_plan, matching_config, write_config
 from .gathers import GatherSettings

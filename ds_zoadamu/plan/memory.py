@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..config.adapters import with_adapter
 from ..config.offload import Offload
 from ..config.sections import DTYPES
 from ..rules import Rule
-from .adapters import with_adapter
 from .gathers import GatherSettings, copied_numel, gather_use
 from .sizes import ParameterSize, buffer_bytes, meta_model, momentum_bytes, parameter_sizes, state_bytes, weight_bytes
 from .trace import ForwardTrace, trace_forward

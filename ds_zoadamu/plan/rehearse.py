@@ -11,12 +11,12 @@ import ctypes
 from dataclasses import dataclass, replace
 
 from ..config import Config
+from ..config.adapters import read_adapter, with_adapter
 from ..config.settings import check_precision
 from ..console.progress import counted
 from ..distributed.start import ensure_launched, launched_rank, launched_world_size
 from ..errors import ConfigError
 from ..zero3 import nvme
-from .adapters import read_adapter, with_adapter
 from .choose import Choice, Request, plan_for
 from .configs import load_for_plan, matching_config
 from .memory import GB, MemoryPlan, Model

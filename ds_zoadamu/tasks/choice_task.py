@@ -76,6 +76,10 @@ class ChoiceTask(TemplateTask):
         values = dict.fromkeys((*self.columns, *self._option_names, _OPTION), "a")
         return filled(self.template, values), [filled(option, values) for option in self.options]
 
+    def demonstration(self, row: ChoiceRow) -> str:
+        """A row with the right option, as it stands before another prompt."""
+        return f"{row.prompt}{row.options[row.right[0]]}".strip()
+
     def row(self, where: str, row: dict) -> ChoiceRow:
         """As `FileTask.row`."""
         values = {name: self.text(where, row, name) for name in (*self.columns, *self._option_names)}

@@ -78,12 +78,16 @@ class MultipleChoice(Task):
     def collate(self, examples: Sequence[ChoiceExample]) -> dict[str, torch.Tensor]:
         """A micro-batch: of the right options alone where only these are trained on."""
         if self._objective == "lm":
-            return self._collate([EncodedExample(e.context, (e.candidates[e.label],), 0) for e in examples])
+            return self.right_answers(examples)
         batch = self._collate(examples)
         right = torch.zeros(batch["rows"].shape, dtype=torch.bool)
         for mask, example in zip(right, examples, strict=True):
             mask[list(example.right)] = True
         return {**batch, "right": right}
+
+    def right_answers(self, examples: Sequence[ChoiceExample]) -> dict[str, torch.Tensor]:
+        """A micro-batch of the right options alone, as `token_log_probs` takes it."""
+        return self._collate([EncodedExample(e.context, (e.candidates[e.label],), 0) for e in examples])
 
     def loss(self, model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
         """The mean of the objective, and the number of examples, or of tokens for a language model's loss."""

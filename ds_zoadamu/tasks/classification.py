@@ -88,6 +88,10 @@ class ClassificationTask(Task):
         warn_of_nonfinite(result)
         return result
 
+    def right_answers(self, examples: Sequence[EncodedExample]) -> dict[str, torch.Tensor]:
+        """A micro-batch of the right words alone, as `token_log_probs` takes it."""
+        return self.collate([EncodedExample(e.context, (e.candidates[e.label],), 0) for e in examples])
+
     def baseline(self, examples: Sequence[EncodedExample]) -> float:
         """Accuracy of always answering these examples' most frequent label."""
         return max(Counter(example.label for example in examples).values()) / len(examples)

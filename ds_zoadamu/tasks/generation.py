@@ -66,8 +66,12 @@ class Generation(Task):
     def collate(self, examples: Sequence[AnswerExample]) -> dict[str, Any]:
         """A micro-batch: prompts with their answers, or, where what the model writes is judged, prompts and right answers."""
         if self._objective == "lm":
-            return self._with_answers(examples)
+            return self.right_answers(examples)
         return {"contexts": [list(e.context) for e in examples], "golds": [list(e.golds) for e in examples]}
+
+    def right_answers(self, examples: Sequence[AnswerExample]) -> dict[str, torch.Tensor]:
+        """A micro-batch of prompts with the answers that are trained on, as `token_log_probs` takes it."""
+        return self._collate([EncodedExample(example.context, (example.answer,), 0) for example in examples])
 
     def loss(self, model, batch: dict[str, Any]) -> tuple[torch.Tensor, int]:
         """The mean of the objective, and the number of tokens, or of examples where answers are judged. All ranks call it."""
@@ -86,7 +90,7 @@ class Generation(Task):
         """The metrics of what the model writes, and a language model's loss on the right answers whatever is trained on."""
 
         def figures(part: Sequence[AnswerExample]) -> torch.Tensor:
-            losses = -token_log_probs(model, self._with_answers(part)).sum(dim=(-2, -1)).double().cpu()
+            losses = -token_log_probs(model, self.right_answers(part)).sum(dim=(-2, -1)).double().cpu()
             found = self.write(model, [example.context for example in part])
             judged = [[_JUDGES[n](text, e.golds) for n in self._metrics] for text, e in zip(found, part, strict=True)]
             return torch.cat([losses.unsqueeze(-1), torch.tensor(judged, dtype=torch.float64)], dim=-1)
@@ -107,6 +111,3 @@ class Generation(Task):
     def identity(self, examples: Iterable[AnswerExample]) -> Mapping[str, str | int]:
         """The objective, and how long answers may be."""
         return self.details
-
-    def _with_answers(self, examples: Sequence[AnswerExample]) -> dict[str, torch.Tensor]:
-        return self._collate([EncodedExample(example.context, (example.answer,), 0) for example in examples])

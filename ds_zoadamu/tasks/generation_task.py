@@ -45,6 +45,10 @@ class GenerationTask(TemplateTask):
         """As `TaskData.bind`."""
         return Generation(self, tokenizer, model_config, max_length, batch_size)
 
+    def demonstration(self, row: AnswerRow) -> str:
+        """A row with its answer, as it stands before another prompt."""
+        return f"{row.prompt}{row.answer}".strip()
+
     def row(self, where: str, row: dict) -> AnswerRow:
         """As `FileTask.row`."""
         values = {name: self.text(where, row, name) for name in self.columns}

@@ -143,6 +143,10 @@ class PromptTask(TemplateTask):
         keys = list(self.label_words)
         return keys.index(str(value)) if str(value) in keys else None
 
+    def demonstration(self, row: PromptRow) -> str:
+        """A row with its word, as it stands before another prompt."""
+        return f"{row.prompt}{self.words[row.label]}".strip()
+
     def row(self, where: str, row: dict) -> PromptRow | None:
         """As `FileTask.row`."""
         for column in (*map(self.source_of, self.columns), self.label_column):

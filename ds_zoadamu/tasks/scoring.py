@@ -24,16 +24,35 @@ def token_log_probs(module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         fp32 [B, C, L].
     """
     batch = on_device(batch)
-    inputs = {name: batch[name] for name in _INPUTS if name in batch} | {"use_cache": False}
-    if _keeps_logits(module):
-        # The vocabulary is a large part of a small model, and its logits the largest tensor of a forward without gradients.
-        logits = module(**inputs, logits_to_keep=batch["kept"]).logits
-    else:
-        logits = module(**inputs).logits[:, batch["kept"]]
+    logits = _kept_logits(module, batch)
     # Only the predicting positions are widened to fp32: [B, C, L, vocabulary].
     chosen = logits[batch["rows"].unsqueeze(-1), batch["positions"]].float()
     log_probs = chosen.log_softmax(dim=-1).gather(-1, batch["tokens"].unsqueeze(-1)).squeeze(-1)
     return log_probs.masked_fill(~batch["token_mask"], 0.0)
+
+
+def answer_states(module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The states before the vocabulary matrix that predict every token of every option.
+
+    Args:
+        module, batch: as for `token_log_probs`.
+
+    Returns:
+        [B, C, L, hidden size], in the model's dtype.
+    """
+    batch, seen = on_device(batch), []
+    handle = head_of(module).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        _kept_logits(module, batch)
+    finally:
+        handle.remove()
+    states = seen[0] if _keeps_logits(module) else seen[0][:, batch["kept"]]
+    return states[batch["rows"].unsqueeze(-1), batch["positions"]]
+
+
+def head_of(module) -> torch.nn.Module:
+    """The layer of a Transformers model that makes logits of states."""
+    return _model_of(module).get_output_embeddings()
 
 
 def candidate_scores(module, batch: dict[str, torch.Tensor], score: str = "mean") -> torch.Tensor:
@@ -80,6 +99,21 @@ def on_device(batch: dict) -> dict:
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
+def _kept_logits(module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The logits at the positions that predict a token of any option, [R, K, vocabulary]."""
+    inputs = {name: batch[name] for name in _INPUTS if name in batch} | {"use_cache": False}
+    if _keeps_logits(module):
+        # The vocabulary is a large part of a small model, and its logits the largest tensor of a forward without gradients.
+        return module(**inputs, logits_to_keep=batch["kept"]).logits
+    return module(**inputs).logits[:, batch["kept"]]
+
+
 def _keeps_logits(module) -> bool:
     """Whether the model makes the logits of given positions only (most of Transformers' causal models do)."""
-    return "logits_to_keep" in inspect.signature(getattr(module, "module", module).forward).parameters
+    return "logits_to_keep" in inspect.signature(_model_of(module).forward).parameters
+
+
+def _model_of(module):
+    """The Transformers model within an engine, or within PEFT's, which hands arguments on."""
+    module = getattr(module, "module", module)
+    return module.get_base_model() if hasattr(module, "get_base_model") else module

@@ -13,11 +13,12 @@ from ds_zoadamu.distributed.launcher import OPTIONS
 from ds_zoadamu.hf.kinds import ModelKind
 from ds_zoadamu.tasks import OBJECTIVES, SCORES, TASKS, InputError, PromptTask, TaskData, label_words_from, load_task
 from ds_zoadamu.tasks.objectives import WITHOUT_GRADIENT
+from ds_zoadamu.training.tuning import add_tuning_arguments
 
 _POSITIVE = (
     "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "per_device_eval_batch_size",
     "save_total_limit", "journal_fsync_every", "profile_steps", "num_train", "num_dev", "num_test", "examples_per_class",
-    "ranks", "threads", "trial_steps",
+    "ranks", "threads", "trial_steps", "lora_rank", "prefix_tokens", "demonstrations",
 )  # fmt: skip
 
 
@@ -124,7 +125,10 @@ def finetune_parser() -> argparse.ArgumentParser:
         seed=(0, "of data order and perturbations"),
     )
     group.add_argument("--max_steps", type=int, required=True, help="optimizer steps")
-    usual = "default: 5e-5 for AdamW, 1e-6 for ZO-AdaMU and MeZO, 1e-3 for FZOO; small models take more, see --find_lr"
+    usual = (
+        "default: 5e-5 for AdamW, 1e-6 for ZO-AdaMU and MeZO of all parameters, 1e-3 for FZOO; small models take more, see "
+        "--find_lr"
+    )
     add_options(
         group,
         float,
@@ -134,6 +138,7 @@ def finetune_parser() -> argparse.ArgumentParser:
         max_grad_norm=(None, "gradient_clipping, with backward passes only (default: 1.0)"),
     )
     add_options(group, int, warmup_steps=(None, "of the JSON's scheduler (default: 0)"))
+    add_tuning_arguments(parser)
     _add_output_arguments(parser)
     return deepspeed.add_config_arguments(parser)
 
@@ -172,8 +177,9 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
         find_lr="instead of a full run, try each pair of --find_lr_values and --find_eps_values for --max_steps steps from the "
         "same weights, with the schedule of a run of that length, and write find_lr.json, best development loss first",
     )
-    group.add_argument("--find_lr_values", type=float, nargs="+", metavar="LR", help="(default: the rule's usual ones)")
-    group.add_argument("--find_eps_values", type=float, nargs="+", metavar="EPS", default=[1e-3])
+    grids = "default: five that are usual for the rule and the way of tuning", "default: the way of tuning's usual zo_eps"
+    for name, metavar, text in zip(("find_lr_values", "find_eps_values"), ("LR", "EPS"), grids, strict=True):
+        group.add_argument(f"--{name}", type=float, nargs="+", metavar=metavar, help=text)
     measured = "instead of a full run, measure so many steps (time, its parts, collectives, memory) and write profile.json"
     add_options(parser.add_argument_group("profile"), int, profile_steps=(None, measured))
 
@@ -187,6 +193,17 @@ def evaluate_parser() -> argparse.ArgumentParser:
     )
     add_options(parser, int, num_test=(None, "so many examples, drawn from the split (default: all)"))
     add_options(parser, str, output_file=(None, "also write the figures to this JSON file"))
+    group = parser.add_argument_group("what the model is given beside an example (default: nothing, zero-shot)")
+    add_options(
+        group,
+        int,
+        demonstrations=(None, "so many training rows with their answers before each prompt, drawn anew for each"),
+        num_train=(None, "examples that --linear_probing fits (default: what is there, up to 1000, as finetune draws them)"),
+        seed=(0, "of the draw of demonstrations, or of the examples of --linear_probing"),
+    )
+    probing = "fit rows of the vocabulary matrix to training examples by logistic regression (needs scikit-learn)"
+    add_switches(group, linear_probing=probing)
+    add_options(group, str, adapter=(None, "folder of a LoRA or prefix adapter in PEFT's format, for this model (needs peft)"))
     add_switches(parser, overwrite_output_file="replace --output_file")
     return deepspeed.add_config_arguments(parser)
 
@@ -201,7 +218,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise InputError(f"--{name} must be at least 1, got {value}")
-    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "save_steps"):
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "save_steps", "lora_alpha"):
         value = getattr(args, name, None)
         if value is not None and not 0 <= value < float("inf"):
             raise InputError(f"--{name} must be a finite number of at least 0, got {value}")

@@ -56,6 +56,7 @@ def make_lomo_plan(args: Namespace) -> Plan:
     """
     check_arguments(args)
     model_input = read_model_input(args)
+    model_input.tuning.require_full("LOMO")
     sizes = {"world_size": launched_world_size(), "model_info": model_input}
     config = load(_SETTINGS, **sizes, overrides=_without_optimizer(args))
     check_precision(config)

@@ -21,9 +21,9 @@ from ds_zoadamu.tasks import InputError
 from ds_zoadamu.zero3.records import StepRecord
 
 METRICS, RESULTS, CURVES, SEARCH, BEST, MODEL = "metrics.jsonl", "results.json", "curves.png", "find_lr.json", "best", "model"
-PROFILE = "profile.json"
+PROFILE, INITIAL, MERGED = "profile.json", "initial_adapter", "merged"
 JOURNAL, CHECKPOINTS = "journal.jsonl", "checkpoints"
-_OURS = (METRICS, RESULTS, CURVES, SEARCH, PROFILE, BEST, MODEL, JOURNAL, CHECKPOINTS)
+_OURS = (METRICS, RESULTS, CURVES, SEARCH, PROFILE, BEST, MODEL, MERGED, JOURNAL, CHECKPOINTS)
 _PACKAGES = ("ds_zoadamu", "deepspeed", "torch", "transformers", "datasets", "numpy")
 
 
@@ -71,7 +71,7 @@ class OutputDirectory:
         if is_locked(self.path / JOURNAL) or (not self._overwrite and any((self.path / name).exists() for name in _OURS)):
             raise InputError(f"--output_dir {self.path}: another run has begun there meanwhile; give this one another folder")
         self.path.mkdir(parents=True, exist_ok=True)
-        for name in _OURS:
+        for name in (*_OURS, INITIAL):
             for each in (name, *(f".{name}.{what}" for what in ("writing", "old", "creating"))):  # what kills have left, too
                 remove(self.path / each)
 

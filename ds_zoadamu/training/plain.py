@@ -34,7 +34,9 @@ def make_plain_plan(args: Namespace) -> Plan:
         raise InputError(f"the plain MeZO loop holds the whole model: it runs on 1 rank, not on {launched_world_size()}")
     if args.weight_decay:
         raise InputError(f"--weight_decay {args.weight_decay}: the plain MeZO loop has none; leave it out")
-    return encode_splits(args, None, read_model_input(args))
+    model_input = read_model_input(args)
+    model_input.tuning.require_full("the plain MeZO loop")
+    return encode_splits(args, None, model_input)
 
 
 class PlainMeZO:

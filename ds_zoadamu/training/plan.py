@@ -20,6 +20,7 @@ from ds_zoadamu.hf.kinds import language_part
 from ds_zoadamu.rules import import_modules
 from ds_zoadamu.tasks import InputError, Task, TaskData, load_splits
 from ds_zoadamu.training.arguments import check_arguments, task_from
+from ds_zoadamu.training.tuning import Tuning, tuning_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +30,14 @@ class ModelInput:
     Attributes:
         data: the task without the model.
         hidden_size: of the model; None where its configuration does not say.
+        tuning: what of the model is trained.
     """
 
     data: TaskData
     task: Task
     tokenizer: PreTrainedTokenizerBase
     hidden_size: int | None
+    tuning: Tuning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,7 @@ class Plan:
 
     Attributes:
         config: the DeepSpeed configuration; None where none is read.
+        tuning: what of the model is trained.
         sets: "train", "dev" and "test": encoded examples.
     """
 
@@ -50,6 +54,7 @@ class Plan:
     config: Config | None
     task: Task
     tokenizer: PreTrainedTokenizerBase
+    tuning: Tuning
     sets: Mapping[str, Sequence[Any]]
 
     @property
@@ -61,7 +66,7 @@ class Plan:
         """What a run is trained and judged on, for the header of its journal: the metric, and SHA-256 of each encoded set."""
         digests = {f"{name}_sha256": self.task.digest(examples) for name, examples in self.sets.items()}
         further = self.task.identity([example for examples in self.sets.values() for example in examples])
-        return {"metric": self.task.main_metric.name, **digests, **further}
+        return {"metric": self.task.main_metric.name, **digests, **further, **self.tuning.identity()}
 
     def baseline(self, split: str) -> float | None:
         """The value of the metric's baseline on "dev" or "test"; None where there is none."""
@@ -78,12 +83,13 @@ def read_model_input(args: Namespace) -> ModelInput:
     import_modules(args.modules)
     config = _load(AutoConfig, args)
     kind, part = language_part(config)
-    data = task_from(args, kind)
+    data, tuning = task_from(args, kind), tuning_from(args, config, kind)
     tokenizer = _load(AutoTokenizer, args)
-    task = data.bind(tokenizer, config, max_length=args.max_length, batch_size=args.per_device_eval_batch_size)
+    sizes = {"max_length": args.max_length, "batch_size": args.per_device_eval_batch_size}
+    task = data.bind(tokenizer, tuning.room_left(config), **sizes)
     for line in task.warnings if launched_rank() == 0 else ():
         logger.warning(f"task {task.name!r}: {line}")
-    return ModelInput(data=data, task=task, tokenizer=tokenizer, hidden_size=hidden_size_of(part))
+    return ModelInput(data=data, task=task, tokenizer=tokenizer, hidden_size=hidden_size_of(part), tuning=tuning)
 
 
 def make_plan(args: Namespace, ranks: int | None = None) -> Plan:
@@ -108,7 +114,8 @@ def make_plan(args: Namespace, ranks: int | None = None) -> Plan:
         )
     check_stage(given, f"{args.deepspeed_config}: ")
     model_input = read_model_input(args)
-    config = load(given, world_size=ranks or launched_world_size(), model_info=model_input, overrides=args)
+    overrides = model_input.tuning.overrides(args, given)
+    config = load(given, world_size=ranks or launched_world_size(), model_info=model_input, overrides=overrides)
     check_steps(config, args.max_steps)
     check_precision(config)
     check_gradient(config, model_input.task)
@@ -129,7 +136,8 @@ def encode_splits(args: Namespace, config: Config | None, model_input: ModelInpu
     for name, split in (("training", "train"), ("development", "dev")) if launched_rank() == 0 else ():
         for line in task.remarks(name, sets[split]):
             logger.warning(line)
-    return Plan(args=args, config=config, task=task, tokenizer=model_input.tokenizer, sets=sets)
+    known = {"tokenizer": model_input.tokenizer, "tuning": model_input.tuning}
+    return Plan(args=args, config=config, task=task, sets=sets, **known)
 
 
 def check_one_step(config: Config | None, rows: Mapping[str, Sequence[Any]], data_dir: str | None) -> None:

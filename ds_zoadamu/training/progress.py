@@ -49,8 +49,9 @@ def resume(plan: Plan, output: OutputDirectory, stepper: Stepper) -> Progress | 
     if not (args.resume and collective.broadcast_bytes(b"1" if journal.exists() else b"")):
         return None
     resumed = stepper.durable.resume(
-        journal, output.path / CHECKPOINTS, fsync_every=args.journal_fsync_every, task=plan.task_identity()
-    )
+        journal, output.path / CHECKPOINTS, base=plan.tuning.base(output.path), fsync_every=args.journal_fsync_every,
+        task=plan.task_identity(),
+    )  # fmt: skip
     lines = []
     with collective.on_all_ranks(InputError):
         if collective.rank() == 0:

@@ -17,7 +17,7 @@ from ds_zoadamu.durability.digest import weights_digest
 from ds_zoadamu.errors import CheckpointError, NonFiniteLossError
 from ds_zoadamu.tasks import Evaluation, InputError, is_finite
 from ds_zoadamu.training.curves import draw_curves
-from ds_zoadamu.training.output import BEST, CHECKPOINTS, CURVES, JOURNAL, METRICS, RESULTS, OutputDirectory, quantiles
+from ds_zoadamu.training.output import BEST, CHECKPOINTS, CURVES, JOURNAL, MERGED, METRICS, RESULTS, OutputDirectory, quantiles
 from ds_zoadamu.training.plan import Plan, make_plan
 from ds_zoadamu.training.progress import Progress, resume
 from ds_zoadamu.training.publishing import prepare_repo, push, write_card
@@ -60,6 +60,8 @@ def finetune(args: Namespace, make_plan: MakePlan = make_plan, make_stepper: Mak
         "weights_sha256": None if run.stepper.durable is None else weights_digest(run.stepper.durable),
         "ranks": gather_json({**peak, **run.stepper.stored_bytes()}),
     }
+    if args.merge:
+        run.stepper.merge(output.path / MERGED)
     output.write_json(RESULTS, results)
     if first:
         write_card(plan, results, output.path, repo)
@@ -89,7 +91,9 @@ class _Run:
             self.output.begin()
             if (engine := self.stepper.durable) is not None:
                 every, identity = self.plan.args.journal_fsync_every, self.plan.task_identity()
-                engine.open_journal(self.output.path / JOURNAL, fsync_every=every, task=identity)
+                if (base := self.plan.tuning.base(self.output.path)) is not None:
+                    self.stepper.save(base)
+                engine.open_journal(self.output.path / JOURNAL, base=base, fsync_every=every, task=identity)
         for split, result in before.items():
             if (split, 0) not in known:
                 self._log(split, 0, result)

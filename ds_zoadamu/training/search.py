@@ -34,8 +34,9 @@ def find_lr(args: Namespace) -> list[dict]:
     if plan.config.rule is None:
         raise InputError(f"--find_lr searches lr and zo_eps; the JSON's optimizer is {plan.config.optimizer}")
     rule = plan.config.make_rule()
-    lrs = args.find_lr_values or rule.usual_lrs
-    configs = [_with(plan.config, lr, zo_eps) for zo_eps in args.find_eps_values for lr in lrs]
+    usual = plan.tuning.usual(type(rule))
+    lrs, sizes = args.find_lr_values or usual.learning_rates, args.find_eps_values or (usual.zo_eps,)
+    configs = [_with(plan.config, lr, zo_eps) for zo_eps in sizes for lr in lrs]
     forwards = len(rule.evaluations(1)) * args.max_steps * plan.config.batch.accumulation
     _print(
         f"{len(configs)} trials of {args.max_steps} steps, {forwards} forwards a rank each, "

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ import ds_zoadamu
 from ds_zoadamu import kernels
 from ds_zoadamu.config import Config
 from ds_zoadamu.durability.engine import ZerothOrderEngine
+from ds_zoadamu.hf.adapter_files import merge
 from ds_zoadamu.hf.models import load_model, load_weights, save_pretrained
 from ds_zoadamu.training.output import settings, step_scalars
 from ds_zoadamu.training.plan import Plan
@@ -53,6 +55,11 @@ class Stepper(Protocol):
     def save(self, folder: Path) -> None:
         """Writes the model as `from_pretrained` reads it, in the place of one that is there."""
 
+    def merge(self, folder: Path) -> None:
+        """Writes the whole model with its LoRA adapter added to the weights, and gives the adapter up: it makes no steps after
+        that.
+        """
+
     def load(self, folder: Path) -> None:
         """Takes the weights that `save` has written. It makes no steps after that."""
 
@@ -79,10 +86,11 @@ def make_stepper(plan: Plan, config: Config | None = None) -> Stepper:
     """
     args, config = plan.args, config or plan.config
     model = load_model(args.model_name_or_path, config, trust_remote_code=args.trust_remote_code)
+    model = plan.tuning.adapted(model, plan.tokenizer, args.seed)
     zeroth_order = config.rule is not None
     engine, _, dataloader, _ = ds_zoadamu.initialize(
         model=model,
-        model_parameters=None if zeroth_order else list(model.parameters()),
+        model_parameters=None if zeroth_order else [p for p in model.parameters() if p.requires_grad],
         config=config,
         training_data=plan.sets["train"] if zeroth_order else None,
         collate_fn=plan.task.collate,
@@ -106,6 +114,7 @@ def about(plan: Plan, stepper: Stepper) -> dict:
     return {
         "task": plan.task.name,
         **plan.task.details,
+        **plan.tuning.details(),
         "model": plan.args.model_name_or_path,
         "optimizer": stepper.optimizer,
         "world_size": dist.get_world_size(),
@@ -131,6 +140,10 @@ class Partitioned:
 
     def save(self, folder: Path) -> None:
         save_pretrained(self.engine, folder, self._plan.tokenizer, self._plan.args.max_shard_size, overwrite=True)
+
+    def merge(self, folder: Path) -> None:
+        merged = SimpleNamespace(module=merge(self.model))
+        save_pretrained(merged, folder, self._plan.tokenizer, self._plan.args.max_shard_size, overwrite=True)
 
     def stored_bytes(self) -> dict[str, int]:
         return stored_bytes(self.engine)

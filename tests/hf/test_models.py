@@ -196,11 +196,13 @@ def test_unequal_prompts_generate_and_other_models_load(tmp_path, loaded):
     assert run_ranks(2, _generate, source, loaded, timeout=120) == [(True, 12, False)] * 2
 
 
-def _changed_before_training(rank, world_size, source):
-    """What Transformers and PEFT do to a partitioned model with its weights at hand."""
+def _changed_before_training(rank, world_size, source, target):
+    """What Transformers and PEFT do to a partitioned model with its weights at hand; the adapter is saved and taken back."""
     import peft
 
     import ds_zoadamu
+    from ds_zoadamu.durability.digest import weights_digest
+    from ds_zoadamu.hf.models import load_weights
     from ds_zoadamu.zero3.hf import zero3_known
     from ds_zoadamu.zero3.partition import whole_shape
 
@@ -216,6 +218,12 @@ def _changed_before_training(rank, world_size, source):
     ids = torch.arange(5, 15).reshape(1, 10)
     engine.train_batch({"input_ids": ids, "labels": ids})
     saved = [whole_shape(p.param) for p in engine.optimizer.partitions if "modules_to_save" in p.name]
+    digest = weights_digest(engine)
+    save_pretrained(engine, target)
+    engine.train_batch({"input_ids": ids, "labels": ids})
+    assert weights_digest(engine) != digest
+    load_weights(engine, target)
+    assert weights_digest(engine) == digest
     engine.eval()
     prompt = ids[:, : 3 + 4 * rank]
     mask = torch.ones_like(prompt)
@@ -224,10 +232,19 @@ def _changed_before_training(rank, world_size, source):
 
 
 def test_a_partitioned_model_is_resized_and_adapted(tmp_path):
-    pytest.importorskip("peft")
-    for before, resized, saved, length in run_ranks(2, _changed_before_training, save_model(tmp_path / "source")):
+    peft = pytest.importorskip("peft")
+    folders = save_model(tmp_path / "source"), tmp_path / "adapter"
+    for before, resized, saved, length in run_ranks(2, _changed_before_training, *folders):
         assert resized == (before[0] + 5, before[1]) and length == 12
         assert saved and all(shape == (before[1],) for shape in saved)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    model.resize_token_embeddings(resized[0])
+    adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert stored.keys() == peft.get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    assert any("final_layer_norm" in name for name in stored) and any("lora_B" in name for name in stored)
+    read = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    assert all(torch.equal(read[name], tensor) for name, tensor in stored.items())
 
 
 def task_and_examples() -> tuple:

@@ -8,8 +8,8 @@ import torch
 
 from ds_zoadamu import ConfigError, check_config
 from ds_zoadamu.cli import main as console
+from ds_zoadamu.config.adapters import read_adapter
 from ds_zoadamu.config.offload import Offload
-from ds_zoadamu.plan.adapters import read_adapter
 from ds_zoadamu.plan.memory import Model, plan_memory
 from ds_zoadamu.plan.models import opt_config
 from ds_zoadamu.plan.sizes import momentum_bytes, state_bytes
