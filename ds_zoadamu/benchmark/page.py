@@ -92,13 +92,13 @@ def _inline(text: str) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     columns = [[str(row[index]) for row in rows] for index in range(len(header))]
-    numeric = [sum(bool(cell and _NUMBER.fullmatch(cell)) for cell in column) > len(column) / 2 for column in columns]
+    numeric = [any(cell and _NUMBER.fullmatch(cell) for cell in column) for column in columns]
 
     def cells(row: Sequence[object], tag: str) -> str:
         words = []
-        for index, cell in enumerate(row):
-            kind, right = "th" if index == 0 else tag, index > 0 and numeric[index]
-            words.append(f"<{kind}{' class=n' if right else ''}>{_inline(str(cell))}</{kind}>")
+        for index, cell in enumerate(map(str, row)):
+            kind, right = "th" if index == 0 else tag, index > 0 and numeric[index] and (tag == "th" or _NUMBER.fullmatch(cell))
+            words.append(f"<{kind}{' class=n' if right else ''}>{_inline(cell)}</{kind}>")
         return f"<tr>{''.join(words)}</tr>"
 
     body = "".join(cells(row, "td") for row in rows)

@@ -79,9 +79,10 @@ def fitted(task: Task, model: torch.nn.Module, examples: Sequence[Any], batch_si
     answers = [task.right_answers([example]) for example in examples]
     tokens = torch.cat([batch["tokens"].flatten() for batch in answers]).numpy()
     longest = max(batch["tokens"].numel() for batch in answers)
+    states_of = getattr(task, "answer_states", answer_states)
 
     def figures(part: Sequence[Any]) -> torch.Tensor:
-        states = answer_states(model, task.right_answers(part))[:, 0]  # [B, L, hidden size]
+        states = states_of(model, task.right_answers(part))[:, 0]  # [B, L, hidden size]
         return torch.nn.functional.pad(states, (0, 0, 0, longest - states.shape[1])).flatten(1)
 
     states = collected(model, examples, batch_size, figures).unflatten(-1, (longest, -1))

@@ -10,10 +10,13 @@ import pytest
 import torch
 import transformers
 
-from ds_zoadamu.tasks import TASKS, InputError
+from ds_zoadamu.hf.kinds import MASKED
+from ds_zoadamu.tasks import TASKS, InputError, probing
 from ds_zoadamu.tasks.splits import load_splits
 from tests.helpers.harness import run_ranks
 from tests.helpers.hub_rows import save_task_model, write_task
+from tests.helpers.masked_rows import save_masked_model
+from tests.helpers.masked_rows import write_task as write_masked_task
 from tests.helpers.tiny_lm import write_data
 
 linear_model = pytest.importorskip("sklearn.linear_model")
@@ -131,3 +134,34 @@ def test_refused(folder, more, message):
 
     with pytest.raises(InputError, match=message):
         measure(evaluate_parser().parse_args([*arguments(folder, "zero-shot"), *more]))
+
+
+def _masked(rank, world_size, folder):
+    """Whether states and classes are those at the masks, and the accuracies without and with the probe."""
+    model = transformers.RobertaForMaskedLM.from_pretrained(folder / "model").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    data = TASKS["trec"].for_models(MASKED)
+    task = data.bind(tokenizer, model.config, max_length=None, batch_size=4)
+    rows = data.rows("train", str(folder / "trec"))
+    examples = list(map(task.encode, rows))
+    batch = task.right_answers(examples[:5])
+    words = [tokenizer.convert_ids_to_tokens(ids[0])[0] for ids in batch["tokens"].tolist()]
+    assert words == ["Ġ" + data.words[row.label].strip() for row in rows[:5]]
+    with torch.no_grad():
+        states = task.answer_states(model, batch)
+        hidden = model.roberta(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+        head = model.lm_head
+        want = head.layer_norm(torch.nn.functional.gelu(head.dense(hidden)))[torch.arange(5), batch["positions"]]
+        assert states.shape == (5, 1, 1, 32) and torch.equal(states[:, 0, 0], want)
+        before = task.evaluate(model, examples)["accuracy"]
+        with probing.fitted(task, model, examples, 4).on(model):
+            return before, task.evaluate(model, examples)["accuracy"]
+
+
+def test_a_masked_model_is_probed_at_its_masks(tmp_path):
+    """The states are those before the vocabulary matrix at the mask, and their classes the right words."""
+    save_masked_model(tmp_path / "model")
+    write_masked_task(tmp_path / "trec", "trec")
+    ((before, after),) = run_ranks(1, _masked, tmp_path)
+    # These texts have words of their class: rows fitted to the states tell them, the untrained model's own do not.
+    assert after > 0.9 > before
