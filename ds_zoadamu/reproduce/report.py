@@ -141,10 +141,12 @@ def _without_figure(cells: Sequence[dict]) -> list[Block]:
         if cell["status"] != FINISHED:
             key = (TASK_TITLES[cell["task"]], cell["status"], cell["reason"])
             reasons.setdefault(key, []).append(method_of(cell["method"]).title)
-    if not reasons:
-        return []
-    rows = [(task, ", ".join(methods), status, reason) for (task, status, reason), methods in reasons.items()]
-    return [Heading("Cells with runs that have no figure"), Table(("task", "methods", "how it ended", "why"), rows)]
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for (task, status, reason), methods in reasons.items():
+        alike.setdefault((", ".join(methods), status, reason), []).append(task)
+    rows = [(", ".join(tasks), *key) for key, tasks in alike.items()]
+    header = ("tasks", "methods", "how it ended", "why")
+    return [Heading("Cells with runs that have no figure"), Table(header, rows)] if rows else []
 
 
 def _curves(cells: Sequence[dict]) -> list[Block]:
