@@ -12,7 +12,7 @@ from ds_zoadamu.tasks.errors import InputError
 from ds_zoadamu.tasks.objectives import mean_over_tokens
 from ds_zoadamu.tasks.options import OptionEncoder, model_max_length, padding_id
 from ds_zoadamu.tasks.prompts import PromptRow, limited, padded
-from ds_zoadamu.tasks.scoring import on_device
+from ds_zoadamu.tasks.scoring import head_of, on_device
 from ds_zoadamu.tasks.templates import MASK, filled
 
 
@@ -170,6 +170,21 @@ class MaskedClassification(ClassificationTask):
         """The logits of the label words at the mask, fp32 [B, C]."""
         logits = mask_logits(model, batch)
         return logits.gather(-1, batch["words"].to(logits.device))
+
+    def right_answers(self, examples: Sequence[MaskedExample]) -> dict[str, torch.Tensor]:
+        """A micro-batch with the right words as tokens, int64 [B, 1, 1]."""
+        batch = self.collate(examples)
+        return batch | {"tokens": batch["words"].gather(-1, batch["labels"].unsqueeze(-1)).unsqueeze(-1)}
+
+    def answer_states(self, model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The state at each mask before the vocabulary matrix, [B, 1, 1, hidden size]."""
+        seen = []
+        handle = head_of(model).register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
+        try:
+            mask_logits(model, batch)
+        finally:
+            handle.remove()
+        return seen[0].unsqueeze(1)
 
     def likelihood(self, model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The negative log-likelihood of the right words among the whole vocabulary, and their number."""

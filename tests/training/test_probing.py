@@ -10,10 +10,12 @@ import pytest
 import torch
 import transformers
 
+from ds_zoadamu.hf.kinds import MASKED
 from ds_zoadamu.tasks import TASKS, InputError
 from ds_zoadamu.tasks.splits import load_splits
 from tests.helpers.harness import run_ranks
 from tests.helpers.hub_rows import save_task_model, write_task
+from tests.helpers.tiny_kinds import save_kind, write_masked
 from tests.helpers.tiny_lm import write_data
 
 linear_model = pytest.importorskip("sklearn.linear_model")
@@ -28,13 +30,15 @@ ASKED = {
     "probing copa": ("copa", "--linear_probing", "--num_train", "8"),
     "probing answers": ("squad", "--linear_probing", "--num_train", "8"),
     "demonstrations of answers": ("squad", "--demonstrations", "2"),
+    "probing a masked model": ("trec", "--linear_probing", "--num_train", "36"),
 }
 
 
 def arguments(folder, name):
     task, *more = ASKED[name]
     known = str(folder / "squad.json") if task == "squad" else task
-    return ["--model_name_or_path", str(folder / "model"), "--task", known, "--data_dir", str(folder / task), *more]
+    model = folder / ("masked" if task == "trec" else "model")
+    return ["--model_name_or_path", str(model), "--task", known, "--data_dir", str(folder / task), *more]
 
 
 def _measured(rank, world_size, folder):
@@ -52,6 +56,8 @@ def _measured(rank, world_size, folder):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("probing")
     save_task_model(folder / "model")
+    save_kind(folder / "masked", "roberta")
+    write_masked(folder / "trec", "trec")
     write_data(folder / "sst2", num_train=60, num_test=21)
     for task in ("cb", "copa", "squad"):
         write_task(folder / task, task, num_train=30, num_test=9)
@@ -113,6 +119,38 @@ def test_a_probe_is_scikit_learns_on_the_states_of_a_plain_model(folder, found):
     # The states are fp32 sums in batches there and one by one here, and the regression stops at a tolerance.
     assert measured["loss"] == pytest.approx(-of_words[numpy.arange(len(labels)), labels].mean(), rel=1e-3)
     assert measured["linear_probing"] == {"num_train": 24, "num_tokens": 2, "C": float(numpy.ravel(regression.C_)[0])}
+
+
+@pytest.mark.ranks
+def test_a_probe_of_a_masked_model_is_fitted_to_the_states_at_the_mask(folder, found):
+    model = transformers.AutoModelForMaskedLM.from_pretrained(folder / "masked").eval()
+    task = (
+        TASKS["trec"]
+        .for_models(MASKED)
+        .bind(transformers.AutoTokenizer.from_pretrained(folder / "masked"), model.config, max_length=None, batch_size=16)
+    )
+    rows = load_splits(TASKS["trec"].for_models(MASKED), str(folder / "trec"), num_train=36, seed=0)
+    train, test = (list(map(task.encode, rows[name])) for name in ("train", "test"))
+
+    def states(examples):
+        with torch.no_grad():
+            return torch.stack([_before_words(model, e.ids)[e.position] for e in examples]).double().numpy()
+
+    regression = linear_model.LogisticRegressionCV(
+        cv=5, fit_intercept=False, max_iter=5000, random_state=0, scoring="accuracy"
+    ).fit(states(train), [e.words[e.label] for e in train])
+    scores = states(test) @ regression.coef_.T
+    order = [regression.classes_.tolist().index(word) for word in test[0].words]
+    right = [e.label for e in test]
+    measured = found[1][0]["probing a masked model"]
+    assert measured["accuracy"] == numpy.mean(scores[:, order].argmax(axis=1) == right)
+    assert measured["linear_probing"]["num_tokens"] == 6
+
+
+def _before_words(model, ids) -> torch.Tensor:
+    """The states before RoBERTa's matrix of words, of one sequence."""
+    head, hidden = model.lm_head, model.roberta(input_ids=torch.tensor([ids])).last_hidden_state[0]
+    return head.layer_norm(torch.nn.functional.gelu(head.dense(hidden)))
 
 
 @pytest.mark.parametrize(
