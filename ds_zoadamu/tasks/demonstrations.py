@@ -21,6 +21,10 @@ def with_demonstrations(task: TaskData, rows: Sequence[Any], pool: Sequence[Any]
     Raises:
         InputError: the kind of task has no answers to show; the pool is too small.
     """
+    if getattr(task, "has_mask", False):
+        raise InputError(
+            f"--demonstrations: task {task.name!r} is asked of a masked model, which sees one text; leave the option out"
+        )
     if not hasattr(task, "demonstration"):
         raise InputError(f"--demonstrations: task {task.name!r} has no answers to show behind a prompt; leave the option out")
     shown = [(row.prompt, task.demonstration(row)) for row in pool]

@@ -171,28 +171,27 @@ class MaskedClassification(ClassificationTask):
         logits = mask_logits(model, batch)
         return logits.gather(-1, batch["words"].to(logits.device))
 
+    def right_answers(self, examples: Sequence[MaskedExample]) -> dict[str, torch.Tensor]:
+        """A micro-batch with the right words as tokens, int64 [B, 1, 1]."""
+        batch = self.collate(examples)
+        return batch | {"tokens": batch["words"].gather(-1, batch["labels"].unsqueeze(-1)).unsqueeze(-1)}
+
+    def answer_states(self, model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The state at each mask before the vocabulary matrix, [B, 1, 1, hidden size]."""
+        seen = []
+        handle = head_of(model).register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
+        try:
+            mask_logits(model, batch)
+        finally:
+            handle.remove()
+        return seen[0].unsqueeze(1)
+
     def likelihood(self, model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The negative log-likelihood of the right words among the whole vocabulary, and their number."""
         logits = mask_logits(model, batch)
         right = batch["words"].gather(-1, batch["labels"].unsqueeze(-1)).to(logits.device)
         log_probs = logits.log_softmax(-1).gather(-1, right)
         return mean_over_tokens(log_probs, torch.ones_like(log_probs))
-
-    def right_answers(self, examples: Sequence[MaskedExample]) -> dict[str, torch.Tensor]:
-        """Their batch, with the right words' tokens, int64 [B, 1, 1]."""
-        batch = self.collate(examples)
-        return batch | {"tokens": batch["words"].gather(-1, batch["labels"].unsqueeze(-1)).unsqueeze(1)}
-
-    def answer_states(self, model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """As `scoring.answer_states`, of the mask: [B, 1, 1, hidden size]."""
-        seen = []
-        # Registered before that of `mask_logits`, so that it sees the states at all positions.
-        handle = head_of(model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
-            mask_logits(model, batch)
-        finally:
-            handle.remove()
-        return seen[0][torch.arange(len(batch["positions"])), batch["positions"]][:, None, None]
 
     def identity(self, examples: Iterable[MaskedExample]) -> Mapping[str, str]:
         """The objective."""

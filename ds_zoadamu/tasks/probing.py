@@ -1,8 +1,9 @@
 """Linear probing: rows of the vocabulary matrix replaced by those of a logistic regression on the model's last states.
 
 As in MeZO's released scripts (Malladi et al. 2023): features are the states that predict the tokens of the training examples'
-right answers, classes are these tokens, whatever the task; L2, its strength by cross-validation; no intercept. The model then
-answers as ever, with the regression's coefficients as the rows of these tokens, and its own for all others.
+right answers (of a masked model those at the mask), classes are these tokens, whatever the task; L2, its strength by
+cross-validation; no intercept. The model then answers as ever, with the regression's coefficients as the rows of these tokens,
+and its own for all others.
 """
 
 import warnings
@@ -76,10 +77,9 @@ def fitted(task: Task, model: torch.nn.Module, examples: Sequence[Any], batch_si
     """
     if not hasattr(task, "right_answers"):
         raise InputError(f"--linear_probing: task {task.name!r} has no answers to fit; leave the option out")
-    answers = [task.right_answers([example]) for example in examples]
+    answers, states_of = [task.right_answers([example]) for example in examples], getattr(task, "answer_states", answer_states)
     tokens = torch.cat([batch["tokens"].flatten() for batch in answers]).numpy()
     longest = max(batch["tokens"].numel() for batch in answers)
-    states_of = getattr(task, "answer_states", answer_states)
 
     def figures(part: Sequence[Any]) -> torch.Tensor:
         states = states_of(model, task.right_answers(part))[:, 0]  # [B, L, hidden size]

@@ -104,7 +104,7 @@ def test_options_are_scored_by_the_decoder(name, family):
     model, tokenizer = MODELS[family]
     task = TASKS[name].bind(tokenizer, model.config)
     examples = [task.encode(TASKS[name].row("here", row)) for row in rows_of(name, 3, seed=4)]
-    batch = task._with_answers(examples) if name == "squad" else None
+    batch = task.right_answers(examples) if name == "squad" else None
     if name != "squad":
         every = TASKS[name] if isinstance(TASKS[name], PromptTask) else replace(TASKS[name], objective="cross_entropy")
         task = every.bind(tokenizer, model.config)

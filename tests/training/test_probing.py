@@ -11,12 +11,11 @@ import torch
 import transformers
 
 from ds_zoadamu.hf.kinds import MASKED
-from ds_zoadamu.tasks import TASKS, InputError, probing
+from ds_zoadamu.tasks import TASKS, InputError
 from ds_zoadamu.tasks.splits import load_splits
 from tests.helpers.harness import run_ranks
 from tests.helpers.hub_rows import save_task_model, write_task
-from tests.helpers.masked_rows import save_masked_model
-from tests.helpers.masked_rows import write_task as write_masked_task
+from tests.helpers.tiny_kinds import save_kind, write_masked
 from tests.helpers.tiny_lm import write_data
 
 linear_model = pytest.importorskip("sklearn.linear_model")
@@ -31,13 +30,15 @@ ASKED = {
     "probing copa": ("copa", "--linear_probing", "--num_train", "8"),
     "probing answers": ("squad", "--linear_probing", "--num_train", "8"),
     "demonstrations of answers": ("squad", "--demonstrations", "2"),
+    "probing a masked model": ("trec", "--linear_probing", "--num_train", "36"),
 }
 
 
 def arguments(folder, name):
     task, *more = ASKED[name]
     known = str(folder / "squad.json") if task == "squad" else task
-    return ["--model_name_or_path", str(folder / "model"), "--task", known, "--data_dir", str(folder / task), *more]
+    model = folder / ("masked" if task == "trec" else "model")
+    return ["--model_name_or_path", str(model), "--task", known, "--data_dir", str(folder / task), *more]
 
 
 def _measured(rank, world_size, folder):
@@ -55,6 +56,8 @@ def _measured(rank, world_size, folder):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("probing")
     save_task_model(folder / "model")
+    save_kind(folder / "masked", "roberta")
+    write_masked(folder / "trec", "trec")
     write_data(folder / "sst2", num_train=60, num_test=21)
     for task in ("cb", "copa", "squad"):
         write_task(folder / task, task, num_train=30, num_test=9)
@@ -118,6 +121,38 @@ def test_a_probe_is_scikit_learns_on_the_states_of_a_plain_model(folder, found):
     assert measured["linear_probing"] == {"num_train": 24, "num_tokens": 2, "C": float(numpy.ravel(regression.C_)[0])}
 
 
+@pytest.mark.ranks
+def test_a_probe_of_a_masked_model_is_fitted_to_the_states_at_the_mask(folder, found):
+    model = transformers.AutoModelForMaskedLM.from_pretrained(folder / "masked").eval()
+    task = (
+        TASKS["trec"]
+        .for_models(MASKED)
+        .bind(transformers.AutoTokenizer.from_pretrained(folder / "masked"), model.config, max_length=None, batch_size=16)
+    )
+    rows = load_splits(TASKS["trec"].for_models(MASKED), str(folder / "trec"), num_train=36, seed=0)
+    train, test = (list(map(task.encode, rows[name])) for name in ("train", "test"))
+
+    def states(examples):
+        with torch.no_grad():
+            return torch.stack([_before_words(model, e.ids)[e.position] for e in examples]).double().numpy()
+
+    regression = linear_model.LogisticRegressionCV(
+        cv=5, fit_intercept=False, max_iter=5000, random_state=0, scoring="accuracy"
+    ).fit(states(train), [e.words[e.label] for e in train])
+    scores = states(test) @ regression.coef_.T
+    order = [regression.classes_.tolist().index(word) for word in test[0].words]
+    right = [e.label for e in test]
+    measured = found[1][0]["probing a masked model"]
+    assert measured["accuracy"] == numpy.mean(scores[:, order].argmax(axis=1) == right)
+    assert measured["linear_probing"]["num_tokens"] == 6
+
+
+def _before_words(model, ids) -> torch.Tensor:
+    """The states before RoBERTa's matrix of words, of one sequence."""
+    head, hidden = model.lm_head, model.roberta(input_ids=torch.tensor([ids])).last_hidden_state[0]
+    return head.layer_norm(torch.nn.functional.gelu(head.dense(hidden)))
+
+
 @pytest.mark.parametrize(
     "more,message",
     [
@@ -134,34 +169,3 @@ def test_refused(folder, more, message):
 
     with pytest.raises(InputError, match=message):
         measure(evaluate_parser().parse_args([*arguments(folder, "zero-shot"), *more]))
-
-
-def _masked(rank, world_size, folder):
-    """Whether states and classes are those at the masks, and the accuracies without and with the probe."""
-    model = transformers.RobertaForMaskedLM.from_pretrained(folder / "model").eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
-    data = TASKS["trec"].for_models(MASKED)
-    task = data.bind(tokenizer, model.config, max_length=None, batch_size=4)
-    rows = data.rows("train", str(folder / "trec"))
-    examples = list(map(task.encode, rows))
-    batch = task.right_answers(examples[:5])
-    words = [tokenizer.convert_ids_to_tokens(ids[0])[0] for ids in batch["tokens"].tolist()]
-    assert words == ["Ġ" + data.words[row.label].strip() for row in rows[:5]]
-    with torch.no_grad():
-        states = task.answer_states(model, batch)
-        hidden = model.roberta(batch["input_ids"], batch["attention_mask"]).last_hidden_state
-        head = model.lm_head
-        want = head.layer_norm(torch.nn.functional.gelu(head.dense(hidden)))[torch.arange(5), batch["positions"]]
-        assert states.shape == (5, 1, 1, 32) and torch.equal(states[:, 0, 0], want)
-        before = task.evaluate(model, examples)["accuracy"]
-        with probing.fitted(task, model, examples, 4).on(model):
-            return before, task.evaluate(model, examples)["accuracy"]
-
-
-def test_a_masked_model_is_probed_at_its_masks(tmp_path):
-    """The states are those before the vocabulary matrix at the mask, and their classes the right words."""
-    save_masked_model(tmp_path / "model")
-    write_masked_task(tmp_path / "trec", "trec")
-    ((before, after),) = run_ranks(1, _masked, tmp_path)
-    # These texts have words of their class: rows fitted to the states tell them, the untrained model's own do not.
-    assert after > 0.9 > before

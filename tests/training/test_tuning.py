@@ -249,18 +249,19 @@ def test_options_that_do_not_go_together(folder, tmp_path, more, message):
 
 
 def test_an_architecture_without_known_layers_is_told_which_it_has(folder, tmp_path, monkeypatch):
+    from ds_zoadamu.hf.kinds import CAUSAL
     from ds_zoadamu.training.arguments import finetune_parser
     from ds_zoadamu.training.tuning import tuning_from
 
     config = transformers.AutoConfig.for_model("xglm", d_model=16, ffn_dim=16, num_layers=1, attention_heads=2, vocab_size=32)
     args = finetune_parser().parse_args(arguments(folder, ("opt", "lora", "zoadamu"), tmp_path))
     with pytest.raises(InputError, match="no query and value layers of 'xglm'.*k_proj, v_proj, q_proj, out_proj, fc1, fc2"):
-        tuning_from(args, config)
+        tuning_from(args, config, CAUSAL)
     args.lora_target_modules = ["q_proj"]
-    assert tuning_from(args, config).settings["lora_target_modules"] == ["q_proj"]
+    assert tuning_from(args, config, CAUSAL).settings["lora_target_modules"] == ["q_proj"]
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(ConfigError, match=r'--lora needs peft; install it with: pip install "ds_zoadamu\[peft\]"'):
-        tuning_from(args, config)
+        tuning_from(args, config, CAUSAL)
 
 
 def test_the_plain_loop_trains_all_parameters(folder, tmp_path):
