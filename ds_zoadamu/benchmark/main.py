@@ -1,7 +1,6 @@
 """A benchmark from its command line to its report."""
 
 import datetime
-import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from ds_zoadamu.config import shipped
 from ds_zoadamu.files.json_files import write_json
 from ds_zoadamu.files.safetensors_io import write_durably
 from ds_zoadamu.tasks import Metric
+from ds_zoadamu.training.output import command_line
 
 
 def benchmark(args: Namespace) -> int:
@@ -56,7 +56,7 @@ def benchmark(args: Namespace) -> int:
         phases = Phases(args, runner, plans, items, metric)
         results = {
             "date": datetime.date.today().isoformat(),
-            "command": shlex.join(sys.argv),
+            "command": command_line(),
             "settings": {**settings, **common, "seeds": args.seeds, "target": args.target},
             "budget": {name: getattr(args, name) for name in ("max_steps", "max_items", "max_seconds") if getattr(args, name)},
             **_run_all(args, phases, contenders, grids, items, metric),

@@ -99,7 +99,8 @@ def _fill_optimizer(filler: "_Filler", rule: str | None) -> None:
     if rule is not None:
         filler.fill("optimizer.params.zo_eps", 1e-3, "zo_eps")
         filler.fill("optimizer.params.total_steps", filler.given.get("max_steps"))
-        filler.fill("optimizer.params.seed", filler.given.get("seed"))
+        seed = filler.given.get("seed", 0)
+        filler.fill("optimizer.params.seed", seed, "seed" if seed else None)  # nobody can tell a 0 from no argument
         filler.fill("gradient_clipping", 0.0)
     else:
         filler.fill("gradient_clipping", 1.0, "max_grad_norm")

@@ -13,9 +13,12 @@ def names() -> list[str]:
 
 
 def file_of(source: str | Path) -> str | Path:
-    """A path as it is; where there is no such file, that of the configuration of this name, if there is one."""
-    known = isinstance(source, str) and not Path(source).exists() and source.removesuffix(".json") in names()
-    return path_of(source) if known else source
+    """A path as it is; where there is no such file, that of the configuration of this name, if there is one. Raises ConfigError
+    for a bare word that is neither."""
+    if not isinstance(source, str) or Path(source).exists():
+        return source
+    is_word = "/" not in source and not source.endswith(".json")
+    return path_of(source) if is_word or source.removesuffix(".json") in names() else source
 
 
 def path_of(name: str) -> Path:

@@ -140,7 +140,7 @@ def _resolve(base: str | Path, revision: str | None, header: dict) -> Path:
     if folder is None:
         raise ReplayError(
             f"--base {str(base)!r} is neither a folder nor a model that the hub hands out; the journal's base is "
-            f"{shown(said['name'])}"
+            f"{shown(said['name'])}: give the folder of a copy of it with --base"
         )
     return folder
 

@@ -102,7 +102,7 @@ def finished(config: dict[str, Any], args: TrainingArguments, max_steps: int, mo
         weight_decay=args.weight_decay,
         warmup_steps=warmup or None,
         max_steps=max_steps,
-        seed=args.seed,
+        seed=args.seed if value_at(config, "optimizer.params.seed") in (None, "auto") else None,
         bf16=args.bf16,
         fp16=args.fp16,
     )

@@ -136,10 +136,15 @@ def step_scalars(record: StepRecord | Record) -> dict:
     return {"projected_grad": grads[0] if len(grads) == 1 else list(grads), "lr": record.lrs[0]}
 
 
+def command_line() -> str:
+    """What a user types to run this process again, but for the launcher's options."""
+    return shlex.join([*sys.argv[0].split(), *sys.argv[1:]] if sys.argv[0].startswith("ds_zoadamu ") else sys.argv)
+
+
 def settings(args: Namespace, config: Config | None) -> dict:
     """What was asked for and on which machine, for a results file."""
     given = {} if config is None else config.deepspeed
-    return {**environment(), "command": shlex.join(sys.argv), "arguments": vars(args), "config": given}
+    return {**environment(), "command": command_line(), "arguments": vars(args), "config": given}
 
 
 def environment() -> dict:

@@ -191,6 +191,11 @@ def _load(kind, args: Namespace):
     folder = Path(path).expanduser()
     if not folder.is_dir() and not hub.is_hub_name(path):
         raise InputError(f"--model_name_or_path {path}: {hub.not_here(path)}")
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise InputError(
+            f"--model_name_or_path {path} is the folder of an adapter; give its base there, and the folder as --adapter of "
+            "evaluate"
+        )
     offline = None if folder.is_dir() else hub.out_of_reach()
     try:
         # Without a value Transformers would ask on the terminal, on every rank.

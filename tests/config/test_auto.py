@@ -211,6 +211,12 @@ def test_what_the_message_advises_works(change, message, path, remedy):
     check_config(filled(remedied(config, path, remedy)))
 
 
+def test_a_seed_fills_what_the_json_leaves_open():
+    for params in ({}, {"seed": "auto"}):
+        assert filled(zeroth_order(lr=1e-6, **params), "--seed", "3")["optimizer"]["params"]["seed"] == 3
+    assert filled(zeroth_order(lr=1e-6, seed=7))["optimizer"]["params"]["seed"] == 7
+
+
 def test_an_option_that_is_auto_outside_of_a_json_is_named():
     with pytest.raises(ConfigError, match='lr is "auto", which is filled in a DeepSpeed JSON only; give a value'):
         ds_zoadamu.ZOAdaMU([torch.nn.Parameter(torch.zeros(1))], lr="auto", total_steps=5)
@@ -220,6 +226,7 @@ def test_an_option_that_is_auto_outside_of_a_json_is_named():
     "config, given, message",
     [
         (zeroth_order(lr=1e-6), "--learning_rate 1e-5", r"--learning_rate 1e-05 contradicts .* optimizer.params.lr is 1e-06"),
+        (zeroth_order(seed=7), "--seed 3", "--seed 3 contradicts .* optimizer.params.seed is 7"),
         ({**zeroth_order(), "train_micro_batch_size_per_gpu": 4}, "--per_device_train_batch_size 8", "contradicts .* is 4"),
         ({**zeroth_order(), "bf16": {"enabled": False}}, "--bf16", "--bf16 True contradicts .* bf16.enabled is False"),
         (zeroth_order(t1="auto"), "", 'optimizer.params.t1 = "auto", which nothing here fills'),
