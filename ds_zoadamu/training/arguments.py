@@ -92,7 +92,11 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(
         group,
         int,
-        max_length=(None, "tokens a prompt may have; longer texts lose their beginning (default: the model's)"),
+        max_length=(
+            None,
+            "tokens a prompt may have; longer ones lose their beginning, of masked models their end (default: the task's, else "
+            "the model's)",
+        ),
         per_device_eval_batch_size=(16, "examples in an evaluation's forward"),
     )
     add_switches(
