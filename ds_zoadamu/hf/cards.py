@@ -7,12 +7,11 @@ from typing import Any
 from ..distributed import collective
 from ..durability.digest import weights_digest
 from ..durability.published import CARD, JOURNAL
-from ..errors import ConfigError
 from ..files.safetensors_io import write_durably
 from ..hub import card
 from ..zero3.memory import stored_bytes
 from ..zero3.peak_memory import PeakMemory
-from .kinds import model_kind
+from .kinds import pipeline_of
 
 
 class RunCard:
@@ -47,7 +46,7 @@ class RunCard:
             settings={"ranks": collective.world_size()},
             base_model=card.hub_name(base),
             adapters=adapters is not None,
-            pipeline=_pipeline(getattr(model, "config", None)),
+            pipeline=pipeline_of(model.get_base_model() if adapters is not None else model),
         )
 
     def complete(self, folder: Path, repo: str | None) -> None:
@@ -69,14 +68,6 @@ class RunCard:
         write_durably(path, text.encode())
         if self._run.journal is not None and folder.absolute() / JOURNAL != self._journal:
             write_durably(folder / JOURNAL, self._run.journal)
-
-
-def _pipeline(config: Any) -> str | None:
-    """What the hub calls what a model does; None of one that is no language model."""
-    try:
-        return None if config is None else model_kind(config).pipeline
-    except ConfigError:
-        return None
 
 
 def _scores(logs: Sequence[dict[str, Any]]) -> list[card.Score]:

@@ -81,6 +81,15 @@ def model_kind(config) -> ModelKind:
     )
 
 
+def pipeline_of(model: Any) -> str | None:
+    """What the hub calls what a model does, by its class, since what its configuration could be is not what it is (a classifier
+    made of RoBERTa's); None of one that is no language model."""
+    config = getattr(model, "config", None)
+    if getattr(model, "can_generate", bool)():
+        return (SEQ2SEQ if getattr(config, "is_encoder_decoder", False) else CAUSAL).pipeline
+    return MASKED.pipeline if type(config) in MASKED.mapping and isinstance(model, MASKED.mapping[type(config)]) else None
+
+
 def language_part(config) -> tuple[ModelKind, Any]:
     """The kind of a model, and the part of its configuration that has the language model's sizes: models with several parts
     keep them in a section of their own. Nothing is taken for a causal model. Raises ConfigError, as `model_kind`."""
