@@ -31,6 +31,7 @@ COMMANDS = {
     ),
     "evaluate": ("training.evaluate_command", "measure a model on a task; on several ranks likewise"),
     "benchmark": ("benchmark.command", "optimizers side by side"),
+    "reproduce": ("reproduce.command", "a table of the paper on a model of yours, beside the published one"),
     "plain_mezo": ("training.plain_command", "fine-tune with MeZO in place, without DeepSpeed, on one device"),
     "lomo": ("training.lomo_command", "fine-tune with LOMO, without DeepSpeed, on one device; the benchmark's contender"),
 }

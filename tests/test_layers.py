@@ -10,7 +10,7 @@ import ds_zoadamu
 
 LAYERS = (
     "errors", "files", "distributed", "console", "kernels", "rules", "config", "zero3", "durability", "hub", "initialization",
-    "hf", "integrations", "tasks", "training", "plan", "benchmark", "cli",
+    "hf", "integrations", "tasks", "training", "plan", "benchmark", "reproduce", "cli",
 )  # fmt: skip
 """What may import what: a package those before it. Names are public ones of ``ds_zoadamu``, resolved when they are used."""
 PACKAGE = Path(ds_zoadamu.__file__).parent

@@ -98,4 +98,11 @@ def summary(outcomes: dict[int, Outcome], items_a_step: int, target: float | Non
     return summed
 
 
+def environment(outcomes: Sequence[Outcome]) -> dict:
+    """Of the first run that tells; the commits of all."""
+    first = next((outcome.results for outcome in outcomes if outcome.results), {})
+    return {**{key: first.get(key) for key in _ENVIRONMENT}, "commits": sorted({outcome.commit for outcome in outcomes})}
+
+
+_ENVIRONMENT = ("versions", "platform", "processor", "num_cpus", "accelerator")
 _NAMES = ("dev_before", "dev_best", "test_before", "test_after", "test_last")

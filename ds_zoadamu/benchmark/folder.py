@@ -1,4 +1,4 @@
-"""The benchmark's own folder: whether it may be written, and whether what is there belongs to the same benchmark."""
+"""The folder of a benchmark or of a table: whether it may be written, and whether what is there belongs to the same one."""
 
 import fcntl
 import json
@@ -11,6 +11,7 @@ from ds_zoadamu.files.json_files import write_json
 from ds_zoadamu.tasks import InputError
 from ds_zoadamu.training.output import check_writable
 
+RESULTS, REPORT, PAGE = "results.json", "report.md", "report.html"
 SETTINGS, _LOCK = "settings.json", ".lock"
 
 
@@ -22,12 +23,12 @@ def check_folder(path: Path) -> None:
     """
     check_writable(path)
     if path.exists() and {p.name for p in path.iterdir()} - {_LOCK} and not (path / SETTINGS).exists():
-        raise InputError(f"--output_dir {path} holds files but no benchmark ({SETTINGS}); give another folder")
+        raise InputError(f"--output_dir {path} holds files but no benchmark and no table (no {SETTINGS}); give another folder")
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Inside, no other benchmark works in the folder; it is given up when this process ends, however it ends.
+    """Inside, no other command works in the folder; it is given up when this process ends, however it ends.
 
     Raises:
         InputError: another one does.
@@ -37,7 +38,7 @@ def locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"--output_dir {path}: another benchmark works there now; wait for it or stop it") from None
+            raise InputError(f"--output_dir {path}: another command works there now; wait for it or stop it") from None
         yield
 
 
@@ -57,9 +58,7 @@ def claim_folder(path: Path, settings: Mapping[str, Any], configs: Mapping[str, 
         if (known := _read(path / "configs" / f"{name}.json")) and known != config:
             differing.append(f"the JSON of {name} is another one")
     if differing:
-        raise InputError(
-            f"--output_dir {path} holds a benchmark with other settings: {'; '.join(differing)}. Give another folder"
-        )
+        raise InputError(f"--output_dir {path} holds runs with other settings: {'; '.join(differing)}. Give another folder")
     (path / "configs").mkdir(parents=True, exist_ok=True)
     write_json(path / SETTINGS, dict(settings))
     for name, config in configs.items():

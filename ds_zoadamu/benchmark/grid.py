@@ -35,9 +35,9 @@ def make_grids(args: Namespace, contenders: Sequence[Contender]) -> dict[str, li
         InputError: a value that is no positive number or repeated, a name that matches nobody, a contender without values,
             numbers of trials that differ.
     """
-    lrs = _by_name("--lr_grid", args.lr_grid, [c.name for c in contenders])
+    lrs = _of_all("--lr_grid", args.lr_grid, [c.name for c in contenders])
     with_eps = [c.name for c in contenders if c.zeroth_order]
-    epses = _by_name("--zo_eps_grid", args.zo_eps_grid, with_eps) if with_eps else {}
+    epses = _of_all("--zo_eps_grid", args.zo_eps_grid, with_eps) if with_eps else {}
     grids = {
         c.name: [Point(lr, eps) for eps in (epses[c.name] if c.zeroth_order else [None]) for lr in lrs[c.name]]
         for c in contenders
@@ -51,7 +51,21 @@ def make_grids(args: Namespace, contenders: Sequence[Contender]) -> dict[str, li
     return grids
 
 
-def _by_name(option: str, entries: Sequence[str], names: Sequence[str]) -> dict[str, list[float]]:
+def _of_all(option: str, entries: Sequence[str], names: Sequence[str]) -> dict[str, list[float]]:
+    found = by_name(option, entries, names)
+    if missing := [name for name in names if name not in found]:
+        raise InputError(
+            f"{option} has no values for {', '.join(missing)}; add {missing[0]}=..., or a list without a name for all"
+        )
+    return found
+
+
+def by_name(option: str, entries: Sequence[str], names: Sequence[str]) -> dict[str, list[float]]:
+    """The values of each name that an entry, [NAME=]VALUE,VALUE,..., is for; the later entry counts.
+
+    Raises:
+        InputError: a value that is no positive number or repeated, a name that matches nobody.
+    """
     found: dict[str, list[float]] = {}
     for entry in entries:
         pattern, separator, text = entry.rpartition("=")
@@ -60,10 +74,6 @@ def _by_name(option: str, entries: Sequence[str], names: Sequence[str]) -> dict[
             raise InputError(f"{option} {entry}: {pattern!r} matches none of {', '.join(names)}")
         values = _numbers(option, text)
         found.update(dict.fromkeys(matching, values))
-    if missing := [name for name in names if name not in found]:
-        raise InputError(
-            f"{option} has no values for {', '.join(missing)}; add {missing[0]}=..., or a list without a name for all"
-        )
     return found
 
 

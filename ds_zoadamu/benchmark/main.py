@@ -2,34 +2,34 @@
 
 import datetime
 import shlex
-import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
 from ds_zoadamu.benchmark.arguments import check_numbers, shared_arguments
-from ds_zoadamu.benchmark.collect import cost, summary
+from ds_zoadamu.benchmark.blocks import Text, markdown
+from ds_zoadamu.benchmark.collect import cost, environment, summary
 from ds_zoadamu.benchmark.contenders import Contender, choose_contenders
-from ds_zoadamu.benchmark.folder import check_folder, claim_folder, locked
+from ds_zoadamu.benchmark.folder import PAGE, REPORT, RESULTS, check_folder, claim_folder, locked
 from ds_zoadamu.benchmark.grid import make_grids
-from ds_zoadamu.benchmark.outcomes import FAILED, FINISHED, Outcome
+from ds_zoadamu.benchmark.outcomes import FAILED, FINISHED, REFUSED
+from ds_zoadamu.benchmark.page import page
 from ds_zoadamu.benchmark.phases import Phases
+from ds_zoadamu.benchmark.plans import Plans
 from ds_zoadamu.benchmark.plots import draw_cost, draw_curves
-from ds_zoadamu.benchmark.report import markdown
-from ds_zoadamu.benchmark.runs import Runner
+from ds_zoadamu.benchmark.processes import under_launcher
+from ds_zoadamu.benchmark.report import report
+from ds_zoadamu.benchmark.runs import Runner, commit
 from ds_zoadamu.benchmark.settings import check_settings
 from ds_zoadamu.config import shipped
 from ds_zoadamu.files.json_files import write_json
 from ds_zoadamu.files.safetensors_io import write_durably
 from ds_zoadamu.tasks import Metric
 
-RESULTS, REPORT = "results.json", "report.md"
-_ENVIRONMENT = ("versions", "platform", "processor", "num_cpus", "accelerator")
-
 
 def benchmark(args: Namespace) -> int:
-    """Runs what `benchmark_parser` says, or the rest of it; writes results.json, report.md and the plots.
+    """Runs what `benchmark_parser` says, or the rest of it; writes results.json, report.md, report.html and the plots.
 
     Returns:
         1 where a run failed for another reason than memory or divergence, else 0.
@@ -43,16 +43,17 @@ def benchmark(args: Namespace) -> int:
     common, metric = check_settings(args, contenders, grids)
     output, items = Path(args.output_dir), common["batch"]["train_batch_size"]
     check_folder(output)
-    runner = Runner(args, common["batch"], _commit(Path(__file__).parent))
+    plans = Plans(args, common["batch"])
+    runner = Runner(commit(), under_launcher(args.master_port), lambda text: print(text, flush=True))
     settings = {
         "arguments": shared_arguments(args),
         "ranks": args.ranks,
-        "threads": runner.threads,
+        "threads": plans.threads,
         "profile_steps": args.profile_steps,
     }
     with locked(output):
         claim_folder(output, settings, {c.name: c.config for c in contenders if c.config is not None})
-        phases = Phases(args, runner, items, metric, lambda text: print(text, flush=True))
+        phases = Phases(args, runner, plans, items, metric)
         results = {
             "date": datetime.date.today().isoformat(),
             "command": shlex.join(sys.argv),
@@ -82,7 +83,7 @@ def _run_all(args: Namespace, phases: Phases, contenders: list[Contender], grids
             entry |= _status_of_search(point, trials) | {"runs": summary(finals[c.name], items, args.target, metric)}
         entries[c.name] = entry
     outcomes = [*profiles.values(), *(outcome for by_seed in finals.values() for outcome in by_seed.values())]
-    return {"environment": _environment(outcomes), "contenders": entries}
+    return {"environment": environment(outcomes), "contenders": entries}
 
 
 def _status_of_search(point: object, trials: list[dict]) -> dict:
@@ -98,17 +99,13 @@ def _write(output: Path, results: dict, metric: Metric) -> None:
     write_json(output / RESULTS, results)
     plots = ["curves.png"] if draw_curves(results, output / "curves.png", metric) else []
     plots += ["cost.png"] if draw_cost(results, output / "cost.png") else []
-    text = markdown(results, metric, plots)
+    blocks = report(results, metric)
+    text = markdown([*blocks, *(Text(f"![{name.removesuffix('.png')}]({name})") for name in plots)])
     write_durably(output / REPORT, text.encode())
+    write_durably(output / PAGE, page(blocks).encode())
     print(text)
     if not plots:
         print("no plots: Matplotlib is not installed (pip install ds_zoadamu[plots])", file=sys.stderr)
-
-
-def _environment(outcomes: list[Outcome]) -> dict:
-    """Of the first run that tells; the commits of all."""
-    first: Mapping = next((o.results for o in outcomes if o.results), {})
-    return {**{key: first.get(key) for key in _ENVIRONMENT}, "commits": sorted({o.commit for o in outcomes})}
 
 
 def _any_failed(contenders: Mapping[str, dict]) -> bool:
@@ -116,16 +113,4 @@ def _any_failed(contenders: Mapping[str, dict]) -> bool:
     for entry in contenders.values():
         statuses += [trial["status"] for trial in entry.get("trials", ())]
         statuses += [run["status"] for run in entry.get("runs", {}).get("status", {}).values()]
-    return FAILED in statuses
-
-
-def _commit(folder: Path) -> str:
-    """Of the code, with "+" where files differ from it; "unknown" without a repository."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    return bool({FAILED, REFUSED} & set(statuses))

@@ -6,8 +6,11 @@ from pathlib import Path
 
 from ds_zoadamu.training.output import METRICS, PROFILE, RESULTS
 
-OUTCOME, LOG = "outcome.json", "log.txt"
-FINISHED, OUT_OF_MEMORY, DIVERGED, FAILED = "finished", "out of memory", "diverged", "failed"
+OUTCOME, LOG, EVALUATION = "outcome.json", "log.txt", "evaluation.json"
+FINISHED, OUT_OF_MEMORY, DIVERGED = "finished", "out of memory", "diverged"
+FAILED, REFUSED = "failed", "refused"
+"""What the next command tries again. Refused: with one line, before anything was done."""
+_REFUSED_STATUS = 2
 # What PyTorch on CPU and on GPU, Python, and the launcher of a rank that the kernel killed say.
 _MEMORY_SIGNS = ("OutOfMemoryError", "out of memory", "can't allocate memory", "MemoryError")
 
@@ -17,9 +20,9 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        status: "finished", "out of memory", "diverged" or "failed".
+        status: "finished", "out of memory", "diverged", "refused" or "failed".
         reason: the last words of a run that did not finish.
-        results: of results.json or profile.json; empty without one.
+        results: of results.json, profile.json or evaluation.json; empty without one.
         metrics: lines of metrics.jsonl.
     """
 
@@ -35,7 +38,7 @@ def read_outcome(folder: Path) -> Outcome | None:
     if not (folder / OUTCOME).exists():
         return None
     about, out = json.loads((folder / OUTCOME).read_text()), folder / "out"
-    found = next((out / name for name in (RESULTS, PROFILE) if (out / name).exists()), None)
+    found = next((out / name for name in (RESULTS, PROFILE, EVALUATION) if (out / name).exists()), None)
     metrics = (out / METRICS).read_text().splitlines() if (out / METRICS).exists() else []
     return Outcome(
         status=about["status"],
@@ -60,4 +63,4 @@ def judge(status_code: int, log: str, folder: Path) -> tuple[str, str]:
         if telling := [line for line in lines if any(sign in line for sign in signs)]:
             return status, telling[-1]
     telling = [line for line in lines if "rror" in line] or lines or [f"exit status {status_code}"]
-    return FAILED, telling[0]
+    return REFUSED if status_code == _REFUSED_STATUS else FAILED, telling[0]

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from ds_zoadamu.benchmark.report import PARTS
+from ds_zoadamu.benchmark.report import AXES, PARTS
 from ds_zoadamu.tasks import Metric
 from ds_zoadamu.training.curves import write_figure
 
-_AXES = (("step", "optimizer steps"), ("passes", "forward passes (a backward counts as 2)"), ("seconds", "seconds of training"))
 _MARKERS = "os^Dv*Pp<>"
 _BYTES = (("weights_bytes", "weights"), ("optimizer_bytes", "optimizer state"), ("gradients_bytes", "gradients"))
 
@@ -19,7 +18,7 @@ def draw_curves(results: dict, path: Path, metric: Metric) -> bool:
     def draw(figure) -> None:
         axes = figure.subplots(2, 3, sharey="row")
         for row, key in zip(axes, ("loss", metric.name), strict=True):
-            for axis, (x, label) in zip(row, _AXES, strict=True):
+            for axis, (x, label) in zip(row, AXES, strict=True):
                 for index, (name, entry) in enumerate(results["contenders"].items()):
                     points = entry.get("runs", {}).get("curves", {}).get(key, [])
                     if not points:

@@ -1,44 +1,67 @@
-"""results.json as Markdown tables."""
+"""What results.json says, as a report."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
+from ds_zoadamu.benchmark.blocks import Block, Chart, Charts, Code, Heading, Series, Table, Text
 from ds_zoadamu.benchmark.outcomes import FINISHED
 from ds_zoadamu.tasks import Metric
 
+AXES = (("step", "optimizer steps"), ("passes", "forward passes (a backward counts as 2)"), ("seconds", "seconds of training"))
 PARTS = ("gather", "forward", "backward", "perturb", "update", "journal", "other")
 
 
-def markdown(results: dict, metric: Metric, plots: Sequence[str] = ()) -> str:
+def report(results: dict, metric: Metric) -> list[Block]:
     """The report.
 
     Args:
         results: what results.json holds.
         metric: the task's main one.
-        plots: names of the plots beside it.
     """
-    sections = [_head(results, metric), _reached(results, metric.name), _cost(results), _split(results)]
-    sections += [_trials(results, metric.name), _surroundings(results)]
-    sections += [f"![{name.removesuffix('.png')}]({name})" for name in plots]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    sections = (_head(results, metric), _curves(results, metric), _reached(results, metric.name), _cost(results))
+    return [
+        *(block for section in sections for block in section),
+        *_split(results),
+        *_trials(results, metric.name),
+        *_how(results),
+    ]
 
 
-def _head(results: dict, metric: Metric) -> str:
+def _head(results: dict, metric: Metric) -> list[Block]:
     settings, batch = results["settings"], results["settings"]["batch"]
     examples, before = settings["num_examples"], f"{metric.name}_test_before"
     (kind, amount), *_ = results["budget"].items()
     finished = [entry["runs"] for entry in results["contenders"].values() if entry.get("runs", {}).get(before)]
     zero_shot = f"{finished[0][before]['mean']:.4f}" if finished else "not measured"
     known = metric.baseline and f" {metric.baseline.title.capitalize()}: {settings[metric.baseline.name]['test']:.4f}."
-    return (
-        f"# Benchmark, {results['date']}\n\n"
+    budget = (
         f"Budget {amount:g} {kind.removeprefix('max_')} a run, {batch['train_batch_size']} examples a step, "
         f"{batch['precision']}, seeds {', '.join(map(str, settings['seeds']))}. {examples['train']} training, "
-        f"{examples['dev']} development and {examples['test']} test examples.\n\n"
-        f"Test {metric.name} without training (zero-shot): {zero_shot}.{known or ''}"
+        f"{examples['dev']} development and {examples['test']} test examples."
     )
+    test = f"Test {metric.name} without training (zero-shot): {zero_shot}.{known or ''}"
+    return [Heading(f"Benchmark, {results['date']}", 1), Text(budget), Text(test)]
 
 
-def _reached(results: dict, metric: str) -> str:
+def _curves(results: dict, metric: Metric) -> list[Block]:
+    charts = []
+    for key in ("loss", metric.name):
+        baseline = metric.baseline if key == metric.name else None
+        level = baseline and (baseline.title, results["settings"][baseline.name]["dev"])
+        for x, label in AXES:
+            lines = (
+                series(name, style, entry.get("runs", {}).get("curves", {}).get(key, ()), x)
+                for style, (name, entry) in enumerate(results["contenders"].items())
+            )
+            charts.append(Chart(f"development {key}", label, [line for line in lines if line.points], level))
+    return [Charts("Curves", charts)]
+
+
+def series(name: str, style: int, points: Sequence[dict], x: str = "step") -> Series:
+    """Of `collect.mean_curve`."""
+    return Series(name, style, [(point[x], point["mean"], point["min"], point["max"]) for point in points])
+
+
+def _reached(results: dict, metric: str) -> list[Block]:
     target = results["settings"]["target"]
     columns: list[tuple[str, Callable[[dict], str]]] = [
         ("lr", lambda e: _chosen(e, "lr")),
@@ -53,10 +76,10 @@ def _reached(results: dict, metric: str) -> str:
     ]
     if target is not None:
         columns.append((f"seconds to development {metric} {target:g}", _to_target))
-    return "## What it reached\n\nMean ± standard deviation over seeds.\n\n" + _table(results, columns)
+    return [Heading("What it reached"), Text("Mean ± standard deviation over seeds."), _table(results, columns)]
 
 
-def _cost(results: dict) -> str:
+def _cost(results: dict) -> list[Block]:
     def exact(key: str) -> Callable[[dict], str]:
         return lambda e: f"{e['cost'][key]:,.0f}"
 
@@ -74,20 +97,21 @@ def _cost(results: dict) -> str:
         ("sent a step", exact("sent_bytes")),
     ]
     peaks = {entry["cost"]["peak_of"] for entry in results["contenders"].values() if "cost" in entry}
-    note = f"Bytes of the rank that has most; peak memory: {' or '.join(sorted(peaks))}, loading and steps.\n\n"
-    return "## What it cost\n\n" + note + _table(results, columns)
+    note = f"Bytes of the rank that has most; peak memory: {' or '.join(sorted(peaks))}, loading and steps."
+    return [Heading("What it cost"), Text(note), _table(results, columns)]
 
 
-def _split(results: dict) -> str:
+def _split(results: dict) -> list[Block]:
     used = [p for p in PARTS if any(p in e["cost"]["split_seconds"] for e in results["contenders"].values() if "cost" in e)]
 
     def part(name: str) -> Callable[[dict], str]:
         return lambda e: _or_empty(e["cost"]["split_seconds"].get(name), "{:.1f}", 1e3)
 
-    return "## A step by its parts\n\nMilliseconds on rank 0.\n\n" + _table(results, [(name, part(name)) for name in used])
+    table = _table(results, [(name, part(name)) for name in used])
+    return [Heading("A step by its parts"), Text("Milliseconds on rank 0."), table]
 
 
-def _trials(results: dict, metric: str) -> str:
+def _trials(results: dict, metric: str) -> list[Block]:
     rows = []
     for name, entry in results["contenders"].items():
         for trial in entry.get("trials", ()):
@@ -98,41 +122,35 @@ def _trials(results: dict, metric: str) -> str:
                 (name, f"{trial['lr']:g}", _or_empty(trial["zo_eps"], "{:g}"), trial["steps"], *score, "x" if chosen else "")
             )
     if not rows:
-        return ""
+        return []
     header = ("contender", "lr", "zo_eps", "steps", "development loss", f"development {metric}", "chosen")
-    return f"## Trials\n\nWith seed {results['settings']['seeds'][0]}; the lowest development loss is chosen.\n\n" + _rows(
-        header, rows
-    )
+    note = f"With seed {results['settings']['seeds'][0]}; the lowest development loss is chosen."
+    return [Heading("Trials"), Text(note), Table(header, rows)]
 
 
-def _surroundings(results: dict) -> str:
-    e = results["environment"]
+def _how(results: dict) -> list[Block]:
+    commits = results["environment"]["commits"]
+    text = Text(f"{machine(results['environment'])} Commit {', '.join(commits)}.")
+    several = [Text("The runs are of different commits.")] if len(commits) > 1 else []
+    return [Heading("How"), Code(results["command"]), text, *several]
+
+
+def machine(environment: dict) -> str:
+    """Processor, accelerator and versions, as a sentence or two."""
+    e = environment
     versions = ", ".join(f"{name} {version}" for name, version in (e["versions"] or {}).items())
-    lines = [
-        f"    {results['command']}",
-        "",
-        f"{e['processor']}, {e['num_cpus']} CPUs, accelerator: {e['accelerator']}. {versions}. "
-        f"Commit {', '.join(e['commits'])}.",
-    ]
-    if len(e["commits"]) > 1:
-        lines.append("The runs are of different commits.")
-    return "## How\n\n" + "\n".join(lines)
+    return f"{e['processor']}, {e['num_cpus']} CPUs, accelerator: {e['accelerator']}. {versions}."
 
 
-def _table(results: dict, columns: Sequence[tuple[str, Callable[[dict], str]]]) -> str:
+def _table(results: dict, columns: Sequence[tuple[str, Callable[[dict], str]]]) -> Table:
     rows = []
     for name, entry in results["contenders"].items():
         if "cost" in entry and (entry["runs"]["status"] or entry["status"] == FINISHED):
             rows.append((name, *(cell(entry) for _, cell in columns)))
         else:
             where = entry["reason"] or "while its step was measured"
-            rows.append((name, f"**{entry['status']}**: {where}"[:120].replace("|", "\\|"), *[""] * (len(columns) - 1)))
-    return _rows(("contender", *(title for title, _ in columns)), rows)
-
-
-def _rows(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+            rows.append((name, f"**{entry['status']}**: {where}"[:120], *[""] * (len(columns) - 1)))
+    return Table(("contender", *(title for title, _ in columns)), rows)
 
 
 def _status(entry: dict) -> str:

@@ -1,94 +1,99 @@
-"""One run of one contender: its command and its folder, which is there whole or not at all."""
+"""One run: its command and its folder, which is there whole or not at all."""
 
 import os
-import sys
-from argparse import Namespace
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_zoadamu.benchmark.arguments import shared_arguments
-from ds_zoadamu.benchmark.contenders import Contender
-from ds_zoadamu.benchmark.grid import Point
-from ds_zoadamu.benchmark.outcomes import FAILED, LOG, OUTCOME, Outcome, judge, read_outcome
-from ds_zoadamu.benchmark.processes import execute
-from ds_zoadamu.distributed.start import free_port
+from tqdm import tqdm
+
+from ds_zoadamu.benchmark.outcomes import FAILED, FINISHED, LOG, OUTCOME, REFUSED, Outcome, judge, read_outcome
 from ds_zoadamu.files.folders import remove
 from ds_zoadamu.files.json_files import write_json
 from ds_zoadamu.training.output import BEST, CHECKPOINTS, MODEL
 
-_PLACE = Path(__file__).resolve().parents[2]
-"""Of the package, for the processes that are started."""
-
 
 @dataclass(frozen=True)
 class Run:
-    """A contender with one lr and seed for some steps, or the profile of its step.
+    """A command on some ranks.
 
     Attributes:
-        folder: under the benchmark's output, named after what the run is.
+        folder: under the output of all runs, named after what the run is.
         command: of `ds_zoadamu`.
-        arguments: its command line, but for the folders that differ from machine to machine.
+        arguments: its command line, but for where it writes.
+        title: for people.
+        output: the option that says where it writes, and the path in the run's folder.
+        resumes: a run that was stopped goes on in its folder; otherwise it begins anew.
     """
 
-    contender: Contender
     folder: Path
     command: str
     arguments: tuple[str, ...]
     ranks: int
     threads: int
+    title: str
+    output: tuple[str, str] = ("--output_dir", "out")
+    resumes: bool = False
+
+
+Start = Callable[[Run, Sequence[str], Path], int]
+"""Starts a run's command with this command line, its output in a file; returns its exit status when it has ended."""
 
 
 class Runner:
-    """Starts runs under the deepspeed launcher, or reads those that have ended.
+    """Starts runs, or reads those that have ended.
 
     Args:
-        args: of `benchmark_parser`.
-        batch: the settings that all contenders share, of `check_settings`.
         commit: of the code, noted with every outcome.
+        start: starts the ranks of a run.
+        say: prints a line.
+
+    Attributes:
+        expected: how many runs there will be; to be set before the first.
     """
 
-    def __init__(self, args: Namespace, batch: dict, commit: str):
-        self._args, self._batch, self._commit = args, batch, commit
-        self.output = Path(args.output_dir)
-        self.threads = args.threads or max(1, len(os.sched_getaffinity(0)) // args.ranks)
+    def __init__(self, commit: str, start: Start, say: Callable[[str], None]):
+        self._commit, self._start, self._say = commit, start, say
+        self.expected = self._number = 0
+        self._seconds: list[float] = []
 
-    def plan(self, kind: str, contender: Contender, point: Point, steps: int, seed: int, *more: str) -> Run:
-        """The run of a kind: "profile", "trial" or "run"."""
-        args, ranks, threads = self._args, self._args.ranks, self.threads
-        if contender.plain:
-            # It takes all micro-batches of a step by itself, and all threads.
-            own = ("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16")
-            words = shared_arguments(args, without=own)
-            words += ["--per_device_train_batch_size", str(self._batch["train_micro_batch_size_per_gpu"])]
-            words += ["--gradient_accumulation_steps", str(self._batch["gradient_accumulation_steps"] * ranks)]
-            words += [] if self._batch["precision"] == "fp32" else [f"--{self._batch['precision']}"]
-            ranks, threads = 1, threads * ranks
-        elif contender.config is None:
-            words = shared_arguments(args)
-        else:
-            words = [*shared_arguments(args), "--deepspeed", "--deepspeed_config", str(self.config_path(contender))]
-            words += ["--save_steps", "0"]
-        words += [*point.arguments, "--max_steps", str(steps), "--seed", str(seed), *more]
-        name = kind if kind == "profile" else f"{kind}-{point.label}-steps{steps}-seed{seed}"
-        folder = self.output / "runs" / contender.name / name
-        return Run(contender, folder, contender.command, tuple(words), ranks, threads)
+    def outcome(self, run: Run) -> Outcome:
+        """Of a run that has ended before, or that is made now."""
+        self._number += 1
+        what = f"{self._number} of {self.expected}: {run.title}"
+        known = self.ended(run)
+        self._say(f"{what}: {'has ended before' if known else 'runs'}{self._left()}")
+        start = time.monotonic()
+        outcome = known or self.execute(run)
+        if not known:
+            self._seconds.append(time.monotonic() - start)
+        if outcome.status != FINISHED:
+            self._say(f"{what}: {outcome.status}: {outcome.reason}")
+        return outcome
 
-    def config_path(self, contender: Contender) -> Path:
-        """Where the benchmark keeps its copy of a contender's JSON."""
-        return self.output / "configs" / f"{contender.name}.json"
+    def _left(self) -> str:
+        """The mean of those that this process has timed, for all that are left: trials are shorter than what follows them."""
+        if not self._seconds:
+            return ""
+        seconds = statistics.mean(self._seconds) * (self.expected - self._number + 1)
+        return f", {tqdm.format_interval(seconds)} or more left"
 
     def ended(self, run: Run) -> Outcome | None:
         """Of a run that needs not be run again: all but those that failed for another reason than memory or divergence."""
         known = read_outcome(run.folder)
-        return known if known and known.status != FAILED else None
+        return known if known and known.status not in (FAILED, REFUSED) else None
 
     def execute(self, run: Run) -> Outcome:
         """Runs it now. Its folder gets its name when the run has ended."""
         writing = run.folder.with_name(run.folder.name + ".running")
-        for folder in (writing, run.folder):
+        for folder in (run.folder, *([] if run.resumes else [writing])):
             remove(folder)
-        writing.mkdir(parents=True)
-        status_code = execute(self._command(run, writing), self._environment(run), writing / LOG)
+        option, path = run.output
+        (writing / path).parent.mkdir(parents=True, exist_ok=True)
+        status_code = self._start(run, [*run.arguments, option, str(writing / path)], writing / LOG)
         log = (writing / LOG).read_text(errors="replace")
         status, reason = judge(status_code, log, writing)
         for name in (MODEL, BEST, CHECKPOINTS):  # as large as the model, and nobody asks for them
@@ -98,11 +103,15 @@ class Runner:
         os.rename(writing, run.folder)
         return read_outcome(run.folder)
 
-    def _command(self, run: Run, folder: Path) -> list[str]:
-        port = str(self._args.master_port or free_port())
-        command = [sys.executable, "-m", "ds_zoadamu.cli", run.command, "--num_gpus", str(run.ranks), "--master_port", port]
-        return [*command, *run.arguments, "--output_dir", str(folder / "out")]
 
-    def _environment(self, run: Run) -> dict[str, str]:
-        path = os.pathsep.join([str(_PLACE), *filter(None, [os.environ.get("PYTHONPATH")])])
-        return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(run.threads), "TOKENIZERS_PARALLELISM": "false"}
+def commit() -> str:
+    """Of the code, with "+" where files differ from it; "unknown" without a repository."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

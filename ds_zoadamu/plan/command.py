@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     model, request, choice, hardware = make_plan(args, given)
     if args.rehearse:
         return _rehearse(args, given, model, request, choice)
-    print(full_report(model, request, choice, _step_time(model, request, choice, hardware), hardware))
+    print(full_report(model, request, choice, step_time(model, request, choice, hardware), hardware))
     if args.write:
         if not choice.fits:
             raise ConfigError(f"--write {args.write}: not written, since the plan does not fit")
@@ -151,7 +151,8 @@ def make_plan(args: argparse.Namespace, given: dict | None) -> tuple[Model, Requ
     return model, request, choose(model, request), hardware
 
 
-def _step_time(model: Model, request: Request, choice: Choice, hardware: Hardware) -> StepTime:
+def step_time(model: Model, request: Request, choice: Choice, hardware: Hardware) -> StepTime:
+    """Of what `make_plan` gives."""
     text = model.module.config.get_text_config()
     return estimate_step(
         model, choice.plan, hardware, accumulation=request.accumulation,

@@ -216,6 +216,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
         int,
         demonstrations=(None, "so many training rows with their answers before each prompt, drawn anew for each"),
         num_train=(None, "examples that --linear_probing fits (default: what is there, up to 1000, as finetune draws them)"),
+        examples_per_class=(None, "in place of --num_train: so many of each class (default: the task's number)"),
         seed=(0, "of the draw of demonstrations, or of the examples of --linear_probing"),
     )
     probing = "fit rows of the vocabulary matrix to training examples by logistic regression (needs scikit-learn)"

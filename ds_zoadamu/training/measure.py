@@ -25,7 +25,8 @@ from ds_zoadamu.training.tuning import Tuning
 
 # Only these matter without training; without a JSON each rank keeps its ZeRO-3 partition in fp32.
 _SECTIONS = ("zero_optimization", "bf16", "fp16")
-_DEFAULT = {"zero_optimization": {"stage": 3}}
+# Nothing is used again soon, and DeepSpeed's look for it takes a time that grows with the square of the number of modules.
+_DEFAULT = {"zero_optimization": {"stage": 3, "stage3_max_reuse_distance": 0}}
 
 
 def measure(args: Namespace) -> dict:
@@ -75,8 +76,9 @@ def _check(args: Namespace) -> None:
         raise InputError(f"--output_file {args.output_file} exists; give another name or --overwrite_output_file")
     if args.output_file and not Path(args.output_file).absolute().parent.is_dir():
         raise InputError(f"--output_file {args.output_file}: there is no such folder; make it first")
-    if not args.linear_probing and args.num_train is not None:
-        raise InputError("--num_train is an option of --linear_probing; give that too, or leave it out")
+    for name in ("num_train", "examples_per_class"):
+        if not args.linear_probing and getattr(args, name) is not None:
+            raise InputError(f"--{name} is an option of --linear_probing; give that too, or leave it out")
     if args.linear_probing:
         require_scikit_learn()
         if args.demonstrations or args.split == "train":
@@ -101,5 +103,6 @@ def _rows(args: Namespace, data: TaskData) -> tuple[list, list]:
         pool = data.rows("train", args.data_dir)
         rows = with_demonstrations(data, rows, pool, args.demonstrations, args.seed)
     if args.linear_probing:
-        training = load_splits(data, args.data_dir, num_train=args.num_train, seed=args.seed)["train"]
+        counts = {"num_train": args.num_train, "examples_per_class": args.examples_per_class}
+        training = load_splits(data, args.data_dir, **counts, seed=args.seed)["train"]
     return rows, training

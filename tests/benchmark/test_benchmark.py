@@ -66,8 +66,9 @@ def interrupt_in_the_second_run(folder):
 
 def on_forked_ranks(folder, command, environment, log):
     """In the place of the deepspeed launcher: runs what it is given, which spares every rank the imports."""
-    ranks, port = (command[command.index(option) + 1] for option in ("--num_gpus", "--master_port"))
-    words = ["-m", *command[command.index("--module") + 1 :]]
+    _, *name, first, ranks, second, port = command[:8]
+    assert (first, second) == ("--num_gpus", "--master_port")
+    words = [*name, *command[8:]]
     started = launched(folder / f"output-{port}", int(ranks), *words, **environment, MASTER_PORT=port)
     statuses = [each.wait() for each in started]
     log.write_text("".join(each.stdout + each.stderr for each in started))
@@ -86,7 +87,7 @@ def test_interrupted_it_goes_on_with_what_is_left(tmp_path, monkeypatch, capsys)
     assert (runs / "plain-mezo" / "profile.running").exists() and not (tmp_path / "out" / "results.json").exists()
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("ds_zoadamu.benchmark.runs.execute", functools.partial(on_forked_ranks, tmp_path))
+    monkeypatch.setattr("ds_zoadamu.benchmark.processes.execute", functools.partial(on_forked_ranks, tmp_path))
     args = benchmark_parser().parse_args(arguments(tmp_path))
     assert benchmark(args) == 0
     assert profile.stat().st_mtime_ns == first and "zoadamu-int8 profile: has ended before" in capsys.readouterr().out
@@ -98,7 +99,7 @@ def test_interrupted_it_goes_on_with_what_is_left(tmp_path, monkeypatch, capsys)
     # Once more: every run has ended, so none is started, and the report is the same.
     ends = {path: path.stat().st_mtime_ns for path in runs.glob("*/*/outcome.json")}
     before = json.loads((tmp_path / "out" / "results.json").read_text())
-    with locked(tmp_path / "out"), pytest.raises(InputError, match="another benchmark works there now"):
+    with locked(tmp_path / "out"), pytest.raises(InputError, match="another command works there now"):
         benchmark(args)
     assert benchmark(args) == 0
     assert {path: path.stat().st_mtime_ns for path in runs.glob("*/*/outcome.json")} == ends
@@ -120,6 +121,6 @@ def check_results(output):
     assert 0 <= 2 * ours["cost"]["weights_bytes"] - plain["cost"]["weights_bytes"] < 4 * 2 * 40
     assert (ours["cost"]["ranks"], plain["cost"]["ranks"]) == (2, 1)
     assert (ours["cost"]["threads"], plain["cost"]["threads"]) == ("1", "2")
-    for name in ("report.md", "curves.png", "cost.png"):
+    for name in ("report.md", "report.html", "curves.png", "cost.png"):
         assert (output / name).stat().st_size > 0
     assert not list(output.rglob("model")) and not list(output.rglob("*.safetensors"))

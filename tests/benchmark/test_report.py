@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 
 from ds_zoadamu.benchmark.arguments import benchmark_parser
+from ds_zoadamu.benchmark.blocks import markdown
 from ds_zoadamu.benchmark.collect import cost, curve, mean_curve, seconds_to, spread, summary
 from ds_zoadamu.benchmark.contenders import Contender
 from ds_zoadamu.benchmark.grid import Point
 from ds_zoadamu.benchmark.outcomes import DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY, judge, read_outcome
 from ds_zoadamu.benchmark.phases import Phases
+from ds_zoadamu.benchmark.plans import Plans
 from ds_zoadamu.benchmark.plots import draw_cost, draw_curves
-from ds_zoadamu.benchmark.report import markdown
+from ds_zoadamu.benchmark.report import report
 from ds_zoadamu.benchmark.runs import Runner
 from ds_zoadamu.tasks import ClassificationTask
 
@@ -132,8 +134,8 @@ def test_a_run_that_ends_well_with_a_loss_that_is_not_finite_has_diverged(tmp_pa
 
 
 def test_runs_that_ended_are_kept_and_others_are_not(tmp_path):
-    runner = Runner(parsed(tmp_path), BATCH, "abc")
-    plans = [runner.plan("run", ADAM, Point(lr, None), 8, 0) for lr in (1, 2, 3, 4, 5)]
+    runner, commands = Runner("abc", None, print), Plans(parsed(tmp_path), BATCH)
+    plans = [commands.plan("run", ADAM, Point(lr, None), 8, 0) for lr in (1, 2, 3, 4, 5)]
     for plan, status in zip(plans, (FINISHED, OUT_OF_MEMORY, DIVERGED, FAILED), strict=False):
         write_run(plan.folder, status)
     write_run(plans[4].folder.with_name(plans[4].folder.name + ".running"))  # killed before it got its name
@@ -141,8 +143,8 @@ def test_runs_that_ended_are_kept_and_others_are_not(tmp_path):
 
 
 def test_the_plain_loop_takes_all_micro_batches_and_threads(tmp_path):
-    runner = Runner(parsed(tmp_path, "--ranks 2 --threads 3 --bf16"), BATCH, "abc")
-    plain, adam = (runner.plan("run", c, Point(1e-3, None), 8, 0) for c in (PLAIN, ADAM))
+    plans = Plans(parsed(tmp_path, "--ranks 2 --threads 3 --bf16"), BATCH)
+    plain, adam = (plans.plan("run", c, Point(1e-3, None), 8, 0) for c in (PLAIN, ADAM))
     words = " ".join(plain.arguments)
     assert (plain.ranks, plain.threads, adam.ranks, adam.threads) == (1, 6, 2, 3)
     assert "--per_device_train_batch_size 4 --gradient_accumulation_steps 4 --bf16" in words and words.count("--bf16") == 1
@@ -151,16 +153,17 @@ def test_the_plain_loop_takes_all_micro_batches_and_threads(tmp_path):
 
 def test_the_lowest_development_loss_of_the_trials_is_chosen(tmp_path):
     args = parsed(tmp_path, "--trial_steps 8")
-    runner = Runner(args, BATCH, "abc")
+    runner, plans = Runner("abc", None, print), Plans(args, BATCH)
     points = [Point(lr, None) for lr in (1.0, 2.0, 3.0)]
     ends = {1.0: (FINISHED, 0.6), 2.0: (FINISHED, 0.5), 3.0: (DIVERGED, 0.1)}
     for point in points:
         status, loss = ends[point.lr]
-        write_run(runner.plan("trial", ADAM, point, 8, 0).folder, status, losses=(0.7, 0.1, loss))
-    chosen, trials = Phases(args, runner, 16, METRIC, print).search(ADAM, points, 32)
+        write_run(plans.plan("trial", ADAM, point, 8, 0).folder, status, losses=(0.7, 0.1, loss))
+    phases = Phases(args, runner, plans, 16, METRIC)
+    chosen, trials = phases.search(ADAM, points, 32)
     assert chosen == points[1]
     assert [(t["lr"], t["status"], t["dev_loss"]) for t in trials] == [(lr, *ends[lr]) for lr in (1.0, 2.0, 3.0)]
-    assert Phases(args, runner, 16, METRIC, print).search(ADAM, points[:1], 32) == (points[0], [])
+    assert phases.search(ADAM, points[:1], 32) == (points[0], [])
 
 
 @pytest.mark.parametrize("budget, steps", {"--max_steps 5": 5, "--max_items 100": 6, "--max_seconds 2.2": 4}.items())
@@ -168,7 +171,7 @@ def test_a_budget_becomes_steps(tmp_path, budget, steps):
     write_run(tmp_path / "profile", profile=True)  # 0.5 s a step, 16 items
     args = parsed(tmp_path, budget)
     args.max_steps = args.max_steps if "steps" in budget else None
-    assert Phases(args, None, 16, METRIC, print).steps(read_outcome(tmp_path / "profile")) == steps
+    assert Phases(args, None, None, 16, METRIC).steps(read_outcome(tmp_path / "profile")) == steps
 
 
 @pytest.fixture
@@ -214,17 +217,17 @@ def results(tmp_path):
     }  # fmt: skip
 
 
-def row(report: str, title: str, name: str) -> dict[str, str]:
+def row(text: str, title: str, name: str) -> dict[str, str]:
     """A contender's cells in the table under a title, by column."""
-    lines = report[report.index(f"## {title}") :].split("\n\n## ")[0].splitlines()
+    lines = text[text.index(f"## {title}") :].split("\n\n## ")[0].splitlines()
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     (cells,) = [line for line in table if line[0] == name]
     return dict(zip(table[0], cells, strict=True))
 
 
 def test_the_report_tells_means_and_spreads_and_what_went_wrong(results):
-    report = markdown(results, METRIC, ["curves.png"])
-    whole, half = row(report, "What it reached", "whole"), row(report, "What it reached", "half")
+    text = markdown(report(results, METRIC))
+    whole, half = row(text, "What it reached", "whole"), row(text, "What it reached", "half")
     assert whole["test accuracy at the end"] == "0.7500 ± 0.1768" and whole["runs"] == "2 finished"
     assert whole["test accuracy, best on development"] == "0.7500 ± 0.0000" and whole["passes"] == "24"
     assert whole["seconds to development accuracy 0.55"] == "4.0 (1 of 2 runs)"
@@ -232,12 +235,11 @@ def test_the_report_tells_means_and_spreads_and_what_went_wrong(results):
     assert half["seconds to development accuracy 0.55"] == "never (1 runs)"
     for name, words in (("large", "**out of memory**: CUDA out of memory"), ("wild", "**diverged**: in every trial")):
         for title in ("What it reached", "What it cost"):
-            assert words in row(report, title, name).values()
-    assert row(report, "What it cost", "whole")["seconds a step, median (p10, p90)"] == "0.500 (0.250, 1.000)"
-    assert row(report, "A step by its parts", "whole")["backward"] == "200.0"
-    assert "zero-shot): 0.5000. Majority class: 0.5238." in report and "The runs are of different commits." in report
-    assert report.count("| diverged |") == 3 and report.count("| x |") == 2  # the trials
-    assert "![curves](curves.png)" in report
+            assert words in row(text, title, name).values()
+    assert row(text, "What it cost", "whole")["seconds a step, median (p10, p90)"] == "0.500 (0.250, 1.000)"
+    assert row(text, "A step by its parts", "whole")["backward"] == "200.0"
+    assert "zero-shot): 0.5000. Majority class: 0.5238." in text and "The runs are of different commits." in text
+    assert text.count("| diverged |") == 3 and text.count("| x |") == 2  # the trials
 
 
 def test_plots_of_whatever_finished(results, tmp_path):

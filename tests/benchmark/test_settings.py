@@ -123,7 +123,7 @@ REFUSED = {
     "--max_steps 400 --contenders mezo mezo": "names one twice",
     "--max_steps 400 --configs {tiny}/small.json": "write NAME=FILE",
     "--max_steps 400 --configs a={tiny}/nowhere.json": "cannot be read",
-    "--max_steps 400 --configs a={tiny}/sgd.json": "a: optimizer.type is 'SGD'; known: ZOAdaMU, MeZO, ZOAdaptive, ",
+    "--max_steps 400 --configs a={tiny}/sgd.json": "a: optimizer.type is 'SGD'; known: ZOAdaMU, MeZO, FZOO, ",
     "--max_steps 400 --configs a={tiny}/stage2.json": "a: zero_optimization.stage is 2; set it to 3",
     "--max_steps 400 --configs a={tiny}/seeded.json": "a: optimizer.params.seed is 5, the benchmark gives every run its own",
     "--max_steps 400 --configs a={tiny}/unclipped.json": "a: gradient_clipping is missing",
