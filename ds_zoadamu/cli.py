@@ -64,7 +64,7 @@ def _subcommand(command: str | None, argv: list[str]) -> int:
     from .distributed.launcher import OPTIONS
     from .errors import CheckpointError, ConfigError, HubError, JournalError, RankError, ReplayError
 
-    parser = Parser(prog="ds_zoadamu", description="Plan, record and rebuild zeroth-order fine-tuning runs.")
+    parser = Parser(prog="ds_zoadamu", description="Plan, make, record and rebuild zeroth-order fine-tuning runs.")
     parser.add_argument("--version", action="version", version=f"ds_zoadamu {__version__}")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     parser.add_argument(

@@ -94,6 +94,9 @@ def _fill_optimizer(filler: "_Filler", rule: str | None) -> None:
     default_lr = DEFAULT_LEARNING_RATE if rule is None else RULES[rule].usual_lrs[0]
     filler.fill("optimizer.params.lr", default_lr, "learning_rate")
     filler.fill("optimizer.params.weight_decay", 0.0, "weight_decay")
+    ignored, why = ("zo_eps", "perturbs nothing") if rule is None else ("max_grad_norm", "has no gradients to clip")
+    if given := filler.given.get(ignored):
+        raise ConfigError(f"--{ignored} {given}: {rule or filler.get('optimizer.type')} {why}; leave it out")
     filler.fill("optimizer.params.betas", [0.9, 0.999])
     filler.fill("optimizer.params.eps", 1e-8)
     if rule is not None:

@@ -48,6 +48,9 @@ def launch(launcher: Sequence[str], words: Sequence[str]) -> int:
     The launcher says nothing: its log has the ranks' commands and deaths, which are told by the ranks. No rank outlives this
     process, nor the launcher's, even if it is killed.
     """
+    from . import quiet  # before DeepSpeed, whose launcher is another process
+
+    quiet.name_the_cpu()
     from deepspeed.launcher import runner
 
     launched: list[subprocess.Popen] = []

@@ -2,12 +2,15 @@
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from ..errors import JournalError, ReplayError, shown
+from ..files.companions import COMPANIONS
 from ..files.hub import is_hub_name
 from ..files.hub_access import one_line
 from ..files.untrusted import check_shape, read_file
@@ -16,7 +19,7 @@ from .journal import Contents, parse_journal, read_bytes
 from .schemas import Count, Sha256
 
 CARD, JOURNAL, ADAPTERS = "README.md", "journal.jsonl", "initial_adapters"
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 KEY = "ds_zoadamu"
 """Of a card's metadata, which has ``Stated`` under it."""
 _MAX_CARD = 1 << 22  # bytes
@@ -51,6 +54,14 @@ class Published:
         if name is None or not is_hub_name(name):
             raise ReplayError(f"the journal of {str(self.folder)!r} names {shown(name)} as its base: name the base with --base")
         return name
+
+
+def adapter_files(header: Mapping[str, Any]) -> list[str]:
+    """Where a journal's run began with the adapters in ADAPTERS: all files of them that a replay asks for, which lie there."""
+    base = header["base"]
+    if base["name"] != ADAPTERS:
+        return []
+    return [f"{ADAPTERS}/{name}" for name in (*(base["files"] or ()), *(base.get("companions") or ("adapter_config.json",)))]
 
 
 def find_published(name: str) -> Published:
@@ -97,6 +108,6 @@ def _fetched(name: str) -> Path:
         raise ReplayError(f"{name!r} is neither a folder nor a name on the hub")
     from huggingface_hub import HfApi
 
-    wanted = [CARD, JOURNAL, *(f"{ADAPTERS}/{file}" for file in ADAPTER_FILES)]
+    wanted = [CARD, JOURNAL, *(f"{ADAPTERS}/{file}" for file in (_ADAPTER_WEIGHTS, *COMPANIONS))]
     with one_line(f"{name!r} cannot be fetched from the hub"):
         return Path(HfApi().snapshot_download(name, allow_patterns=wanted))

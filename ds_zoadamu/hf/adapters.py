@@ -16,6 +16,7 @@ from ..config.adapters import MISFITS, require_peft, with_adapter
 from ..distributed import collective
 from ..errors import ConfigError
 from ..zero3.hf import zero3_known
+from ..zero3.partition import is_partitioned
 
 
 def task_type_of(model: torch.nn.Module) -> str:
@@ -64,7 +65,7 @@ def loaded(model: torch.nn.Module, folder: str) -> torch.nn.Module:
         for config in made.peft_config.values():
             config.inference_mode = False  # in which PEFT reads a prefix past its module, where nobody gathers it
         for param in made.parameters():
-            if not hasattr(param, "ds_id"):
+            if not is_partitioned(param):
                 param.data = param.data.to(dtype)
     return made
 
@@ -107,7 +108,7 @@ def _gathering(model: torch.nn.Module) -> Iterator[None]:
 
     def enter(module, *_):
         parameters = list(module.parameters(recurse=False))
-        partitioned = any(hasattr(p, "ds_id") for p in parameters)
+        partitioned = any(map(is_partitioned, parameters))
         open_ones[module] = deepspeed.zero.GatheredParameters(parameters) if partitioned else nullcontext()
         open_ones[module].__enter__()
 

@@ -11,6 +11,7 @@ from ..files.safetensors_io import write_durably
 from ..hub import card
 from ..zero3.memory import stored_bytes
 from ..zero3.peak_memory import PeakMemory
+from .kinds import pipeline_of
 
 
 class RunCard:
@@ -45,6 +46,7 @@ class RunCard:
             settings={"ranks": collective.world_size()},
             base_model=card.hub_name(base),
             adapters=adapters is not None,
+            pipeline=pipeline_of(model.get_base_model() if adapters is not None else model),
         )
 
     def complete(self, folder: Path, repo: str | None) -> None:

@@ -10,6 +10,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..distributed import collective
+from ..durability.published import ADAPTERS
 from ..errors import JournalError, ReplayError
 from .arguments import say
 from .saving import save_for_trainer
@@ -64,7 +65,7 @@ class RunJournal(TrainerCallback):
         """On all ranks, once the engine has the weights that training begins with."""
         if self.path is None:
             return
-        adapters = self.path.parent / "initial_adapters" if hasattr(model, "peft_config") else None
+        adapters = self.path.parent / ADAPTERS if hasattr(model, "peft_config") else None
         if self.resuming and self.exists():
             due = engine.attach_journal(self.path, base=adapters, task=self.task)
             step = engine.optimizer.step_count

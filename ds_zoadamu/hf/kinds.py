@@ -17,21 +17,26 @@ class ModelKind:
         name: what messages call it.
         auto: Transformers' class that loads such a model.
         mapping: from configurations to the models of this kind, as Transformers keeps it.
+        pipeline: what the hub calls what such a model does.
     """
 
     name: str
     auto: type
     mapping: Any
+    pipeline: str
 
     def knows(self, config) -> bool:
         """Whether there is a model of this kind for a configuration, in Transformers or in the files beside it."""
         return type(config) in self.mapping or self.auto.__name__ in (getattr(config, "auto_map", None) or {})
 
 
-CAUSAL = ModelKind("causal", transformers.AutoModelForCausalLM, transformers.MODEL_FOR_CAUSAL_LM_MAPPING)
-MASKED = ModelKind("masked", transformers.AutoModelForMaskedLM, transformers.MODEL_FOR_MASKED_LM_MAPPING)
+CAUSAL = ModelKind("causal", transformers.AutoModelForCausalLM, transformers.MODEL_FOR_CAUSAL_LM_MAPPING, "text-generation")
+MASKED = ModelKind("masked", transformers.AutoModelForMaskedLM, transformers.MODEL_FOR_MASKED_LM_MAPPING, "fill-mask")
 SEQ2SEQ = ModelKind(
-    "sequence-to-sequence", transformers.AutoModelForSeq2SeqLM, transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    "sequence-to-sequence",
+    transformers.AutoModelForSeq2SeqLM,
+    transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    "text2text-generation",
 )
 _OTHER_HEADS = (
     transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -74,6 +79,15 @@ def model_kind(config) -> ModelKind:
         f"the model {shown(name)} ({type(config).__name__}) is no language model: Transformers knows no causal, masked or "
         "sequence-to-sequence one of that configuration"
     )
+
+
+def pipeline_of(model: Any) -> str | None:
+    """What the hub calls what a model does, by its class, since what its configuration could be is not what it is (a classifier
+    made of RoBERTa's); None of one that is no language model."""
+    config = getattr(model, "config", None)
+    if getattr(model, "can_generate", bool)():
+        return (SEQ2SEQ if getattr(config, "is_encoder_decoder", False) else CAUSAL).pipeline
+    return MASKED.pipeline if type(config) in MASKED.mapping and isinstance(model, MASKED.mapping[type(config)]) else None
 
 
 def language_part(config) -> tuple[ModelKind, Any]:

@@ -17,6 +17,7 @@ from ..files.hub import is_hub_name
 
 _TAGS = ("ds_zoadamu", "zeroth-order")
 _TRAINING, _USE = "training", "use"
+_WRITES_TEXT = ("text-generation", "text2text-generation")
 _DATASET = "your-dataset"  # the hub takes no result without one
 
 
@@ -34,6 +35,7 @@ class Run:
         adapters: the weights are PEFT adapters of it.
         evaluated_by: a task of lm-evaluation-harness.
         forward_only: there was no backward pass.
+        pipeline: what the hub calls what the model does; None: not known. lm-evaluation-harness has models that write text.
     """
 
     journal: bytes | None = None
@@ -45,6 +47,7 @@ class Run:
     adapters: bool = False
     evaluated_by: str = "hellaswag,winogrande"
     forward_only: bool = True
+    pipeline: str | None = "text-generation"
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,9 @@ def new_card(run: Run, name: str, scores: Sequence[Score] = (), datasets: Sequen
         model_name=name,
         library_name="peft" if run.adapters else "transformers",
         base_model=run.base_model,
-        pipeline_tag="text-generation",
+        pipeline_tag=run.pipeline,
         datasets=list(datasets) or None,
-        eval_results=_eval_results(scores) or None,
+        eval_results=_eval_results(scores, run.pipeline or "other") or None,
         metrics=list(dict.fromkeys(score.metric for score in scores)) or None,
     )
     return with_run(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n", run, repo)
@@ -111,7 +114,7 @@ def said_by(text: str) -> dict[str, Any]:
         ModelCard(text, ignore_metadata_errors=True).data.base_model,
         re.search(r"^lm_eval .*--tasks (\S+)", text, re.M),
     )
-    return {"base_model": base if isinstance(base, str) else None} | ({"evaluated_by": task[1]} if task else {})
+    return {"base_model": base if isinstance(base, str) else None} | ({"evaluated_by": task[1]} if task else {"pipeline": None})
 
 
 def is_ours(text: str) -> bool:
@@ -177,6 +180,8 @@ def _use(run: Run, repo: str | None, has_weights: bool) -> str:
     lines = []
     if run.journal is not None:
         lines += [*_rebuilding(run, repo), ""]
+    if run.pipeline not in _WRITES_TEXT:
+        return "\n".join(lines)
     place = repo or "."
     if not has_weights:
         place = "rebuilt"
@@ -209,10 +214,10 @@ def _rebuilding(run: Run, repo: str | None) -> list[str]:
 # --- figures ------------------------------------------------------------------------------------------------------------------
 
 
-def _eval_results(scores: Sequence[Score]) -> list[EvalResult]:
+def _eval_results(scores: Sequence[Score], pipeline: str) -> list[EvalResult]:
     return [
         EvalResult(
-            task_type="text-generation",
+            task_type=pipeline,
             dataset_type=score.dataset_type,
             dataset_name=score.dataset,
             dataset_split=score.split,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..durability.journal import parse_journal, read_bytes
-from ..durability.published import ADAPTER_FILES, ADAPTERS, CARD, JOURNAL, stated_in
+from ..durability.published import ADAPTERS, CARD, JOURNAL, adapter_files, stated_in
 from ..errors import JournalError
 from ..files.safetensors_io import write_durably
 from ..files.untrusted import read_file
@@ -32,8 +32,7 @@ def run(args: Any) -> int:
     if contents.damage is not None:
         raise contents.damage
     files: dict[str, bytes] = {JOURNAL: data}
-    if contents.header["base"]["name"] == ADAPTERS:
-        files |= {f"{ADAPTERS}/{name}": read_file(journal.parent / ADAPTERS / name, _MAX_BYTES) for name in ADAPTER_FILES}
+    files |= {name: read_file(journal.parent / name, _MAX_BYTES) for name in adapter_files(contents.header)}
     local = args.to.startswith((".", "/", "~"))
     repo = None if local else create_repo(args.to, args.hub_private_repo or None)
     files[CARD] = _card(journal, data, contents.header, len(contents.records), repo).encode()

@@ -21,6 +21,19 @@ _POSITIVE = (
     "ranks", "threads", "trial_steps", "lora_rank", "prefix_tokens", "demonstrations",
 )  # fmt: skip
 
+_GO_WITH = {
+    "hub_model_id": "push_to_hub", "hub_private_repo": "push_to_hub", "find_lr_values": "find_lr", "find_eps_values": "find_lr",
+}  # fmt: skip
+"""What does nothing without another option."""
+_NO_MODEL = "which makes no model"
+_OF_A_RUN = {
+    "push_to_hub": _NO_MODEL,
+    "merge": _NO_MODEL,
+    "resume": "which begins anew",
+    "profile_steps": "which measures trials",
+}
+"""What --find_lr and --profile_steps, which take the place of a run, would ignore, and why."""
+
 
 def add_options(group: argparse._ArgumentGroup, kind: Callable[[str], Any], **options: tuple[Any, str]) -> None:
     """Options with a value of a kind, by name: the default, which is named where it is not None, and what it is for."""
@@ -79,7 +92,11 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(
         group,
         int,
-        max_length=(None, "tokens a prompt may have; longer texts lose their beginning (default: the model's)"),
+        max_length=(
+            None,
+            "tokens a prompt may have; longer ones lose their beginning, of masked models their end (default: the task's, else "
+            "the model's)",
+        ),
         per_device_eval_batch_size=(16, "examples in an evaluation's forward"),
     )
     add_switches(
@@ -133,7 +150,7 @@ def finetune_parser() -> argparse.ArgumentParser:
         group,
         float,
         learning_rate=(None, f"lr ({usual})"),
-        zo_eps=(None, "size of the perturbation (default: 1e-3)"),
+        zo_eps=(None, "size of the perturbation (default: 1e-3; 1e-2 with --lora, 1e-1 with --prefix)"),
         weight_decay=(None, "decoupled weight decay (default: 0)"),
         max_grad_norm=(None, "gradient_clipping, with backward passes only (default: 1.0)"),
     )
@@ -223,13 +240,19 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name, None)
         if value is not None and not 0 <= value < float("inf"):
             raise InputError(f"--{name} must be a finite number of at least 0, got {value}")
-    pushed = getattr(args, "push_to_hub", False)
-    for name in ("hub_model_id", "hub_private_repo"):
-        if getattr(args, name, None) and not pushed:
-            raise InputError(f"--{name} is given without --push_to_hub; add it, or leave this out")
+    for name, needed in _GO_WITH.items():
+        if getattr(args, name, None) and not getattr(args, needed, False):
+            raise InputError(f"--{name} is given without --{needed}; add it, or leave this out")
     for name in ("find_lr", "profile_steps"):
-        if pushed and getattr(args, name):
-            raise InputError(f"--push_to_hub is given with --{name}, which makes no model; leave one of them out")
+        for other, why in _OF_A_RUN.items():
+            if other != name and getattr(args, name, None) and getattr(args, other, None):
+                raise InputError(f"--{other} is given with --{name}, {why}; leave one of them out")
+
+
+def refuse_search(args: argparse.Namespace, who: str) -> None:
+    """Raises InputError, naming who makes one run only, where a search is asked for."""
+    if args.find_lr:
+        raise InputError(f"--find_lr: {who} makes one run; leave it out, or search with `ds_zoadamu finetune`")
 
 
 def task_from(args: argparse.Namespace, kind: ModelKind) -> TaskData:

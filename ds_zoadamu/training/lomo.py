@@ -14,7 +14,7 @@ from ds_zoadamu.config.settings import check_precision
 from ds_zoadamu.distributed.start import launched_world_size
 from ds_zoadamu.hf.models import load_model
 from ds_zoadamu.tasks import InputError, Task
-from ds_zoadamu.training.arguments import check_arguments
+from ds_zoadamu.training.arguments import check_arguments, refuse_search
 from ds_zoadamu.training.plan import Plan, encode_splits, read_model_input
 from ds_zoadamu.training.steps import Partitioned, Section, make_dataloader
 from ds_zoadamu.zero3.hf import zero3_known
@@ -55,6 +55,7 @@ def make_lomo_plan(args: Namespace) -> Plan:
         InputError, ConfigError: as `make_plan`; what `check_lomo` finds.
     """
     check_arguments(args)
+    refuse_search(args, "LOMO")
     model_input = read_model_input(args)
     model_input.tuning.require_full("LOMO")
     sizes = {"world_size": launched_world_size(), "model_info": model_input}

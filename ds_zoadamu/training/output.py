@@ -13,6 +13,7 @@ import torch
 
 from ds_zoadamu.config import Config
 from ds_zoadamu.durability.journal import Record
+from ds_zoadamu.durability.published import ADAPTERS
 from ds_zoadamu.files.folders import put_back, remove, replace
 from ds_zoadamu.files.json_files import dumps, write_json
 from ds_zoadamu.files.locks import is_locked
@@ -21,7 +22,7 @@ from ds_zoadamu.tasks import InputError
 from ds_zoadamu.zero3.records import StepRecord
 
 METRICS, RESULTS, CURVES, SEARCH, BEST, MODEL = "metrics.jsonl", "results.json", "curves.png", "find_lr.json", "best", "model"
-PROFILE, INITIAL, MERGED = "profile.json", "initial_adapter", "merged"
+PROFILE, INITIAL, MERGED = "profile.json", ADAPTERS, "merged"
 JOURNAL, CHECKPOINTS = "journal.jsonl", "checkpoints"
 _OURS = (METRICS, RESULTS, CURVES, SEARCH, PROFILE, BEST, MODEL, MERGED, JOURNAL, CHECKPOINTS)
 _PACKAGES = ("ds_zoadamu", "deepspeed", "torch", "transformers", "datasets", "numpy")

@@ -14,7 +14,7 @@ from ds_zoadamu.distributed.start import launched_world_size
 from ds_zoadamu.errors import NonFiniteLossError
 from ds_zoadamu.hf.kinds import model_kind
 from ds_zoadamu.tasks import InputError
-from ds_zoadamu.training.arguments import check_arguments
+from ds_zoadamu.training.arguments import check_arguments, refuse_search
 from ds_zoadamu.training.plan import Plan, encode_splits, read_model_input
 from ds_zoadamu.training.steps import Section, make_dataloader
 from ds_zoadamu.zero3.data import repeat
@@ -34,6 +34,7 @@ def make_plain_plan(args: Namespace) -> Plan:
         raise InputError(f"the plain MeZO loop holds the whole model: it runs on 1 rank, not on {launched_world_size()}")
     if args.weight_decay:
         raise InputError(f"--weight_decay {args.weight_decay}: the plain MeZO loop has none; leave it out")
+    refuse_search(args, "the plain MeZO loop")
     model_input = read_model_input(args)
     model_input.tuning.require_full("the plain MeZO loop")
     return encode_splits(args, None, model_input)

@@ -16,7 +16,7 @@ from ds_zoadamu.config.sections import check_stage, value_at
 from ds_zoadamu.config.settings import check_precision, read_config
 from ds_zoadamu.distributed.start import launched_rank, launched_world_size
 from ds_zoadamu.files import hub
-from ds_zoadamu.hf.kinds import language_part
+from ds_zoadamu.hf.kinds import ModelKind, language_part
 from ds_zoadamu.rules import import_modules
 from ds_zoadamu.tasks import InputError, Task, TaskData, load_splits
 from ds_zoadamu.training.arguments import check_arguments, task_from
@@ -31,6 +31,7 @@ class ModelInput:
         data: the task without the model.
         hidden_size: of the model; None where its configuration does not say.
         tuning: what of the model is trained.
+        kind: of the model.
     """
 
     data: TaskData
@@ -38,6 +39,7 @@ class ModelInput:
     tokenizer: PreTrainedTokenizerBase
     hidden_size: int | None
     tuning: Tuning
+    kind: ModelKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,7 @@ class Plan:
     Attributes:
         config: the DeepSpeed configuration; None where none is read.
         tuning: what of the model is trained.
+        kind: of the model.
         sets: "train", "dev" and "test": encoded examples.
     """
 
@@ -55,6 +58,7 @@ class Plan:
     task: Task
     tokenizer: PreTrainedTokenizerBase
     tuning: Tuning
+    kind: ModelKind
     sets: Mapping[str, Sequence[Any]]
 
     @property
@@ -89,7 +93,8 @@ def read_model_input(args: Namespace) -> ModelInput:
     task = data.bind(tokenizer, tuning.room_left(config), **sizes)
     for line in task.warnings if launched_rank() == 0 else ():
         logger.warning(f"task {task.name!r}: {line}")
-    return ModelInput(data=data, task=task, tokenizer=tokenizer, hidden_size=hidden_size_of(part), tuning=tuning)
+    known = {"hidden_size": hidden_size_of(part), "tuning": tuning, "kind": kind}
+    return ModelInput(data=data, task=task, tokenizer=tokenizer, **known)
 
 
 def make_plan(args: Namespace, ranks: int | None = None) -> Plan:
@@ -136,7 +141,7 @@ def encode_splits(args: Namespace, config: Config | None, model_input: ModelInpu
     for name, split in (("training", "train"), ("development", "dev")) if launched_rank() == 0 else ():
         for line in task.remarks(name, sets[split]):
             logger.warning(line)
-    known = {"tokenizer": model_input.tokenizer, "tuning": model_input.tuning}
+    known = {"tokenizer": model_input.tokenizer, "tuning": model_input.tuning, "kind": model_input.kind}
     return Plan(args=args, config=config, task=task, sets=sets, **known)
 
 

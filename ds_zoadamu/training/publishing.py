@@ -7,7 +7,8 @@ from typing import Any
 
 from ds_zoadamu.distributed.collective import on_all_ranks
 from ds_zoadamu.distributed.start import launched_rank
-from ds_zoadamu.durability.published import CARD
+from ds_zoadamu.durability.journal import parse_journal
+from ds_zoadamu.durability.published import CARD, adapter_files
 from ds_zoadamu.errors import HubError
 from ds_zoadamu.files.safetensors_io import write_durably
 from ds_zoadamu.hub import card
@@ -34,7 +35,10 @@ def prepare_repo(args: Namespace) -> str | None:
 
 
 def write_card(plan: Plan, results: dict[str, Any], folder: Path, repo: str | None) -> None:
-    """The card, and a copy of the journal, in a run's model folder; on the first rank. Raises OSError."""
+    """The card, and copies of the journal and of the adapters before training, in a run's model folder; on the first rank.
+
+    Raises OSError.
+    """
     args, journal = plan.args, folder / JOURNAL
     data = journal.read_bytes() if journal.exists() else None
     run = card.Run(
@@ -44,6 +48,8 @@ def write_card(plan: Plan, results: dict[str, Any], folder: Path, repo: str | No
         memory=results["ranks"],
         settings=_settings(results, data is not None),
         base_model=card.hub_name(args.model_name_or_path),
+        adapters=plan.tuning.adapter is not None,
+        pipeline=plan.kind.pipeline,
         forward_only=not results["passes_a_step"]["backward"],
         **({"evaluated_by": results["task"]} if results["task"] in _LM_EVAL else {}),
     )
@@ -58,6 +64,9 @@ def write_card(plan: Plan, results: dict[str, Any], folder: Path, repo: str | No
     model = folder / MODEL
     if data is not None:
         write_durably(model / JOURNAL, data)
+        for name in adapter_files(parse_journal(data, str(journal), until=0).header):  # without them it rebuilds nothing
+            (model / name).parent.mkdir(exist_ok=True)
+            write_durably(model / name, (folder / name).read_bytes())
     write_durably(model / CARD, text.encode())
 
 

@@ -134,7 +134,7 @@ def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
         usual = USUAL[name]
         text += (
             f" alone are trained; of zeroth-order steps lr is {usual.learning_rate:g} and zo_eps {usual.zo_eps:g} where "
-            "neither JSON nor arguments give others"
+            "neither JSON nor arguments give others (FZOO keeps its own lr)"
         )
         which.add_argument(f"--{name}", action="store_true", help=text)
     group.add_argument("--lora_rank", type=int, help="columns of the additions (default: 8)")

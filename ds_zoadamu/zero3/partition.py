@@ -178,6 +178,11 @@ def frozen_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {canonical_name(name): param for name, param in module.named_parameters() if not param.requires_grad}
 
 
+def is_partitioned(param: torch.nn.Parameter) -> bool:
+    """Whether ZeRO-3 has taken charge of a parameter."""
+    return hasattr(param, "ds_id")
+
+
 def whole_shape(param: torch.Tensor) -> tuple[int, ...]:
     """The shape of a parameter when it is gathered."""
     return tuple(getattr(param, "ds_shape", param.shape))
@@ -223,7 +228,7 @@ def partition_onto_nvme(module: torch.nn.Module, config: Config, mpu=None) -> No
     whatever was named (``dtype or a if b else c``), and an fp32 model's forward fails. Without a name it reads the
     configuration.
     """
-    if config.offload.on_nvme and not any(hasattr(p, "ds_id") for p in module.parameters()):
+    if config.offload.on_nvme and not any(map(is_partitioned, module.parameters())):
         group = None if mpu is None else mpu.get_data_parallel_group()
         deepspeed.zero.Init(module=module, data_parallel_group=group, config_dict_or_path=config.deepspeed, mpu=mpu)
 
@@ -232,7 +237,7 @@ def lift_scalars(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Give 0-d parameters that are not partitioned yet one dimension; DeepSpeed 0.19.8 cannot broadcast them. Undo with
     ``lower_scalars``.
     """
-    scalars = [p for p in module.parameters() if p.dim() == 0 and not hasattr(p, "ds_id")]
+    scalars = [p for p in module.parameters() if p.dim() == 0 and not is_partitioned(p)]
     for param in scalars:
         param.data = param.data.reshape(1)
     return scalars

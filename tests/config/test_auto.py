@@ -227,6 +227,12 @@ def test_an_option_that_is_auto_outside_of_a_json_is_named():
     [
         (zeroth_order(lr=1e-6), "--learning_rate 1e-5", r"--learning_rate 1e-05 contradicts .* optimizer.params.lr is 1e-06"),
         (zeroth_order(seed=7), "--seed 3", "--seed 3 contradicts .* optimizer.params.seed is 7"),
+        (zeroth_order(), "--max_grad_norm 0.5", "--max_grad_norm 0.5: ZOAdaMU has no gradients to clip; leave it out"),
+        (
+            {**zeroth_order(), "optimizer": {"type": "AdamW"}},
+            "--zo_eps 0.1",
+            "--zo_eps 0.1: AdamW perturbs nothing; leave it out",
+        ),
         ({**zeroth_order(), "train_micro_batch_size_per_gpu": 4}, "--per_device_train_batch_size 8", "contradicts .* is 4"),
         ({**zeroth_order(), "bf16": {"enabled": False}}, "--bf16", "--bf16 True contradicts .* bf16.enabled is False"),
         (zeroth_order(t1="auto"), "", 'optimizer.params.t1 = "auto", which nothing here fills'),
@@ -289,8 +295,13 @@ def test_every_configuration_of_the_repository_can_be_filled(path):
         ("--eval_steps 0", "--eval_steps must be at least 1, got 0"),
         ("--learning_rate -1", "--learning_rate must be a finite number of at least 0, got -1.0"),
         ("--weight_decay nan", "--weight_decay must be a finite number"),
+        ("--find_lr_values 1e-3", "--find_lr_values is given without --find_lr; add it"),
+        ("--find_eps_values 1e-3", "--find_eps_values is given without --find_lr; add it"),
+        ("--find_lr --resume", "--resume is given with --find_lr, which begins anew"),
+        ("--find_lr --profile_steps 2", "--profile_steps is given with --find_lr, which measures trials"),
+        ("--profile_steps 2 --lora --merge", "--merge is given with --profile_steps, which makes no model"),
     ],
 )
-def test_numbers_out_of_range_are_named(given, message):
+def test_numbers_out_of_range_and_options_that_would_be_ignored_are_named(given, message):
     with pytest.raises(InputError, match=message):
         check_arguments(arguments(*given.split()))

@@ -15,11 +15,12 @@ REPOSITORY = Path(__file__).parents[2]
 # The last exit handler leaves a worker of gloo as a busy machine now and then does: the collective is reported as done, the
 # worker still holds its tensor, and waits for the GIL in order to let go. Two of three such processes die of it.
 ENDING = """
-import atexit, ctypes, importlib.util, os, sys, threading, time
+import atexit, ctypes, importlib, os, sys, threading, time, types
 
-spec = importlib.util.spec_from_file_location("ending", "ds_zoadamu/distributed/ending.py")  # without PyTorch
-ending = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(ending)
+for name in ("ds_zoadamu", "ds_zoadamu.distributed"):  # the packages without what they import: PyTorch comes later
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [name.replace(".", "/")]
+ending = importlib.import_module("ds_zoadamu.distributed.ending")
 """
 STRANDED = """
 if sys.argv[1] == "as a script that waits":

@@ -4,7 +4,7 @@ import pytest
 import transformers
 
 from ds_zoadamu.errors import ConfigError
-from ds_zoadamu.hf.kinds import CAUSAL, MASKED, SEQ2SEQ, language_part, max_positions, model_kind
+from ds_zoadamu.hf.kinds import CAUSAL, MASKED, SEQ2SEQ, language_part, max_positions, model_kind, pipeline_of
 from tests.helpers.tiny_architectures import CAUSAL as CAUSAL_NAMES
 from tests.helpers.tiny_architectures import NAMES
 
@@ -50,6 +50,15 @@ def test_what_could_be_several_is_decided_by_its_flags(name, changes, kind):
 def test_a_model_of_no_kind_is_refused_by_name(name, changes, message):
     with pytest.raises(ConfigError, match=message):
         model_kind(transformers.AutoConfig.for_model(name, **changes))
+
+
+@pytest.mark.parametrize(
+    "name, pipeline",
+    [("MaskedLM", "fill-mask"), ("SequenceClassification", None), ("CausalLM", "text-generation")],
+)
+def test_a_card_says_what_the_model_is_not_what_its_configuration_could_be(name, pipeline):
+    config = transformers.RobertaConfig(**SMALL, is_decoder=name == "CausalLM")
+    assert pipeline_of(getattr(transformers, f"RobertaFor{name}")(config)) == pipeline
 
 
 def test_a_command_refuses_it_before_weights_are_looked_for(tmp_path):

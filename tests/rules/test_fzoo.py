@@ -49,11 +49,13 @@ def test_bad_options_are_named(options, words):
 
 
 def test_a_step_on_a_plateau_is_bounded():
-    """Directions that all say the same: their spread is 0, and the least divisor takes its place."""
+    """Directions that all say the same have no spread: a tenth of what they say takes its place, or the least divisor."""
     rule = FZOO(lr=1e-3, num_perturbations=2)
-    update = Update(1, rule.direction(1), 1e-3, 0.0, (1e-9, 1e-9))
-    assert rule.figures(update)["divisor"] == 1e-6
-    assert rule.figures(update)["update_rms"] == pytest.approx(1e-3 * 1e-9 / 1e-6 / math.sqrt(2))
+    for grads, divisor in (((1e-9, 1e-9), 1e-6), ((0.0, 0.0), 1e-6), ((-250.0, -250.0), 25.0), ((3.0, 1.0), math.sqrt(2))):
+        update = Update(1, rule.direction(1), 1e-3, 0.0, grads)
+        assert rule.figures(update)["divisor"] == pytest.approx(divisor)
+        rms = 1e-3 * math.hypot(*grads) / 2 / divisor
+        assert rule.figures(update)["update_rms"] == pytest.approx(rms) and rms <= 10.1 * 1e-3 / math.sqrt(2)
 
 
 def test_the_running_average_is_free_of_its_beginning():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from huggingface_hub import ModelCard
 
 from tests.helpers.harness import run_ranks
 from tests.helpers.hub_rows import write_task
@@ -115,6 +116,9 @@ def test_the_journal_alone_gives_the_model(folder, found, tmp_path):
         assert saved.architectures == again.architectures
         name = "RobertaForMaskedLM" if "roberta" in run else "T5ForConditionalGeneration"
         assert saved.architectures == [name]
+        card = ModelCard.load(output / "model" / "README.md")
+        assert card.data.pipeline_tag == ("fill-mask" if "roberta" in run else "text2text-generation")
+        assert ("lm_eval" in card.text) == ("t5" in run)  # the harness has no masked models
 
 
 def test_other_optimizers_train_them_too(folder, found):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from ds_zoadamu.durability.journal import read_journal
@@ -164,11 +165,20 @@ def test_killed_resumed_on_another_number_of_ranks_and_replayed(folder, found, t
     file = Path("model") / "adapter_model.safetensors"
     assert (killed / file).read_bytes() == (whole / file).read_bytes()
 
+    from ds_zoadamu import cli
     from ds_zoadamu.durability.replay import replay
 
     until, sha256 = resumed["best_step"], resumed["weights_sha256"]
-    base, journal = killed / "initial_adapter", killed / "journal.jsonl"
+    base, journal = killed / "initial_adapters", killed / "journal.jsonl"
     replay(base, journal, tmp_path / "replayed", until=until, expect=sha256, show_progress=False)
+    card = ModelCard.load(killed / "model" / "README.md")
+    assert card.data.library_name == "peft" and "peft=." in card.text
+    assert "ds_zoadamu replay --from . --output ../rebuilt\n" in card.text
+    assert cli.main(["publish", str(killed), str(tmp_path / "published")]) == 0
+    for published in (tmp_path / "published", killed / "model"):  # each has the adapters before training
+        rebuilt = tmp_path / f"{published.name} rebuilt"
+        assert cli.main(["replay", "--from", str(published), "--output", str(rebuilt)]) == 0
+        assert (rebuilt / file.name).read_bytes() == (tmp_path / "replayed" / file.name).read_bytes()
     assert (tmp_path / "replayed" / "adapter_config.json").is_file()
     ours, again = load_file(killed / file), load_file(tmp_path / "replayed" / "adapter_model.safetensors")
     assert ours.keys() == again.keys() and all(torch.equal(ours[name], again[name]) for name in ours)
@@ -186,7 +196,7 @@ def test_a_prefix_begins_as_if_its_tokens_stood_in_front(folder, found, model):
     base, tokenizer = _plain(folder / model), transformers.AutoTokenizer.from_pretrained(folder / model)
     tokens = real_tokens(tokenizer, base.config.vocab_size, 5, seed=0)
     assert not set(tokens) & set(tokenizer.all_special_ids)
-    adapted = peft.PeftModel.from_pretrained(_plain(folder / model), folder / f"{model}-prefix-zoadamu-2" / "initial_adapter")
+    adapted = peft.PeftModel.from_pretrained(_plain(folder / model), folder / f"{model}-prefix-zoadamu-2" / "initial_adapters")
     adapted.eval()
     _, examples = _task(folder, model)
     with torch.no_grad():
@@ -270,4 +280,7 @@ def test_the_plain_loop_trains_all_parameters(folder, tmp_path):
 
     args = finetune_parser().parse_args(arguments(folder, ("opt", "prefix", "zoadamu"), tmp_path))
     with pytest.raises(InputError, match="--prefix: the plain MeZO loop trains all parameters"):
+        make_plain_plan(args)
+    args.find_lr = True
+    with pytest.raises(InputError, match="--find_lr: the plain MeZO loop makes one run"):
         make_plain_plan(args)
