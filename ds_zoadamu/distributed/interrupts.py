@@ -71,6 +71,8 @@ def _on_signal(number: int, frame: object) -> None:
 
 def _lost(kind: type[BaseException], error: BaseException | None, trace: object) -> None:
     """C code that has called Python prints what is raised there, and goes on: an interrupt is raised again a little later."""
+    if issubclass(kind, OSError) and "ignored due to race condition" in str(error):  # says Python of a second signal
+        return
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return

@@ -1,11 +1,14 @@
 """A command on several ranks: what the ``deepspeed`` launcher is given, and what the command."""
 
 import argparse
+import os
 import signal
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
+
+import psutil
 
 from . import interrupts
 
@@ -51,6 +54,7 @@ def launch(launcher: Sequence[str], words: Sequence[str]) -> int:
     from . import quiet  # before DeepSpeed, whose launcher is another process
 
     quiet.name_the_cpu()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a rank's connections to one that has ended: all have told why
     from deepspeed.launcher import runner
 
     launched: list[subprocess.Popen] = []
@@ -59,6 +63,11 @@ def launch(launcher: Sequence[str], words: Sequence[str]) -> int:
         def __init__(self, *args, **kwargs):
             super().__init__(*args, preexec_fn=_begin_launched, **kwargs)
             launched.append(self)
+
+        def wait(self, timeout=None):
+            if timeout is None and self.returncode is None:  # after an interrupt subprocess would wait for the end of the ranks
+                os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            return super().wait(timeout)
 
     subprocess.Popen = Launched  # this process does nothing else
     quietly = ["--log_level", "critical", "--no_local_rank", "--module", "ds_zoadamu.cli"]
@@ -83,12 +92,19 @@ def _begin_launched() -> None:
 
 def _interrupted(launched: list[subprocess.Popen]) -> int:
     """Ends the ranks, of which the first says how to go on."""
+    with_ranks = [process.pid for process in launched if _has_ranks(process)]  # at once: they may be ending
     for process in launched:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
-            if process.wait(_UNTIL_ENDED) == -signal.SIGTERM:  # it had no ranks, nor a handler of the signal
+            if process.wait(_UNTIL_ENDED) == -signal.SIGTERM and process.pid not in with_ranks:
                 interrupts.say(interrupts.WHILE_STARTING)
     return interrupts.status()
+
+
+def _has_ranks(process: subprocess.Popen) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return bool(psutil.Process(process.pid).children())
+    return False
 
 
 def _ended(code: int) -> int:

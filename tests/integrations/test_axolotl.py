@@ -68,7 +68,8 @@ def _by_the_interface(rank, world_size, folder):
     args = runs.arguments(folder / "axolotl", world_size, deepspeed=checked["deepspeed"], use_cpu=True)
     tokenizer = runs.make_tokenizer()
     made = plugin.get_trainer_cls(cfg)(
-        model=runs.make_model(num_hidden_layers=1), args=args, train_dataset=runs.rows(), data_collator=DataCollatorForSeq2Seq(tokenizer),
+        model=runs.make_model(num_hidden_layers=1), args=args, train_dataset=runs.rows(),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer, dataset_tags=["mine"], bench_data_collator=None,
     )  # fmt: skip
     digests = runs.trained(made), runs.trained(runs.trainer(folder / "plain", world_size))

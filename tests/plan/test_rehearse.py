@@ -211,10 +211,10 @@ MEZO_DEFAULT_GATHERS = {
 
 def _plan(rank, world_size, words):
     """Exit status and what was printed."""
-    from ds_zoadamu.plan.__main__ import main
+    from ds_zoadamu.cli import main
 
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        return main(list(words)), printed.getvalue()
+        return main(["plan", *words]), printed.getvalue()
 
 
 @pytest.mark.parametrize("section, layers, batch, seq", [(None, 2, 4, 256), (MEZO_DEFAULT_GATHERS, 12, 1, 64)])
