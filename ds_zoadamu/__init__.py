@@ -16,6 +16,7 @@ _EXPORTS = {
     "register": "rules",
     "anneal": "rules.schedules",
     "noise": "rules.noise",
+    "signs": "rules.noise",
     "check_config": "config.settings",
     "weights_digest": "durability.digest",
     "frozen_digest": "durability.digest",

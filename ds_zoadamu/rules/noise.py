@@ -1,7 +1,8 @@
-"""Noise as a pure function of (seed, step, parameter name, flat index): a file format, version ``NOISE_VERSION``.
+"""Noise as a pure function of (seed, step, parameter name, flat index): a file format of two versions, for two kinds of noise.
 
 A journal of steps can be replayed years later only if the same four arguments still give the same bits, so this map never
-changes within a version; another map is another version. Version 1:
+changes within a version; another map is another version. Version 1,
+``NOISE_VERSION``, normal numbers:
 
     key      two 32-bit words (k0, k1): the 8 bytes, little endian, of BLAKE2b(digest_size=8, person="ds_zoadamu-noise")
              over the seed as 8 bytes little endian followed by the parameter's name in UTF-8; for the direction q > 0 of a
@@ -10,6 +11,16 @@ changes within a version; another map is another version. Version 1:
     words    Philox-4x32-10(counter, key) = (x0, x1, x2, x3);  (a, b) = (x0, x1) for an even index, (x2, x3) for an odd one
     u        ((a >> 8) + 1) / 2**24            phi = 2 pi (b >> 8) / 2**24
     xi1, xi2 sqrt(-2 ln u) cos(phi), sqrt(-2 ln u) sin(phi), by the fp32 operations of kernels/reference.py
+
+Version 2, ``SIGN_NOISE_VERSION``, signs:
+
+    key      as above, without a direction
+    counter  (block low 32 bits, block high 32 bits, step, 1 + n) for the directions 8 n to 8 n + 7
+             block = (flat index >> 8) << 4 | (flat index >> 2) & 15
+    byte     number flat index & 3, the lowest first, of the word (flat index >> 6) & 3 of Philox-4x32-10(counter, key)
+    z        +1 where bit k of the byte is set, -1 where it is not, in direction 8 n + k
+
+and for rounding 16 bits that an even index i and i + 1 have in common, byte(i) | byte(i + 1) << 8 of the last counter word 256.
 
 The flat index counts the elements of the whole parameter, before any partitioning, so neither rank, world size, partition
 boundaries nor the order of calls matter. The name is the first one in ``named_parameters()`` of the plain model.
@@ -21,9 +32,10 @@ from collections.abc import Iterable
 
 import torch
 
-from ..kernels import NOISE_VERSION, noise_
+from ..kernels import NOISE_VERSION, SIGN_NOISE_VERSION, noise_, signs_
+from ..kernels.checks import check_direction
 
-__all__ = ["NOISE_VERSION", "noise", "parameter_key", "parameter_keys"]
+__all__ = ["NOISE_VERSION", "SIGN_NOISE_VERSION", "noise", "parameter_key", "parameter_keys", "signs"]
 
 _PERSON = b"ds_zoadamu-noise"
 
@@ -75,12 +87,28 @@ def noise(seed: int, step: int, name: str, start: int, stop: int, *, direction: 
 
     >>> xi1, xi2 = noise(seed=0, step=1, name="model.embed_tokens.weight", start=10, stop=12)
     """
+    _check_range(step, start, stop)
+    key = parameter_key(seed, name, direction)
+    xi1, xi2 = (torch.empty(stop - start, dtype=torch.float32, device="cpu") for _ in range(2))
+    noise_(xi1, xi2, key=key, step=step, start=start)
+    return xi1, xi2
+
+
+def signs(seed: int, step: int, name: str, start: int, stop: int, *, direction: int = 0) -> torch.Tensor:
+    """The signs +1 and -1 of the flat indices start <= i < stop of one parameter at one step: an fp32 CPU tensor.
+
+    direction: 0 <= direction < 1024. Otherwise as ``noise``.
+    """
+    _check_range(step, start, stop)
+    check_direction(direction)
+    z = torch.empty(stop - start, dtype=torch.float32, device="cpu")
+    signs_(z, key=parameter_key(seed, name), step=step, start=start, direction=direction)
+    return z
+
+
+def _check_range(step: int, start: int, stop: int) -> None:
     _check_integer("step", step, 1 << 32, "2**32")
     _check_integer("start", start, 1 << 63, "2**63")
     _check_integer("stop", stop, 1 << 63, "2**63")
     if stop < start:
         raise ValueError(f"stop must not be below start, got start={start}, stop={stop}")
-    key = parameter_key(seed, name, direction)
-    xi1, xi2 = (torch.empty(stop - start, dtype=torch.float32, device="cpu") for _ in range(2))
-    noise_(xi1, xi2, key=key, step=step, start=start)
-    return xi1, xi2

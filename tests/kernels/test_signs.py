@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+import ds_zoadamu
 from ds_zoadamu import kernels
 from ds_zoadamu.kernels import SIGN_NOISE_VERSION, SignTable, build, cpu, reference
 from ds_zoadamu.kernels.types import Rounding, fp32
+from ds_zoadamu.rules.noise import parameter_key
 from tests.helpers.reference_numpy import signs64
 
 from .common import KEY, WEIGHT_DTYPES, assert_same_bits, weights
@@ -56,6 +58,13 @@ def test_known_answers():
 def test_the_map_agrees_with_an_independent_one(start):
     for direction in (0, 3, 7, 8, 21, 1023):
         assert np.array_equal(signs(40, start, direction).numpy(), signs64(KEY, LAST_STEP, direction, start, start + 40))
+
+
+def test_the_public_map_is_by_seed_and_name():
+    z = ds_zoadamu.signs(5, 7, "w", 250, 300, direction=9)
+    assert np.array_equal(z.numpy(), signs64(parameter_key(5, "w"), 7, 9, 250, 300))
+    with pytest.raises(ValueError, match="direction must be"):
+        ds_zoadamu.signs(5, 7, "w", 0, 1, direction=1024)
 
 
 def test_rounding_bits_are_shared_by_neighbours_and_no_others():
