@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from ds_zoadamu.benchmark.arguments import benchmark_parser, shared_arguments
+from ds_zoadamu.benchmark.blocks import markdown
 from ds_zoadamu.benchmark.collect import curve, seconds_to, summary
 from ds_zoadamu.benchmark.contenders import choose_contenders
 from ds_zoadamu.benchmark.grid import make_grids
 from ds_zoadamu.benchmark.outcomes import FINISHED, Outcome
 from ds_zoadamu.benchmark.plots import draw_curves
-from ds_zoadamu.benchmark.report import markdown
+from ds_zoadamu.benchmark.report import report
 from ds_zoadamu.benchmark.settings import check_settings
 from ds_zoadamu.hf.kinds import CAUSAL
 from ds_zoadamu.tasks import InputError
@@ -140,13 +141,9 @@ def test_the_benchmark_aims_at_less(folder, tmp_path, monkeypatch):
         "budget": {"max_steps": 4}, "environment": environment,
         "contenders": {"a": {**entry, "runs": summary({0: outcome}, 4, 0.25, METRIC)}},
     }  # fmt: skip
-    report = markdown(results, METRIC)
-    assert "Test mse without training (zero-shot): 0.5000. Mean length: 0.0" in report and "ccuracy" not in report
-    assert (
-        "| test mse at the end |" in report
-        and "| seconds to development mse 0.25 |" in report
-        and "1.0 (1 of 1 runs)" in report
-    )
+    text = markdown(report(results, METRIC))
+    assert "Test mse without training (zero-shot): 0.5000. Mean length: 0.0" in text and "ccuracy" not in text
+    assert "| test mse at the end |" in text and "| seconds to development mse 0.25 |" in text and "1.0 (1 of 1 runs)" in text
     assert draw_curves(results, tmp_path / "curves.png", METRIC)
 
 
