@@ -15,6 +15,7 @@ def interpreting() -> bool:
 
 
 def check_tensor(thing: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], like: torch.Tensor) -> None:
+    """Raises ValueError or TypeError for a tensor that the kernels cannot take beside ``like``."""
     if tensor.device != like.device or not (tensor.is_cuda or interpreting()):
         raise ValueError(f"{thing} is on {tensor.device}; the Triton kernels need all tensors on one GPU")
     if tensor.dtype not in dtypes:
