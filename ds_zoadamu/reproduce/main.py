@@ -1,8 +1,6 @@
 """A table from its command line to its report."""
 
 import datetime
-import shlex
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from ds_zoadamu.reproduce.planned import planned
 from ds_zoadamu.reproduce.published import published_table
 from ds_zoadamu.reproduce.report import report
 from ds_zoadamu.rules import import_modules
+from ds_zoadamu.training.output import command_line
 
 # What every run depends on and no run's folder is named after.
 _FIXED = (
@@ -65,7 +64,7 @@ def reproduce(args: Namespace) -> int:
         figures, runner.expected = Figures(commands, runner), sum(cell.num_runs for cell in cells)
         results = {
             "date": datetime.date.today().isoformat(),
-            "command": shlex.join(["ds_zoadamu", "reproduce", *sys.argv[1:]]),
+            "command": command_line(),
             "arguments": {name: value for name, value in vars(args).items() if name != "output_dir"},
             "model_kind": kind,
             "cells": [],

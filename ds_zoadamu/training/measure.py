@@ -76,6 +76,8 @@ def _check(args: Namespace) -> None:
         raise InputError(f"--output_file {args.output_file} exists; give another name or --overwrite_output_file")
     if args.output_file and not Path(args.output_file).absolute().parent.is_dir():
         raise InputError(f"--output_file {args.output_file}: there is no such folder; make it first")
+    if args.objective is not None:
+        raise InputError(f"--objective {args.objective}: nothing is trained here; leave it out")
     for name in ("num_train", "examples_per_class"):
         if not args.linear_probing and getattr(args, name) is not None:
             raise InputError(f"--{name} is an option of --linear_probing; give that too, or leave it out")

@@ -108,9 +108,10 @@ class Tuning:
         filled = copy.copy(args)
         if self.adapter is not None and (rule := zeroth_order_type(given)) is not None:
             usual = self.usual(RULES[rule])
-            for name, path in (("learning_rate", "optimizer.params.lr"), ("zo_eps", "optimizer.params.zo_eps")):
-                if getattr(args, name) is None and value_at(given, path) == "auto":
-                    setattr(filled, name, getattr(usual, name))
+            if args.learning_rate is None and value_at(given, "optimizer.params.lr") == "auto":  # a JSON without is refused
+                filled.learning_rate = usual.learning_rate
+            if args.zo_eps is None and value_at(given, "optimizer.params.zo_eps") in (None, "auto"):
+                filled.zo_eps = usual.zo_eps
         return filled
 
     def adapted(self, model: torch.nn.Module, tokenizer, seed: int) -> torch.nn.Module:

@@ -158,6 +158,7 @@ def _before_words(model, ids) -> torch.Tensor:
     [
         (("--linear_probing", "--demonstrations", "2"), "--linear_probing does not go with --demonstrations"),
         (("--linear_probing", "--split", "train"), "--linear_probing does not go with --split train"),
+        (("--objective", "accuracy"), "--objective accuracy: nothing is trained here; leave it out"),
         (("--num_train", "2"), "--num_train is an option of --linear_probing"),
         (("--demonstrations", "0"), "--demonstrations must be at least 1, got 0"),
         (("--demonstrations", "100"), "has 60 rows that are not asked"),

@@ -153,6 +153,23 @@ def test_results_say_which_way_and_its_settings(folder, found):
     assert (config["r"], config["lora_alpha"], config["inference_mode"]) == (8, 16.0, True)
 
 
+def test_usual_values_fill_what_neither_the_json_nor_arguments_say(folder, tmp_path):
+    from ds_zoadamu.training.arguments import finetune_parser
+    from ds_zoadamu.training.tuning import USUAL, Tuning
+
+    tuning = Tuning(name="lora", adapter=object())
+    args = finetune_parser().parse_args(arguments(folder, ("opt", "lora", "zoadamu"), tmp_path))
+    for kind, params, expected in (
+        ("MeZO", {"lr": "auto"}, (USUAL["lora"].learning_rate, 1e-2)),
+        ("MeZO", {"lr": 1e-3, "zo_eps": 1e-3}, (None, None)),
+        ("FZOO", {"lr": "auto", "zo_eps": "auto"}, (1e-3, 1e-2)),
+        ("AdamW", {"lr": "auto"}, (None, None)),
+    ):
+        filled = tuning.overrides(args, {"optimizer": {"type": kind, "params": params}})
+        assert (filled.learning_rate, filled.zo_eps) == expected
+    assert (args.learning_rate, args.zo_eps) == (None, None)
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("run", [("opt", "lora", "zoadamu"), ("llama", "prefix", "zoadamu")])
 def test_killed_resumed_on_another_number_of_ranks_and_replayed(folder, found, tmp_path, run):
